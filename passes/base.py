@@ -1,0 +1,155 @@
+"""The small shared base of all passes, on torch.fx.passes.infra."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from repquant_fx.errors import PassError, RepQuantError
+
+aten = torch.ops.aten
+
+
+class Pass(PassBase):
+    """One rewriting of a graph. Subclasses set `name`, `needs` and `guarantees` (one sentence each) and define `run`.
+
+    The graph given still runs afterwards: `run` edits it in place and returns whether it changed anything.
+    """
+
+    name = "pass"
+    needs = ""
+    guarantees = ""
+
+    def run(self, graph_module: GraphModule) -> bool:
+        raise NotImplementedError
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        modified = self.run(graph_module)
+        if modified:
+            graph_module.graph.eliminate_dead_code()
+            graph_module.graph.lint()
+            graph_module.recompile()
+        return PassResult(graph_module, modified)
+
+
+def run_passes(graph_module: GraphModule, passes: Sequence[Pass]) -> GraphModule:
+    """Run passes in order.
+
+    Raises:
+        PassError: a pass failed; the message names it and the passes that ran before it.
+    """
+    done: list[str] = []
+    for each in passes:
+        try:
+            result = each(graph_module)
+        except RepQuantError:
+            raise
+        except Exception as error:
+            before = ", ".join(done) or "no other pass"
+            raise PassError(f"pass {each.name!r} failed after {before}: {type(error).__name__}: {error}") from error
+        assert result is not None
+        graph_module = result.graph_module
+        done.append(each.name)
+    return graph_module
+
+
+def module_path(node: Node) -> str:
+    """Path of the module that made `node`, '' for the root."""
+    stack = node.meta.get("nn_module_stack") or {}
+    entries = [value for key, value in stack.items() if not str(key).startswith("_empty")]
+    if not entries:
+        return str(node.meta.get("module_path", ""))
+    path = entries[-1][0] if isinstance(entries[-1], tuple) else str(entries[-1])
+    # export writes list indices of some paths as attribute calls; keep the dotted form that users know
+    path = path.replace("L['self'].", "").replace("L['self']", "")
+    return "" if path.startswith("_") else path.split("@")[0]
+
+
+def shape_of(node: Node) -> list[int | torch.SymInt]:
+    """Shape of a tensor-valued node; symbolic where dynamic."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        raise PassError(f"node {node.name} has no tensor metadata")
+    return list(value.shape)
+
+
+def is_tensor(node: object) -> bool:
+    return isinstance(node, Node) and isinstance(node.meta.get("val"), Tensor)
+
+
+def attribute(graph_module: GraphModule, node: Node) -> Tensor:
+    """The tensor a get_attr node reads."""
+    owner: object = graph_module
+    for part in str(node.target).split("."):
+        owner = getattr(owner, part)
+    if not isinstance(owner, Tensor):
+        raise PassError(f"{node.target} is not a tensor")
+    return owner
+
+
+def is_constant(node: object) -> bool:
+    """Whether an argument is a parameter or buffer."""
+    return isinstance(node, Node) and node.op == "get_attr"
+
+
+def add_tensor(graph_module: GraphModule, target: str, value: Tensor) -> str:
+    """Register a buffer at a dotted path, creating modules on the way; returns the path, made unique if taken."""
+    *parents, leaf = target.split(".")
+    owner: nn.Module = graph_module
+    for part in parents:
+        child = getattr(owner, part, None)
+        if not isinstance(child, nn.Module):
+            child = nn.Module()
+            setattr(owner, part, child)
+        owner = child
+    name, count = leaf, 1
+    while hasattr(owner, name):
+        count += 1
+        name = f"{leaf}_{count}"
+    owner.register_buffer(name, value.detach().clone())
+    return ".".join([*parents, name])
+
+
+def constant_node(graph_module: GraphModule, target: str, value: Tensor, before: Node) -> Node:
+    """A get_attr node, inserted before `before`, that reads a new buffer named after `target`."""
+    path = add_tensor(graph_module, target, value)
+    with graph_module.graph.inserting_before(before):
+        node = graph_module.graph.get_attr(path)
+    node.meta["val"] = value
+    return node
+
+
+def replace_constant(graph_module: GraphModule, user: Node, index: int, value: Tensor, fallback_name: str) -> Node:
+    """Give argument `index` of `user` a new constant value without touching any other reader of the old one.
+
+    The old name is kept where `user` was its only reader, so that files keep the names people know.
+    """
+    old = user.args[index] if index < len(user.args) else None
+    name = str(old.target) if isinstance(old, Node) and old.op == "get_attr" else fallback_name
+    if isinstance(old, Node) and old.op == "get_attr":
+        readers = [n for n in graph_module.graph.nodes if n.op == "get_attr" and n.target == old.target]
+        if len(readers) == 1 and len(old.users) == 1:
+            *parents, leaf = name.split(".")
+            owner = graph_module.get_submodule(".".join(parents))
+            delattr(owner, leaf)
+    node = constant_node(graph_module, name, value, user)
+    args = list(user.args) + [None] * (index + 1 - len(user.args))
+    args[index] = node
+    user.args = tuple(args)
+    if isinstance(old, Node) and not old.users:
+        graph_module.graph.erase_node(old)
+    return node
+
+
+def copy_meta(source: Node, target: Node, value: Tensor | None = None) -> Node:
+    """Give a new node the module path of the node it derives from."""
+    for key in ("nn_module_stack", "module_path"):
+        if key in source.meta:
+            target.meta[key] = source.meta[key]
+    if value is not None:
+        target.meta["val"] = value
+    return target

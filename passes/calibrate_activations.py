@@ -1,0 +1,137 @@
+"""Calibrate: replace a group's observers by quantizers.
+
+Norm sites get per-channel bounds by dual clipping (all sites of a norm share them); Softmax operands a logarithmic scale; every
+other site a per-tensor range.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from repquant_fx.errors import PassError
+from repquant_fx.passes.base import Pass
+from repquant_fx.passes.match_sites import Group, Site
+from repquant_fx.quantizers import clipping, logarithmic
+from repquant_fx.quantizers.observers import LogQuantizer, Observer, UniformQuantizer
+from repquant_fx.quantizers.uniform import parameters_from_range
+from repquant_fx.recipe import Recipe
+
+
+class CalibrateActivations(Pass):
+    name = "dual clipping and calibration"
+    needs = "observers that have recorded the group's sites"
+    guarantees = "each site of the group holds a quantizer"
+
+    def __init__(self, group: Group, recipe: Recipe) -> None:
+        super().__init__()
+        self.group, self.recipe = group, recipe
+
+    def run(self, graph_module: GraphModule) -> bool:
+        norm_sites = [s for s in self.group.sites if s.role == "norm"]
+        if norm_sites:
+            self._calibrate_norm(graph_module, norm_sites)
+        # the value operand first: the Softmax scale is chosen with it already quantized
+        for site in (s for s in self.group.sites if s.role == "value"):
+            bounds = self._bounds(observer(graph_module, site).sample(), site.bits)
+            whole = observer(graph_module, site)
+            scale, zero_point = parameters_from_range(bounds.low[0], bounds.up[0], site.bits, include_zero=True)
+            quantizer = UniformQuantizer(scale, zero_point, site.bits)
+            quantizer.observed = whole if whole.leading else None  # type: ignore[assignment]
+            install(graph_module, site, quantizer)
+        for site in (s for s in self.group.sites if s.role == "softmax"):
+            install(graph_module, site, self._log_quantizer(graph_module, site))
+        for site in self.group.sites:
+            module = slot_module(graph_module, site)
+            if isinstance(module, UniformQuantizer):
+                module.__dict__.pop("observed", None)
+        return True
+
+    def _calibrate_norm(self, graph_module: GraphModule, sites: list[Site]) -> None:
+        bits = sites[0].bits
+        sample = torch.cat([observer(graph_module, s).sample() for s in sites], dim=1)
+        if self.recipe.norm == "layerwise":
+            bounds = self._bounds(_thin(sample.reshape(1, -1)), bits)
+            scale, zero_point = parameters_from_range(bounds.low[0], bounds.up[0], bits, include_zero=True)
+        else:
+            sample = sample.double() if self.recipe.clipping == "none" else sample
+            if self.recipe.clipping == "search":
+                bounds = clipping.search_bounds(sample, bits)
+            elif self.recipe.clipping == "adam":
+                bounds = clipping.learn_bounds(sample, bits)
+            else:
+                bounds = clipping.minmax_bounds(sample, bits)
+            scale, zero_point = parameters_from_range(bounds.low.double(), bounds.up.double(), bits, include_zero=False)
+        for site in sites:
+            quantizer = UniformQuantizer(scale, zero_point, bits)
+            # float64 copies, so that the reparameterization is an identity to float32 precision
+            quantizer.exact = (scale.double(), zero_point.double())  # type: ignore[assignment]
+            install(graph_module, site, quantizer)
+
+    def _bounds(self, sample: Tensor, bits: int) -> clipping.Bounds:
+        if self.recipe.activations == "minmax":
+            return clipping.minmax_bounds(sample, bits, include_zero=True)
+        if self.recipe.activations == "percentile":
+            return clipping.percentile_bounds(sample, bits, self.recipe.percentile, include_zero=True)
+        return clipping.search_bounds(sample, bits, include_zero=True)
+
+    def _log_quantizer(self, graph_module: GraphModule, site: Site) -> LogQuantizer:
+        steps = 2 if self.recipe.softmax == "log_sqrt2" else 1
+        recorded = observer(graph_module, site)
+        sample = recorded.sample()[0]
+        if self.recipe.softmax_scale == "percentile":
+            ordered = sample.sort().values
+            n = len(ordered)
+            candidates = [float(ordered[min(n - 1, int(p * (n - 1)))]) for p in (0.999, 0.9999, 0.99999, 1.0)]
+            candidates = [c for c in candidates if c > 0]
+            errors = [float((logarithmic.fake_quantize(sample, c, site.bits, steps) - sample).square().mean()) for c in candidates]
+        else:
+            a, v = recorded.whole(), self._other_operand(graph_module, site)
+            exact, candidates, errors = torch.matmul(a, v), logarithmic.scale_candidates(float(sample.max()), site.bits, steps), []
+            for candidate in candidates:
+                approximate = torch.matmul(logarithmic.fake_quantize(a, candidate, site.bits, steps), v)
+                errors.append(float((approximate - exact).square().mean()))
+        best = min(range(len(candidates)), key=errors.__getitem__)
+        return LogQuantizer(candidates[best], site.bits, steps)
+
+    def _other_operand(self, graph_module: GraphModule, site: Site) -> Tensor:
+        other = next(s for s in self.group.sites if s is not site)
+        quantizer = slot_module(graph_module, other)
+        recorded = quantizer.__dict__["observed"]
+        if not isinstance(recorded, Observer):
+            raise PassError(f"{other.name} kept no sample for the scale of {site.name}")
+        return quantizer(recorded.whole())
+
+
+def slot_module(graph_module: GraphModule, site: Site) -> torch.nn.Module:
+    """The module at a site's slot."""
+    if site.slot is None:
+        raise PassError(f"{site.name} has no observer; run `insert observers` first")
+    return graph_module.get_submodule(str(site.slot.target))
+
+
+def observer(graph_module: GraphModule, site: Site) -> Observer:
+    """The observer at a site's slot.
+
+    Raises:
+        PassError: the site holds something else, or recorded nothing.
+    """
+    module = slot_module(graph_module, site)
+    if not isinstance(module, Observer):
+        raise PassError(f"{site.name} holds a {type(module).__name__}, not an observer")
+    return module
+
+
+def install(graph_module: GraphModule, site: Site, module: torch.nn.Module) -> None:
+    """Put `module` in a site's slot."""
+    assert site.slot is not None
+    graph_module.set_submodule(str(site.slot.target), module)
+
+
+def _thin(sample: Tensor, limit: int = 1 << 18) -> Tensor:
+    """Every k-th value of a (1, N) sample, with its extremes."""
+    if sample.shape[1] <= limit:
+        return sample
+    stride = -(-sample.shape[1] // limit)
+    return torch.cat([sample[:, ::stride], sample.amin(1, keepdim=True), sample.amax(1, keepdim=True)], dim=1)

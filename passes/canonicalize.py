@@ -1,0 +1,133 @@
+"""Canonicalize: one spelling for each operation, so that matchers need to know one.
+
+Identities left behind by export disappear; views become reshapes; a matrix product with a parameter becomes a Linear; a
+convolution whose windows tile its input (a patch embedding) becomes a Linear over unfolded patches, which is what it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from repquant_fx.errors import PassError
+from repquant_fx.passes.base import Pass, aten, attribute, constant_node, copy_meta, is_constant, is_tensor, shape_of
+
+IDENTITIES = {
+    aten.clone.default, aten.alias.default, aten.detach.default, aten.detach_.default, aten.contiguous.default,
+    aten.dropout.default, aten.lift_fresh_copy.default, aten.feature_dropout.default,
+}
+VIEWS = {aten.view.default, aten._unsafe_view.default}
+
+
+class Canonicalize(Pass):
+    name = "canonicalize"
+    needs = "a captured ATen graph with tensor metadata"
+    guarantees = "no identities; reshape, linear and softmax in one spelling; the outputs are unchanged"
+
+    def run(self, graph_module: GraphModule) -> bool:
+        modified = False
+        for node in list(graph_module.graph.nodes):
+            if node.op == "call_function":
+                modified |= self._rewrite(graph_module, node)
+        if modified:
+            graph_module.graph.eliminate_dead_code()
+            refresh_metadata(graph_module)
+        return modified
+
+    def _rewrite(self, graph_module: GraphModule, node: Node) -> bool:
+        target = node.target
+        if target is aten._assert_tensor_metadata.default:
+            graph_module.graph.erase_node(node)
+        elif target in IDENTITIES or self._does_nothing(node):
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            graph_module.graph.erase_node(node)
+        elif target in VIEWS:
+            node.target = aten.reshape.default
+        elif target in (aten.mm.default, aten.matmul.default) and is_constant(node.args[1]) and len(shape_of(_n(node.args[1]))) == 2:
+            self._to_linear(graph_module, node, _n(node.args[0]), _n(node.args[1]), None)
+        elif target is aten.addmm.default and not node.kwargs and is_constant(node.args[2]):
+            self._to_linear(graph_module, node, _n(node.args[1]), _n(node.args[2]), _n(node.args[0]))
+        elif target is aten.conv2d.default and _tiles(node):
+            self._patches_to_linear(graph_module, node)
+        else:
+            return False
+        return True
+
+    def _does_nothing(self, node: Node) -> bool:
+        if not node.args or not is_tensor(node.args[0]) or not is_tensor(node):
+            return False
+        source = _n(node.args[0])
+        if node.target is aten._to_copy.default or node.target in (aten.to.dtype, aten.to.dtype_layout, aten.to.device):
+            return source.meta["val"].dtype == node.meta["val"].dtype
+        if node.target in (aten.pad.default, aten.constant_pad_nd.default):
+            return all(isinstance(p, int) and p == 0 for p in node.args[1])  # type: ignore[union-attr]
+        if node.target is aten.roll.default:
+            return all(isinstance(p, int) and p == 0 for p in node.args[1])  # type: ignore[union-attr]
+        return False
+
+    def _to_linear(self, graph_module: GraphModule, node: Node, x: Node, weight: Node, bias: Node | None) -> None:
+        transposed = constant_node(graph_module, f"{weight.target}_t", attribute(graph_module, weight).T.contiguous(), node)
+        with graph_module.graph.inserting_before(node):
+            linear = graph_module.graph.call_function(aten.linear.default, (x, transposed, bias))
+        copy_meta(node, linear, node.meta["val"])
+        node.replace_all_uses_with(linear)
+        graph_module.graph.erase_node(node)
+
+    def _patches_to_linear(self, graph_module: GraphModule, node: Node) -> None:
+        graph = graph_module.graph
+        x, weight = _n(node.args[0]), _n(node.args[1])
+        bias = node.args[2] if len(node.args) > 2 else None
+        kernel = attribute(graph_module, weight)
+        out, channels, p, q = kernel.shape
+        _, _, height, width = shape_of(x)
+        flat = constant_node(graph_module, f"{weight.target}_patches", kernel.reshape(out, -1), node)
+        with graph.inserting_before(node):
+            batch: Any = shape_of(x)[0]
+            if not isinstance(batch, int):
+                batch = graph.call_function(aten.sym_size.int, (x, 0))
+                batch.meta["val"] = shape_of(x)[0]
+            tiles = graph.call_function(aten.reshape.default, (x, [batch, channels, height // p, p, width // q, q]))
+            order = graph.call_function(aten.permute.default, (tiles, [0, 2, 4, 1, 3, 5]))
+            rows = graph.call_function(aten.reshape.default, (order, [batch, height // p, width // q, channels * p * q]))
+            linear = graph.call_function(aten.linear.default, (rows, flat, bias))
+            result = graph.call_function(aten.permute.default, (linear, [0, 3, 1, 2]))
+        for new in (tiles, order, rows, linear, result):
+            copy_meta(node, new)
+        node.replace_all_uses_with(result)
+        graph.erase_node(node)
+
+
+def refresh_metadata(graph_module: GraphModule) -> None:
+    """Recompute `meta['val']` of every node from the placeholders' (fake) values, keeping symbolic shapes."""
+    inputs = [node.meta["val"] for node in graph_module.graph.nodes if node.op == "placeholder"]
+    modes = [v.fake_mode for v in inputs if isinstance(v, torch._subclasses.FakeTensor)]
+    if not modes:
+        raise PassError("the graph's inputs carry no fake tensors; capture it with repquant_fx.frontends.capture")
+    mode = modes[0]
+    with torch._subclasses.fake_tensor.unset_fake_temporarily():
+        mode.allow_non_fake_inputs = True
+        FakeTensorProp(graph_module, mode=mode).propagate_dont_convert_inputs(*inputs)
+
+
+def _n(node: Any) -> Node:
+    if not isinstance(node, Node):
+        raise PassError(f"expected a graph node, found {node!r}")
+    return node
+
+
+def _tiles(node: Node) -> bool:
+    """Whether a conv2d has stride equal to its kernel, no padding, one group and an input that its windows tile."""
+    args = list(node.args) + [None, [1, 1], [0, 0], [1, 1], 1][len(node.args) - 2:]
+    x, weight, _, stride, padding, dilation, groups = args
+    if not is_constant(weight) or not is_tensor(x):
+        return False
+    kernel = shape_of(_n(weight))[2:]
+    size = shape_of(_n(x))[2:]
+    pair = [s if len(s) == 2 else [s[0], s[0]] for s in (stride, padding, dilation)]  # type: ignore[arg-type,index]
+    return (len(size) == 2 and list(pair[0]) == list(kernel) and list(pair[1]) == [0, 0] and list(pair[2]) == [1, 1]
+            and groups == 1 and all(isinstance(s, int) and isinstance(k, int) and s % k == 0 for s, k in zip(size, kernel)))
+
+

@@ -1,0 +1,59 @@
+"""Insert an observer at every matched site."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.fx import GraphModule
+
+from repquant_fx.passes.base import Pass, copy_meta
+from repquant_fx.passes.match_sites import Group, Plan, Site, slot_name
+from repquant_fx.quantizers.observers import Observer
+
+CHANNEL_SAMPLE = 4096  # tokens kept a norm group
+TENSOR_SAMPLE = 1 << 17  # values kept a per-tensor site
+WHOLE_ELEMENTS = 1 << 23  # attention probabilities kept a site, to calibrate their scale by the product's output
+SLOTS = "quantizers"  # the submodule that holds observers, then quantizers
+
+
+class InsertObservers(Pass):
+    name = "insert observers"
+    needs = "a plan from `match sites`"
+    guarantees = "each site's consumers read the site's slot; the outputs are unchanged"
+
+    def __init__(self, plan: Plan, batches: int) -> None:
+        super().__init__()
+        self.plan, self.batches = plan, max(1, batches)
+
+    def run(self, graph_module: GraphModule) -> bool:
+        graph_module.add_submodule(SLOTS, nn.Module())
+        order = {node: index for index, node in enumerate(graph_module.graph.nodes)}
+        for group in self.plan.groups:
+            for site in group.sites:
+                target = f"{SLOTS}.{slot_name(site)}"
+                graph_module.add_submodule(target, self._observer(group, site))
+                first = min(site.consumers, key=order.__getitem__)
+                with graph_module.graph.inserting_before(first):
+                    site.slot = graph_module.graph.call_module(target, (site.value,))
+                copy_meta(first, site.slot, site.value.meta["val"])
+                for consumer in site.consumers:
+                    index = consumer.args.index(site.value)
+                    consumer.update_arg(index, site.slot)
+        return bool(self.plan.groups)
+
+    def _observer(self, group: Group, site: Site) -> Observer:
+        if site.role == "norm":
+            return Observer(True, CHANNEL_SAMPLE)
+        if any(s.role == "softmax" for s in group.sites):
+            probabilities = next(s for s in group.sites if s.role == "softmax")
+            shape = [int(d) if isinstance(d, int) else 32 for d in probabilities.value.meta["val"].shape[1:]]
+            per_slice = max(1, int(_product(shape)))
+            leading = max(1, WHOLE_ELEMENTS // (per_slice * self.batches))
+            return Observer(False, TENSOR_SAMPLE, leading=min(leading, max(1, 64 // self.batches)))
+        return Observer(False, TENSOR_SAMPLE)
+
+
+def _product(values: list[int]) -> int:
+    result = 1
+    for value in values:
+        result *= value
+    return result

@@ -1,0 +1,253 @@
+"""Match: find every activation and weight to quantize, and say why each norm or softmax that is not rewritten was left alone.
+
+A *site* is one activation value that a matrix product or convolution reads. A *group* is what is calibrated together: a norm with
+all Linears that read it, the two operands of a MatMul, the Linears that share an input.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from torch.fx import GraphModule, Node
+
+from repquant_fx.passes.base import Pass, aten, is_constant, is_tensor, module_path, shape_of
+from repquant_fx.passes.channel_flow import follow, origin
+from repquant_fx.recipe import LayerPlan, Recipe
+
+NORMS = {aten.layer_norm.default, aten.rms_norm.default}
+OTHER_NORMS = {aten.group_norm.default, aten.batch_norm.default, aten.instance_norm.default}
+SOFTMAX = {aten.softmax.int, aten._softmax.default}
+MATMULS = {aten.matmul.default, aten.bmm.default}
+CONVOLUTIONS = {aten.conv2d.default, aten.conv1d.default}
+
+
+@dataclass
+class Site:
+    """One quantized activation.
+
+    Attributes:
+        name: unique; module path and operand, e.g. `blocks.0.attn/probabilities`.
+        role: `norm` (per channel while calibrating), `softmax` (logarithmic) or `value` (uniform, per tensor).
+        value: the node that produces it.
+        consumers: the nodes that read it.
+        slot: the observer or quantizer node, once inserted.
+    """
+
+    name: str
+    role: str
+    value: Node
+    consumers: list[Node]
+    bits: int
+    slot: Node | None = None
+    skip: bool = False
+
+
+@dataclass
+class Group:
+    """What is calibrated together.
+
+    Attributes:
+        kind: `norm_linear`, `linear`, `conv` or `matmul`.
+        path: module path of the first consumer (of the norm for `norm_linear`).
+        norm, softmax: the node that is rewritten, where there is one.
+        shared_norm: the norm has readers besides these Linears, which must keep seeing its original values.
+        plans: effective settings of each consumer.
+    """
+
+    kind: str
+    path: str
+    sites: list[Site]
+    consumers: list[Node]
+    plans: dict[Node, LayerPlan]
+    norm: Node | None = None
+    softmax: Node | None = None
+    shared_norm: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def anchor(self) -> Node:
+        """The first node whose result calibration of this group may change."""
+        return self.norm or self.softmax or self.sites[0].value
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """A norm or softmax (or product) that is not quantized or rewritten, and the reason."""
+
+    path: str
+    operator: str
+    reason: str
+
+
+@dataclass
+class Plan:
+    """The result of matching."""
+
+    groups: list[Group] = field(default_factory=list)
+    left_alone: list[LeftAlone] = field(default_factory=list)
+
+
+class MatchSites(Pass):
+    name = "match sites"
+    needs = "a canonical graph with tensor metadata"
+    guarantees = "every norm and softmax is in a group or has a reason; the graph is unchanged"
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.plan = Plan()
+        self._names: set[str] = set()
+
+    def run(self, graph_module: GraphModule) -> bool:
+        self.plan = Plan()
+        self._names = set()
+        self._live = data_dependent(graph_module)
+        claimed: dict[Node, Group] = {}
+        nodes = list(graph_module.graph.nodes)
+        for node in nodes:
+            if node.op == "call_function" and node.target in NORMS:
+                self._match_norm(node, claimed)
+            elif node.op == "call_function" and node.target in OTHER_NORMS:
+                self._leave(node, "it normalises over more than the channel axis, so no per-channel affine follows from it alone")
+        by_value: dict[Node, list[Node]] = {}
+        for node in nodes:
+            if node.op != "call_function" or node in claimed:
+                continue
+            if node.target is aten.linear.default and is_constant(node.args[1]) and is_tensor(node.args[0]):
+                by_value.setdefault(node.args[0], []).append(node)  # type: ignore[arg-type]
+            elif node.target in CONVOLUTIONS and is_constant(node.args[1]):
+                by_value.setdefault(node.args[0], []).append(node)  # type: ignore[arg-type]
+            elif node.target in MATMULS and node in self._live:
+                self._match_matmul(node)
+        for value, consumers in by_value.items():
+            for conv in (False, True):
+                chosen = [c for c in consumers if (c.target in CONVOLUTIONS) == conv]
+                if chosen:
+                    self._match_weighted(value, chosen, "conv" if conv else "linear")
+        matched = {group.softmax for group in self.plan.groups}
+        for node in nodes:
+            if node.op == "call_function" and node.target in SOFTMAX and node not in matched:
+                self._leave(node, "its result is not an operand of a matrix product")
+        order = {node: index for index, node in enumerate(nodes)}
+        self.plan.groups.sort(key=lambda g: min(order[c] for c in g.consumers))
+        return False
+
+    def _match_norm(self, norm: Node, claimed: dict[Node, Group]) -> None:
+        if len(norm.args[1]) != 1:  # type: ignore[arg-type]
+            self._leave(norm, f"it normalises over {len(norm.args[1])} axes, not over channels alone")  # type: ignore[arg-type]
+            return
+        flow = follow(norm, len(shape_of(norm)) - 1)
+        readers = [r for r in flow.readers if r.node.target is aten.linear.default and is_constant(r.node.args[1])
+                   and r.node.args[0] is r.value and r.axis == len(shape_of(r.value)) - 1]
+        plans = {r.node: self.recipe.layer(module_path(r.node)) for r in readers}
+        readers = [r for r in readers if not plans[r.node].skip]
+        if not readers:
+            if plans:
+                self._leave(norm, "the recipe skips every Linear that reads it")
+                return
+            why = "; ".join(dict.fromkeys(flow.obstacles.values()))
+            others = ", ".join(dict.fromkeys(_describe(r.node) for r in flow.readers if r.node not in flow.obstacles))
+            self._leave(norm, "no Linear reads it through operators that keep channels apart"
+                        + (f": read by {others}" if others else "") + (f" ({why})" if why else ""))
+            return
+        path = module_path(norm) or norm.name
+        values: dict[Node, list[Node]] = {}
+        for reader in readers:
+            values.setdefault(reader.value, []).append(reader.node)
+        bits = max(plans[r.node].abits for r in readers)  # one scale serves them all
+        sites = [self._site(f"{module_path(consumers[0]) or path}/input", "norm", value, consumers, bits)
+                 for value, consumers in values.items()]
+        consumers = [r.node for r in readers]
+        others = [r for r in flow.readers if r.node not in consumers]
+        group = Group("norm_linear", path, sites, consumers, {c: plans[c] for c in consumers}, norm=norm, shared_norm=bool(others))
+        if others:
+            group.notes.append("also read by " + ", ".join(dict.fromkeys(_describe(r.node) for r in others))
+                               + ": these keep the original norm")
+        self.plan.groups.append(group)
+        for consumer in consumers:
+            claimed[consumer] = group
+
+    def _match_matmul(self, node: Node) -> None:
+        path = module_path(node) or node.name
+        operands = [a for a in node.args[:2] if isinstance(a, Node)]
+        if len(operands) != 2 or not all(is_tensor(o) for o in operands):
+            return
+        plan = self.recipe.layer(path)
+        sources = [origin(o) for o in operands]
+        softmax = next((s for s in sources if s.op == "call_function" and s.target in SOFTMAX), None)
+        if plan.skip:
+            if softmax is not None:
+                self._leave(softmax, "the recipe skips the product that reads it")
+            return
+        feeds_softmax = any(_reaches_softmax(user) for user in node.users)
+        labels = ["query", "key"] if feeds_softmax and softmax is None else ["left", "right"]
+        sites = []
+        for operand, source, label in zip(operands, sources, labels):
+            is_softmax = source is softmax and softmax is not None
+            if softmax is not None:
+                label = "probabilities" if is_softmax else "value"
+            role = "softmax" if is_softmax and self.recipe.softmax != "uniform" else "value"
+            sites.append(self._site(f"{path}/{label}", role, operand, [node], plan.abits))
+        self.plan.groups.append(Group("matmul", path, sites, [node], {node: plan}, softmax=softmax))
+
+    def _match_weighted(self, value: Node, consumers: list[Node], kind: str) -> None:
+        plans = {c: self.recipe.layer(module_path(c)) for c in consumers}
+        consumers = [c for c in consumers if not plans[c].skip]
+        if not consumers:
+            return
+        path = module_path(consumers[0]) or consumers[0].name
+        from_input = origin(value).op == "placeholder"
+        bits = self.recipe.input_bits if from_input and not self._overridden(path) else max(plans[c].abits for c in consumers)
+        site = self._site(f"{path}/input", "value", value, consumers, bits)
+        self.plan.groups.append(Group(kind, path, [site], consumers, {c: plans[c] for c in consumers}))
+
+    def _overridden(self, path: str) -> bool:
+        import fnmatch
+
+        return any(rule.abits is not None and fnmatch.fnmatchcase(path, rule.match) for rule in self.recipe.layers)
+
+    def _site(self, name: str, role: str, value: Node, consumers: list[Node], bits: int) -> Site:
+        unique, count = name, 1
+        while unique in self._names:
+            count += 1
+            unique = f"{name}_{count}"
+        self._names.add(unique)
+        return Site(unique, role, value, consumers, bits)
+
+    def _leave(self, node: Node, reason: str) -> None:
+        self.plan.left_alone.append(LeftAlone(module_path(node) or node.name, str(node.target).split(".")[1], reason))
+
+
+def slot_name(site: Site) -> str:
+    """Attribute-safe name of a site's module."""
+    return re.sub(r"\W", "_", site.name)
+
+
+def data_dependent(graph_module: GraphModule) -> set[Node]:
+    """Nodes whose values depend on the data of the model's floating-point computation, not on sizes or positions alone."""
+    live: set[Node] = set()
+    for node in graph_module.graph.nodes:
+        if node.op == "placeholder":
+            live.add(node)
+        elif node.op == "call_function" and node.target is not aten.sym_size.int:
+            if any(parent in live for parent in node.all_input_nodes):
+                live.add(node)
+    return live
+
+
+def _reaches_softmax(node: Node, depth: int = 12) -> bool:
+    """Whether attention logits lead to a softmax within a few elementwise or layout operators."""
+    if depth == 0 or node.op != "call_function":
+        return False
+    if node.target in SOFTMAX:
+        return True
+    if node.target in MATMULS or node.target is aten.linear.default:
+        return False
+    return any(_reaches_softmax(user, depth - 1) for user in node.users)
+
+
+def _describe(node: Node) -> str:
+    name = "the output" if node.op == "output" else str(node.target).split(".")[1] if "." in str(node.target) else node.name
+    path = module_path(node)
+    return f"{name} in {path}" if path else name

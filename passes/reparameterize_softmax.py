@@ -1,0 +1,29 @@
+"""Scale reparameterization of Softmax quantizers (RepQuant Eq. 15-17): log-sqrt2 while calibrating, a shift at inference."""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule
+
+from repquant_fx.passes.base import Pass
+from repquant_fx.passes.calibrate_activations import install, slot_module
+from repquant_fx.passes.match_sites import Group
+from repquant_fx.quantizers.observers import LogQuantizer, ShiftLogQuantizer
+
+
+class ReparameterizeSoftmax(Pass):
+    name = "reparameterize softmax"
+    needs = "a logarithmic quantizer at the group's Softmax operand"
+    guarantees = "the same values for every code, computed by a shift of a scale chosen by the code's parity"
+
+    def __init__(self, group: Group) -> None:
+        super().__init__()
+        self.group = group
+
+    def run(self, graph_module: GraphModule) -> bool:
+        modified = False
+        for site in self.group.sites:
+            module = slot_module(graph_module, site)
+            if isinstance(module, LogQuantizer) and module.steps == 2:
+                install(graph_module, site, ShiftLogQuantizer(float(module.scale), module.bits, 2))
+                modified = True
+        return modified

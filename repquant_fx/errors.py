@@ -1,0 +1,49 @@
+"""Errors that a user can act on. Each says what was wrong, where, and what to do; the CLI prints them without a traceback.
+
+Exit codes of the CLI: 0 success, 1 internal error (a bug), 2 bad input (`InputError`), 3 the exported file disagrees with the
+FX reference (`ParityError`), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+
+class RepQuantError(Exception):
+    """Base of all errors raised on purpose. `exit_code` is what the CLI returns."""
+
+    exit_code = 1
+
+
+class InputError(RepQuantError):
+    """Something the user gave cannot be used: a file, a shape, an option, a model."""
+
+    exit_code = 2
+
+
+class ModelFileError(InputError):
+    """A model file cannot be read, is not a model, or would execute code when loaded."""
+
+
+class CaptureError(InputError):
+    """torch.export could not turn the model into a graph."""
+
+
+class CalibrationError(InputError):
+    """Calibration data is missing, unreadable, of the wrong shape or dtype, or not finite."""
+
+
+class RecipeError(InputError):
+    """A recipe or a quantization option is invalid."""
+
+
+class OutputError(InputError):
+    """The output cannot be written."""
+
+
+class PassError(RepQuantError):
+    """A graph pass failed or left an illegal graph. Names the pass, and the passes that ran before it."""
+
+
+class ParityError(RepQuantError):
+    """ONNX Runtime and the FX reference disagree beyond float rounding."""
+
+    exit_code = 3

@@ -1,0 +1,65 @@
+"""The operators of a lowered graph, registered with torch so that the FX reference runs and torch.export keeps them whole.
+
+Each has exactly one ONNX counterpart (see `exporters.translations`), and computes with the same rounding:
+
+| operator | ONNX |
+|---|---|
+| `repquant_fx::quantize` | QuantizeLinear-21, then Min where bits < 8 |
+| `repquant_fx::dequantize` | DequantizeLinear-21 |
+| `repquant_fx::log2_softmax` | the model-local function `repquant_fx.Log2Softmax` |
+| `repquant_fx::log2_quantize` | the model-local function `repquant_fx.Log2Quantize` |
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from repquant_fx.quantizers import logarithmic, uniform
+
+
+@torch.library.custom_op("repquant_fx::quantize", mutates_args=())
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int) -> Tensor:
+    """uint8 codes of `x`. `axis = -1` with a 0-d scale is per tensor; else `scale`, `zero_point` hold one value a channel."""
+    return uniform.quantize(x, scale, zero_point.to(x.dtype), bits, axis if scale.ndim else None).to(torch.uint8)
+
+
+@quantize.register_fake
+def _(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int) -> Tensor:
+    return torch.empty_like(x, dtype=torch.uint8)
+
+
+@torch.library.custom_op("repquant_fx::dequantize", mutates_args=())
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, axis: int) -> Tensor:
+    """float32 values of integer codes. `bits` tells the exporter how to store constant codes."""
+    zero = torch.zeros_like(scale) if zero_point is None else zero_point.to(scale.dtype)
+    return uniform.dequantize(codes.to(scale.dtype), scale, zero, axis if scale.ndim else None)
+
+
+@dequantize.register_fake
+def _(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, axis: int) -> Tensor:
+    return torch.empty_like(codes, dtype=scale.dtype)
+
+
+@torch.library.custom_op("repquant_fx::log2_softmax", mutates_args=())
+def log2_softmax(logits: Tensor, scale: Tensor, dim: int, bits: int, steps: int) -> Tensor:
+    """Softmax over `dim`, log-quantized: the values of `bits`-bit codes with `steps` codes an octave."""
+    codes = logarithmic.quantize_log(torch.log_softmax(logits, dim), float(scale), bits, steps)
+    return logarithmic.dequantize(codes, float(scale), bits, steps)
+
+
+@log2_softmax.register_fake
+def _(logits: Tensor, scale: Tensor, dim: int, bits: int, steps: int) -> Tensor:
+    return torch.empty_like(logits)
+
+
+@torch.library.custom_op("repquant_fx::log2_quantize", mutates_args=())
+def log2_quantize(a: Tensor, scale: Tensor, bits: int, steps: int) -> Tensor:
+    """Log-quantized non-negative values, for a Softmax that has other readers."""
+    codes = logarithmic.quantize(a, float(scale), bits, steps)
+    return logarithmic.dequantize(codes, float(scale), bits, steps)
+
+
+@log2_quantize.register_fake
+def _(a: Tensor, scale: Tensor, bits: int, steps: int) -> Tensor:
+    return torch.empty_like(a)

@@ -1,0 +1,190 @@
+"""GPTQ (arXiv 2210.17323): weight rounding that compensates its own error through the inverse Hessian of the layer's input.
+
+Works on W of shape (out, in), codes per output channel. The arithmetic is batched over rows, and Linears that share an input
+share one factorisation: stack their rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from repquant_fx.errors import PassError
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """Integer codes with zero point folded in: `weight ~ codes * scale[:, None]`.
+
+    Attributes:
+        codes: int8, shape (out, in). For an asymmetric grid these are `q - z`, so that the stored zero point is 0.
+        scale: float32, shape (out,).
+    """
+
+    codes: Tensor
+    scale: Tensor
+
+    def dequantize(self) -> Tensor:
+        """float32 weight, shape (out, in)."""
+        return self.codes.to(torch.float32) * self.scale[:, None]
+
+
+@dataclass(frozen=True)
+class WeightGrid:
+    """Per-output-channel grid: `w ~ scale * clamp(round(w / scale), low, high)`; scale, low, high of shape (out,)."""
+
+    scale: Tensor
+    low: Tensor
+    high: Tensor
+
+    def codes(self, w: Tensor) -> Tensor:
+        """Integer codes (as floats) of columns or matrices `w`, shape (out, ...)."""
+        view = (-1,) + (1,) * (w.ndim - 1)
+        return torch.round(w / self.scale.view(view)).clamp(self.low.view(view), self.high.view(view))
+
+    def values(self, w: Tensor) -> Tensor:
+        """Nearest grid values of `w`."""
+        return self.codes(w) * self.scale.view((-1,) + (1,) * (w.ndim - 1))
+
+
+def symmetric_range(bits: int) -> tuple[int, int]:
+    """Code range of a symmetric grid; at 8 bits -127..127, as integer kernels expect."""
+    half = 1 << (bits - 1)
+    return (-127, 127) if bits == 8 else (-half, half - 1)
+
+
+def weight_grid(
+    weight: Tensor, bits: int, *, symmetric: bool, search: bool = True, importance: Tensor | None = None
+) -> WeightGrid:
+    """Per-output-channel scale and code range.
+
+    An asymmetric grid has `2^bits` consecutive integer codes that contain 0, anywhere: the zero point is folded into the
+    code range, so that the file stores zero point 0. That needs room in the container, which 4 bits in INT4 and 8 bits in
+    INT8 do not have; the caller then asks for a symmetric one.
+
+    Args:
+        weight: shape (out, in).
+        search: shrink the min-max range over 40 steps and keep the smallest (weighted) squared error, else min-max.
+        importance: weights of the columns' errors, shape (in,), e.g. the diagonal of the Hessian.
+    """
+    top = (1 << bits) - 1
+    lo0, hi0 = weight.amin(dim=1).clamp(max=0), weight.amax(dim=1).clamp(min=0)
+    column = torch.ones_like(weight[0]) if importance is None else importance / importance.mean().clamp(min=1e-30)
+    tiny = torch.finfo(weight.dtype).tiny * 1e6
+
+    def grid(lo: Tensor, hi: Tensor) -> WeightGrid:
+        if symmetric:
+            low, high = symmetric_range(bits)
+            scale = torch.maximum(hi / high, lo / low).clamp(min=tiny)
+            return WeightGrid(scale, torch.full_like(scale, low), torch.full_like(scale, high))
+        scale = ((hi - lo) / top).clamp(min=tiny)
+        zero_point = torch.round(-lo / scale).clamp(0, top)
+        return WeightGrid(scale, -zero_point, top - zero_point)
+
+    best = grid(lo0, hi0)
+    if not search:
+        return best
+
+    def error(g: WeightGrid) -> Tensor:
+        return ((g.values(weight) - weight).square() * column).sum(dim=1)
+
+    best_error = error(best)
+    shrink = torch.linspace(1.0, 0.2, 41)[1:].tolist()
+    candidates = [(f, f) for f in shrink]
+    if not symmetric and bits <= 4:  # with few codes the two ends must move independently
+        candidates += [(a, b) for a in shrink[::4] for b in [1.0, *shrink[::4]]] + [(1.0, b) for b in shrink[::4]]
+    for f_low, f_high in candidates:
+        candidate = grid(lo0 * f_low, hi0 * f_high)
+        e = error(candidate)
+        better = e < best_error
+        best_error = torch.where(better, e, best_error)
+        best = WeightGrid(*(torch.where(better, a, b) for a, b in zip(
+            (candidate.scale, candidate.low, candidate.high), (best.scale, best.low, best.high))))
+    return best
+
+
+def output_error(weight: Tensor, approximation: Tensor, hessian: Tensor) -> Tensor:
+    """Squared output error of every row, `d H d^T / 2` summed, shape (out,): what GPTQ minimises."""
+    d = (approximation - weight).to(hessian.dtype)
+    return 0.5 * ((d @ hessian) * d).sum(dim=1)
+
+
+def inverse_factor(hessian: Tensor, damping: float, where: str = "") -> tuple[Tensor, Tensor]:
+    """Upper Cholesky factor of the damped inverse Hessian, and the mask of dead inputs.
+
+    Args:
+        hessian: `2 X^T X`, shape (in, in), float32 or float64.
+        damping: fraction of the mean diagonal added to it. Raised tenfold, up to 10, until the factorisation succeeds.
+
+    Raises:
+        PassError: the Hessian is not finite, or cannot be factorised at any damping.
+    """
+    if not bool(torch.isfinite(hessian).all()):
+        raise PassError(f"the Hessian of {where or 'a layer'} is not finite: its calibration inputs overflow; check the data")
+    hessian = hessian.clone()
+    dead = hessian.diagonal() <= 0
+    hessian.diagonal()[dead] = 1.0
+    mean = hessian.diagonal().mean()
+    factor = damping
+    while True:
+        damped = hessian.clone()
+        damped.diagonal().add_(factor * mean)
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if int(info) == 0:
+            upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if int(info) == 0 and bool(torch.isfinite(upper).all()):
+                return upper, dead
+        factor = max(factor * 10, 1e-4)
+        if factor > 10:
+            raise PassError(f"the Hessian of {where or 'a layer'} cannot be factorised even with damping {factor / 10:g}; "
+                            "use more calibration data or switch GPTQ off for this layer")
+
+
+def gptq(
+    weight: Tensor, hessian: Tensor, grid: WeightGrid, *, damping: float = 0.01, block: int = 128,
+    activation_order: bool = True, where: str = "",
+) -> QuantizedWeight:
+    """Quantize `weight` column by column, spreading each column's error over the columns not yet quantized.
+
+    Args:
+        weight: shape (out, in).
+        hessian: `2 X^T X` of the *quantized* layer input, shape (in, in).
+        grid: fixed before the sweep.
+        block: columns updated lazily at once (the paper's 128).
+        activation_order: sweep columns by decreasing Hessian diagonal. A permutation of the order only; codes come back in place.
+
+    Returns:
+        codes and scale. Rows whose output error would exceed round-to-nearest's keep round-to-nearest.
+    """
+    w0 = weight.to(hessian.dtype)
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True) if activation_order else torch.arange(weight.shape[1])
+    upper, dead = inverse_factor(hessian[order][:, order], damping, where)
+    w = w0[:, order].clone()
+    w[:, dead] = 0
+    exact = WeightGrid(*(t.to(w.dtype) for t in (grid.scale, grid.low, grid.high)))
+    codes = torch.zeros_like(w)
+    for start in range(0, w.shape[1], block):
+        stop = min(start + block, w.shape[1])
+        errors = torch.zeros_like(w[:, start:stop])
+        for j in range(start, stop):
+            column = w[:, j]
+            q = exact.codes(column)
+            codes[:, j] = q
+            error = (column - q * exact.scale) / upper[j, j]
+            w[:, j:stop] -= error[:, None] * upper[j, j:stop][None]
+            errors[:, j - start] = error
+        w[:, stop:] -= errors @ upper[start:stop, stop:]
+    result = torch.empty_like(codes)
+    result[:, order] = codes
+    nearest = exact.codes(torch.where(hessian.diagonal() > 0, w0, torch.zeros_like(w0)))
+    scale = exact.scale[:, None]
+    worse = output_error(w0, result * scale, hessian) > output_error(w0, nearest * scale, hessian)
+    result = torch.where(worse[:, None], nearest, result)
+    return QuantizedWeight(result.to(torch.int8), grid.scale.float())
+
+
+def round_to_nearest(weight: Tensor, grid: WeightGrid) -> QuantizedWeight:
+    """Codes without error compensation."""
+    return QuantizedWeight(grid.codes(weight).to(torch.int8), grid.scale.float())

@@ -1,0 +1,75 @@
+"""Logarithmic quantization of Softmax activations (RepQuant Eq. 15-17), as pure functions on tensors.
+
+`steps` is the number of codes an octave: 2 is the paper's log-sqrt2 quantizer, 1 is log2. The top code `2^b - 1` is reserved
+for exact zero: an attention mask makes exact zeros, and the plain formula would turn each into the smallest level, a leak
+that grows with the number of masked tokens. So b bits hold `2^b - 1` levels and a zero.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def zero_code(bits: int) -> int:
+    """The code that stands for exact zero."""
+    return (1 << bits) - 1
+
+
+def quantize_log(log_a: Tensor, scale: float, bits: int, steps: int = 2) -> Tensor:
+    """Codes `clip(round(-steps * log2(A / scale)), 0, 2^bits - 1)` (Eq. 15) from the *natural logarithm* of A.
+
+    Taking the logarithm as input lets LogSoftmax feed the quantizer directly: log2 quantization is uniform quantization of
+    the logarithm. The arithmetic below (add, divide, round half to even, saturate) is that of ONNX QuantizeLinear with scale
+    `ln 2 / steps`, in float32, so that codes agree. `log_a = -inf` gives the zero code.
+    """
+    width = torch.tensor(math.log(2) / steps, dtype=log_a.dtype, device=log_a.device)
+    shift = torch.tensor(-math.log(scale), dtype=log_a.dtype, device=log_a.device)
+    top = zero_code(bits)
+    return -torch.round((log_a + shift) / width).clamp(-top, 0)
+
+
+def quantize(a: Tensor, scale: float, bits: int, steps: int = 2) -> Tensor:
+    """Codes of the non-negative values `a` (Eq. 15), in the dtype of `a`."""
+    return quantize_log(torch.log(a), scale, bits, steps)
+
+
+def dequantize(codes: Tensor, scale: float, bits: int, steps: int = 2) -> Tensor:
+    """`scale * 2^(-codes / steps)`, and 0 for the zero code: the quantizer used while calibrating."""
+    values = scale * torch.exp2(-codes / steps)
+    return torch.where(codes == zero_code(bits), torch.zeros_like(values), values)
+
+
+def dequantize_shift(codes: Tensor, scale: float, bits: int) -> Tensor:
+    """The same values for `steps = 2` by a shift of the reparameterized scale (Eq. 16-17).
+
+    `s' * 2^floor(-q/2)` with `s' = s * (1 + (sqrt2 - 1) * [q odd])`: the parity bit chooses one of two scales and the rest of
+    the code is a shift.
+    """
+    odd = torch.remainder(codes, 2)
+    rescaled = scale * (1 + (math.sqrt(2) - 1) * odd)
+    values = torch.ldexp(rescaled, torch.floor(-codes / 2))
+    return torch.where(codes == zero_code(bits), torch.zeros_like(values), values)
+
+
+def level_table(scale: float, bits: int, steps: int = 2) -> Tensor:
+    """The `2^bits` dequantized values by code, float32: what the exported operator computes."""
+    return dequantize(torch.arange(1 << bits, dtype=torch.float64), scale, bits, steps).float()
+
+
+def fake_quantize(a: Tensor, scale: float, bits: int, steps: int = 2) -> Tensor:
+    """Quantize, then dequantize."""
+    return dequantize(quantize(a, scale, bits, steps), scale, bits, steps)
+
+
+def scale_candidates(largest: float, bits: int, steps: int = 2) -> list[float]:
+    """Scales worth trying for values up to `largest`, from `largest` down in quarter steps of the code.
+
+    A smaller scale saturates the few large values and moves the levels towards the many small ones; the range searched
+    lets the smallest level fall to about 2^-16 of the largest value.
+    """
+    span = min(16.0, max(2.0, 12.0 - ((1 << bits) - 2) / steps))
+    count = int(span * steps * 4)
+    return [largest * 2.0 ** (0.5 / steps - i / (4 * steps)) for i in range(count + 1)]

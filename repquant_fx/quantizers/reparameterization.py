@@ -1,0 +1,51 @@
+"""Scale reparameterization (RepQuant Eq. 10-14): from a per-channel quantizer to a per-tensor one with the same codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ChannelAffine:
+    """The exact map `x -> (x + shift) / ratio` between an activation and its reparameterized form.
+
+    Attributes:
+        ratio: `r1 = s / s~`, shape (D,), positive.
+        shift: `s * r2` with `r2 = z - z~`, shape (D,).
+        scale, zero_point: the per-tensor `s~` and `z~`, 0-d.
+    """
+
+    ratio: Tensor
+    shift: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def apply(self, x: Tensor) -> Tensor:
+        """The reparameterized activation; the channel axis of `x` is last."""
+        return (x + self.shift) / self.ratio
+
+    def rewrite_norm(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`gamma / r1` and `(beta + s * r2) / r1` (Eq. 12). A norm without affine gains one."""
+        one = torch.ones_like(self.ratio) if weight is None else weight
+        zero = torch.zeros_like(self.ratio) if bias is None else bias
+        return one / self.ratio, (zero + self.shift) / self.ratio
+
+    def rewrite_linear(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`W diag(r1)` and `bias - W (s * r2)` (Eq. 14), with W of shape (out, D). A Linear without bias gains one."""
+        correction = weight @ self.shift
+        return weight * self.ratio, -correction if bias is None else bias - correction
+
+
+def reparameterize(scale: Tensor, zero_point: Tensor, bits: int) -> ChannelAffine:
+    """Choose `s~`, `z~` for per-channel `s`, `z` of shape (D,) and return the affine that links them.
+
+    Any scalars are exact. As in the paper `s~ = mean(s)`, `z~ = mean(z)`; the latter is rounded and brought into
+    [0, 2^bits - 1], which a stored zero point must satisfy, and `r2` absorbs the difference exactly.
+    Arithmetic is done in the dtype given; pass float64 to keep the identity tight.
+    """
+    tensor_scale = scale.mean()
+    tensor_zero_point = zero_point.mean().round().clamp(0, (1 << bits) - 1)
+    return ChannelAffine(scale / tensor_scale, scale * (zero_point - tensor_zero_point), tensor_scale, tensor_zero_point)

@@ -1,0 +1,76 @@
+"""Uniform affine quantization (RepQuant Eq. 4-6), as pure functions on tensors.
+
+`quantize` divides by the scale and rounds half to even, which is what ONNX QuantizeLinear does, so that a code computed
+here is the code ONNX Runtime computes. (Multiplying by the reciprocal instead differs at rounding boundaries.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def levels(bits: int) -> int:
+    """Number of codes of a `bits`-bit quantizer."""
+    return 1 << bits
+
+
+def _along(parameter: Tensor, x: Tensor, axis: int | None) -> Tensor:
+    if axis is None or parameter.ndim == 0:
+        return parameter
+    shape = [1] * x.ndim
+    shape[axis] = -1
+    return parameter.reshape(shape)
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None = None) -> Tensor:
+    """Codes `clip(round(x / scale) + zero_point, 0, 2^bits - 1)` (Eq. 4), in the dtype of `x`.
+
+    Args:
+        x: any shape.
+        scale, zero_point: scalars, or one value a channel of `axis`; the zero point holds integers in a float tensor.
+        bits: 1 to 16.
+    """
+    s, z = _along(scale, x, axis), _along(zero_point, x, axis)
+    return (torch.round(x / s) + z).clamp(0, levels(bits) - 1)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None = None) -> Tensor:
+    """`scale * (codes - zero_point)` (Eq. 5)."""
+    return (codes - _along(zero_point, codes, axis)) * _along(scale, codes, axis)
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None = None) -> Tensor:
+    """Quantize, then dequantize."""
+    return dequantize(quantize(x, scale, zero_point, bits, axis), scale, zero_point, axis)
+
+
+def parameters_from_range(low: Tensor, up: Tensor, bits: int, *, include_zero: bool) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of the range [low, up] (Eq. 6).
+
+    Args:
+        low, up: same shape, `low <= up`.
+        include_zero: widen the range to contain 0, so that the zero point lies in [0, 2^bits - 1] as a stored zero point
+            must. A per-channel quantizer that is reparameterized later does not need it.
+
+    Returns:
+        scale > 0 and an integral zero point, both of the shape and dtype of `low`. A dead range (`low == up`) gets a
+        scale that represents its one value with a code, and never divides by zero.
+    """
+    if include_zero:
+        low, up = low.clamp(max=0), up.clamp(min=0)
+    top = levels(bits) - 1
+    width = up - low
+    # A range so narrow that its zero point would not be exact in floating point is a constant: widen it around its value.
+    magnitude = torch.maximum(low.abs(), up.abs())
+    floor = torch.maximum(magnitude * 1e-4, torch.full_like(magnitude, 1e-8))
+    scale = torch.maximum(width, floor) / top
+    zero_point = torch.round(-low / scale)
+    if include_zero:
+        zero_point = zero_point.clamp(0, top)
+    return scale, zero_point
+
+
+def squared_error(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None = None) -> Tensor:
+    """Elementwise squared quantization error, of the shape of `x`."""
+    return (fake_quantize(x, scale, zero_point, bits, axis) - x).square()

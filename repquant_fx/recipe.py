@@ -1,0 +1,213 @@
+"""What to quantize, with how many bits, by which method. Read strictly from YAML or TOML; every field has a CLI switch."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from repquant_fx.errors import RecipeError
+
+CHOICES = {
+    "norm": ("reparameterize", "layerwise", "channelwise"),
+    "softmax": ("log_sqrt2", "log2", "uniform"),
+    "softmax_scale": ("output", "percentile"),
+    "clipping": ("search", "adam", "none"),
+    "activations": ("mse", "percentile", "minmax"),
+    "weights": ("mse", "minmax"),
+}
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """Overrides for the layers whose module path matches the glob `match`. The last matching rule wins, field by field."""
+
+    match: str
+    wbits: int | None = None
+    abits: int | None = None
+    gptq: bool | None = None
+    skip: bool | None = None
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Effective settings of one layer."""
+
+    wbits: int
+    abits: int
+    gptq: bool
+    skip: bool
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole quantization recipe. The defaults are RepQuant at W8A8.
+
+    Attributes:
+        wbits, abits: bits of weights and activations, 2 to 8.
+        input_bits: bits of the model input where a layer reads it directly (the patch embedding), 8 in the paper's code.
+        norm: norm activations per channel and reparameterized (the method), `layerwise` (one scale, no rewriting) or
+            `channelwise` (per-channel scales kept in the file: a reference, slow).
+        softmax: `log_sqrt2` reparameterized to log2 (the method), plain `log2`, or `uniform`.
+        softmax_scale: `output` minimises the error of the MatMul's result on a sample, `percentile` that of the values
+            over three percentiles.
+        clipping: per-channel dual clipping of norm activations by exact `search`, by the paper's `adam`, or `none` (min-max).
+        activations: bounds of all other activations: `mse`, `percentile`, `minmax`.
+        percentile: the percentile used where asked for.
+        weights: weight range by `mse` search or `minmax`.
+        gptq: error-compensating rounding; else round to nearest.
+        gptq_damping, gptq_block, gptq_activation_order: see `quantizers.gptq`.
+        layers: overrides by module path.
+
+    Example (YAML)::
+
+        wbits: 4
+        abits: 4
+        layers:
+          - {match: "head", wbits: 8, abits: 8}
+          - {match: "blocks.*.mlp.fc2", abits: 6}
+    """
+
+    wbits: int = 8
+    abits: int = 8
+    input_bits: int = 8
+    norm: str = "reparameterize"
+    softmax: str = "log_sqrt2"
+    softmax_scale: str = "output"
+    clipping: str = "search"
+    activations: str = "mse"
+    percentile: float = 99.99
+    weights: str = "mse"
+    gptq: bool = True
+    gptq_damping: float = 0.01
+    gptq_block: int = 128
+    gptq_activation_order: bool = True
+    layers: tuple[LayerRule, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        for name in ("wbits", "abits", "input_bits"):
+            _check_bits(name, getattr(self, name))
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise RecipeError(f"{name} must be one of {', '.join(allowed)}; found {value!r}{_nearest(value, allowed)}")
+        for name in ("gptq", "gptq_activation_order"):
+            if not isinstance(getattr(self, name), bool):
+                raise RecipeError(f"{name} must be true or false; found {getattr(self, name)!r}")
+        for name, low, high in (("percentile", 50.0, 100.0), ("gptq_damping", 0.0, 10.0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+                raise RecipeError(f"{name} must be a number from {low:g} to {high:g}; found {value!r}")
+        if isinstance(self.gptq_block, bool) or not isinstance(self.gptq_block, int) or self.gptq_block < 1:
+            raise RecipeError(f"gptq_block must be a positive integer; found {self.gptq_block!r}")
+        for index, rule in enumerate(self.layers):
+            for name in ("wbits", "abits"):
+                if getattr(rule, name) is not None:
+                    _check_bits(f"layers[{index}].{name}", getattr(rule, name))
+
+    def layer(self, path: str) -> LayerPlan:
+        """Effective settings of the layer at module path `path`."""
+        plan = LayerPlan(self.wbits, self.abits, self.gptq, False)
+        for rule in self.layers:
+            if fnmatch.fnmatchcase(path, rule.match):
+                changes = {k: v for k, v in asdict(rule).items() if k != "match" and v is not None}
+                plan = replace(plan, **changes)
+        return plan
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `from_dict` reads back to an equal recipe."""
+        data = asdict(self)
+        data["layers"] = [{k: v for k, v in asdict(rule).items() if v is not None} for rule in self.layers]
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str = "recipe") -> Recipe:
+        """Strict: an unknown key is an error that suggests the nearest one.
+
+        Raises:
+            RecipeError: unknown key, wrong type, value out of range.
+        """
+        _check_keys(data, cls, where)
+        values = dict(data)
+        rules = values.pop("layers", ())
+        if not isinstance(rules, (list, tuple)):
+            raise RecipeError(f"{where}: layers must be a list of tables, each with a `match` glob")
+        parsed = []
+        for index, rule in enumerate(rules):
+            if isinstance(rule, LayerRule):
+                parsed.append(rule)
+                continue
+            _check_keys(rule, LayerRule, f"{where}: layers[{index}]")
+            if not isinstance(rule.get("match"), str):
+                raise RecipeError(f"{where}: layers[{index}] needs `match`, a glob on the module path")
+            parsed.append(LayerRule(**rule))
+        return cls(**values, layers=tuple(parsed))
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Recipe:
+        """Read `.yaml`, `.yml` or `.toml`.
+
+        Raises:
+            RecipeError: unreadable, not a table, or invalid.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"cannot read recipe {path}: {error}") from error
+        try:
+            data = _parse(text, path.suffix.lower())
+        except RecipeError:
+            raise
+        except Exception as error:
+            raise RecipeError(f"recipe {path} is not valid {path.suffix[1:].upper()}: {str(error).splitlines()[0]}") from error
+        if data is None:
+            data = {}
+        if not isinstance(data, dict):
+            raise RecipeError(f"recipe {path} must be a table of settings, not a {type(data).__name__}")
+        return cls.from_dict(data, f"recipe {path}")
+
+
+def repq_vit(wbits: int, abits: int, **changes: Any) -> Recipe:
+    """The predecessor (arXiv 2212.08254) in our terms: reparameterization and log-sqrt2, no clipping, no GPTQ, percentiles."""
+    settings: dict[str, Any] = {"clipping": "none", "gptq": False, "activations": "percentile", "softmax_scale": "percentile"}
+    return Recipe(wbits=wbits, abits=abits, **{**settings, **changes})
+
+
+PRESETS = {"repquant": Recipe, "repq-vit": repq_vit}
+
+
+def _parse(text: str, suffix: str) -> Any:
+    if suffix == ".toml":
+        try:
+            import tomllib
+        except ModuleNotFoundError:  # Python 3.10
+            import tomli as tomllib  # type: ignore[import-not-found,no-redef]
+        return tomllib.loads(text)
+    if suffix in (".yaml", ".yml"):
+        import yaml
+
+        return yaml.safe_load(text)
+    raise RecipeError(f"a recipe is .yaml, .yml or .toml; found {suffix or 'no suffix'!r}")
+
+
+def _check_keys(data: Any, target: type, where: str) -> None:
+    known = [f.name for f in fields(target)]
+    if not isinstance(data, Mapping):
+        raise RecipeError(f"{where} must be a table, found {type(data).__name__}")
+    for key in data:
+        if key not in known:
+            raise RecipeError(f"{where}: unknown setting {key!r}{_nearest(key, known)}")
+
+
+def _nearest(value: Any, known: Any) -> str:
+    close = difflib.get_close_matches(str(value), list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _check_bits(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 2 <= value <= 8:
+        raise RecipeError(f"{name} must be an integer from 2 to 8; found {value!r}")
