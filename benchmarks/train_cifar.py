@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 ARCHITECTURES = {
     "vit": "timm:vit_tiny_patch16_224,img_size=32,patch_size=4,embed_dim=128,depth=6,num_heads=4,mlp_ratio=2,"
@@ -72,6 +72,19 @@ def augment(images: torch.Tensor, generator: torch.Generator, pad: int = 4, hole
     cy, cx = (torch.randint(0, h, (n,), generator=generator).to(images.device) for _ in range(2))
     inside = [(torch.arange(h, device=images.device)[None] - c[:, None]).abs() <= hole // 2 for c in (cy, cx)]
     return out.masked_fill((inside[0][:, :, None] & inside[1][:, None, :])[:, None], 0.0)
+
+
+def cutmix(images: torch.Tensor, targets: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """One rectangle of another image of the batch, targets mixed by area (S. Yun et al., arXiv 1905.04899)."""
+    n, _, h, w = images.shape
+    other = torch.randperm(n, generator=generator).to(images.device)
+    area = float(torch.rand((), generator=generator))
+    hh, ww = int(h * area ** 0.5), int(w * area ** 0.5)
+    top, left = (int(torch.randint(0, room + 1, (), generator=generator)) for room in (h - hh, w - ww))
+    mixed = images.clone()
+    mixed[:, :, top:top + hh, left:left + ww] = images[other, :, top:top + hh, left:left + ww]
+    share = hh * ww / (h * w)
+    return mixed, (1 - share) * targets + share * targets[other]
 
 
 def mimetic_init(model: nn.Module, generator: torch.Generator) -> None:
@@ -149,6 +162,8 @@ def main() -> None:
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--init", type=Path, help="weights to go on from (a second cycle, with a smaller learning rate)")
+    parser.add_argument("--cutmix", type=float, default=0.0, help="share of the steps that use CutMix")
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
 
@@ -161,7 +176,10 @@ def main() -> None:
     test_images, test_labels = load_folder(args.test)
 
     model = build(ARCHITECTURES[args.model])
-    mimetic_init(model, generator)
+    if args.init:
+        model.load_state_dict(load_file(str(args.init)))
+    else:
+        mimetic_init(model, generator)
     model.to(device)
     hidden = [p for n, p in model.named_parameters()
               if p.ndim == 2 and p.requires_grad and not any(k in n for k in ("head", "embed", "table"))]
@@ -185,9 +203,12 @@ def main() -> None:
             for optimizer, lr in zip(optimizers, peak):
                 optimizer.param_groups[0]["lr"] = lr * max(factor, 1e-3)
             x, y = augment(normalize(images[index].to(device)), generator), labels[index].to(device)
+            targets = F.one_hot(y, 10).float()
+            if float(torch.rand((), generator=generator)) < args.cutmix:
+                x, targets = cutmix(x, targets, generator)
             with torch.autocast(device.type, dtype=torch.bfloat16):
                 logits = forward(x)
-            loss = F.cross_entropy(logits.float(), y, label_smoothing=0.1 * (1 - progress))
+            loss = F.cross_entropy(logits.float(), targets, label_smoothing=0.1 * (1 - progress))
             loss.backward()
             for optimizer in optimizers:
                 optimizer.step()

@@ -29,23 +29,17 @@ class CalibrateActivations(Pass):
         self.group, self.recipe = group, recipe
 
     def run(self, graph_module: GraphModule) -> bool:
+        recorded = {site.name: observer(graph_module, site) for site in self.group.sites}
         norm_sites = [s for s in self.group.sites if s.role == "norm"]
         if norm_sites:
             self._calibrate_norm(graph_module, norm_sites)
         # the value operand first: the Softmax scale is chosen with it already quantized
         for site in (s for s in self.group.sites if s.role == "value"):
-            bounds = self._bounds(observer(graph_module, site).sample(), site.bits)
-            whole = observer(graph_module, site)
+            bounds = self._bounds(recorded[site.name].sample(), site.bits)
             scale, zero_point = parameters_from_range(bounds.low[0], bounds.up[0], site.bits, include_zero=True)
-            quantizer = UniformQuantizer(scale, zero_point, site.bits)
-            quantizer.observed = whole if whole.leading else None  # type: ignore[assignment]
-            install(graph_module, site, quantizer)
+            install(graph_module, site, UniformQuantizer(scale, zero_point, site.bits))
         for site in (s for s in self.group.sites if s.role == "softmax"):
-            install(graph_module, site, self._log_quantizer(graph_module, site))
-        for site in self.group.sites:
-            module = slot_module(graph_module, site)
-            if isinstance(module, UniformQuantizer):
-                module.__dict__.pop("observed", None)
+            install(graph_module, site, self._log_quantizer(graph_module, site, recorded))
         return True
 
     def _calibrate_norm(self, graph_module: GraphModule, sites: list[Site]) -> None:
@@ -64,10 +58,7 @@ class CalibrateActivations(Pass):
                 bounds = clipping.minmax_bounds(sample, bits)
             scale, zero_point = parameters_from_range(bounds.low.double(), bounds.up.double(), bits, include_zero=False)
         for site in sites:
-            quantizer = UniformQuantizer(scale, zero_point, bits)
-            # float64 copies, so that the reparameterization is an identity to float32 precision
-            quantizer.exact = (scale.double(), zero_point.double())  # type: ignore[assignment]
-            install(graph_module, site, quantizer)
+            install(graph_module, site, UniformQuantizer(scale, zero_point, bits))
 
     def _bounds(self, sample: Tensor, bits: int) -> clipping.Bounds:
         if self.recipe.activations == "minmax":
@@ -76,32 +67,29 @@ class CalibrateActivations(Pass):
             return clipping.percentile_bounds(sample, bits, self.recipe.percentile, include_zero=True)
         return clipping.search_bounds(sample, bits, include_zero=True)
 
-    def _log_quantizer(self, graph_module: GraphModule, site: Site) -> LogQuantizer:
+    def _log_quantizer(self, graph_module: GraphModule, site: Site, recorded: dict[str, Observer]) -> LogQuantizer:
         steps = 2 if self.recipe.softmax == "log_sqrt2" else 1
-        recorded = observer(graph_module, site)
-        sample = recorded.sample()[0]
+        sample = recorded[site.name].sample()[0]
+
+        def quantize(a: Tensor, scale: float) -> Tensor:
+            return logarithmic.fake_quantize(a, scale, site.bits, steps)
+
         if self.recipe.softmax_scale == "percentile":
             ordered = sample.sort().values
-            n = len(ordered)
-            candidates = [float(ordered[min(n - 1, int(p * (n - 1)))]) for p in (0.999, 0.9999, 0.99999, 1.0)]
-            candidates = [c for c in candidates if c > 0]
-            errors = [float((logarithmic.fake_quantize(sample, c, site.bits, steps) - sample).square().mean()) for c in candidates]
+            picks = [float(ordered[int(p * (len(ordered) - 1))]) for p in (0.999, 0.9999, 0.99999, 1.0)]
+            candidates = [c for c in picks if c > 0]
+            errors = [float((quantize(sample, c) - sample).square().mean()) for c in candidates]
         else:
-            a, v = recorded.whole(), self._other_operand(graph_module, site)
-            exact, candidates, errors = torch.matmul(a, v), logarithmic.scale_candidates(float(sample.max()), site.bits, steps), []
-            for candidate in candidates:
-                approximate = torch.matmul(logarithmic.fake_quantize(a, candidate, site.bits, steps), v)
-                errors.append(float((approximate - exact).square().mean()))
-        best = min(range(len(candidates)), key=errors.__getitem__)
-        return LogQuantizer(candidates[best], site.bits, steps)
-
-    def _other_operand(self, graph_module: GraphModule, site: Site) -> Tensor:
-        other = next(s for s in self.group.sites if s is not site)
-        quantizer = slot_module(graph_module, other)
-        recorded = quantizer.__dict__["observed"]
-        if not isinstance(recorded, Observer):
-            raise PassError(f"{other.name} kept no sample for the scale of {site.name}")
-        return quantizer(recorded.whole())
+            other = next(s for s in self.group.sites if s is not site)
+            a, v = recorded[site.name].whole(), slot_module(graph_module, other)(recorded[other.name].whole())
+            if site.consumers[0].args[0] is not site.slot:
+                a, v = a.transpose(-1, -2), v.transpose(-1, -2)  # the probabilities are the right operand
+            candidates = logarithmic.scale_candidates(float(sample.max()), site.bits, steps)
+            exact = torch.matmul(a, v)
+            errors = [float((torch.matmul(quantize(a, c), v) - exact).square().mean()) for c in candidates]
+        if not candidates:
+            raise PassError(f"{site.name} is zero on all calibration data")
+        return LogQuantizer(candidates[min(range(len(candidates)), key=errors.__getitem__)], site.bits, steps)
 
 
 def slot_module(graph_module: GraphModule, site: Site) -> torch.nn.Module:

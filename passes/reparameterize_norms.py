@@ -34,7 +34,7 @@ class ReparameterizeNorms(Pass):
         quantizer = slot_module(graph_module, group.sites[0])
         if not isinstance(quantizer, UniformQuantizer) or quantizer.axis is None:
             return False
-        scale, zero_point = quantizer.__dict__.get("exact") or (quantizer.scale.double(), quantizer.zero_point.double())
+        scale, zero_point = quantizer.exact
         affine = reparameterize(scale, zero_point, quantizer.bits)
         norm = self._split(graph_module) if group.shared_norm else group.norm
         self._rewrite_norm(graph_module, norm, affine)

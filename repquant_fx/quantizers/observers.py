@@ -70,6 +70,8 @@ class UniformQuantizer(nn.Module):
     def __init__(self, scale: Tensor, zero_point: Tensor, bits: int) -> None:
         super().__init__()
         self.bits = bits
+        # as calibrated, in their own precision: the reparameterization starts from these
+        self.exact = (scale.double(), zero_point.double())
         self.register_buffer("scale", scale.float())
         self.register_buffer("zero_point", zero_point.float())
 
