@@ -91,6 +91,14 @@ def attribute(graph_module: GraphModule, node: Node) -> Tensor:
     return owner
 
 
+def has_tensor(graph_module: GraphModule, target: str) -> bool:
+    """Whether something is registered at a dotted path."""
+    owner: object = graph_module
+    for part in target.split("."):
+        owner = getattr(owner, part, None)
+    return owner is not None
+
+
 def is_constant(node: object) -> bool:
     """Whether an argument is a parameter or buffer."""
     return isinstance(node, Node) and node.op == "get_attr"

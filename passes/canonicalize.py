@@ -44,8 +44,9 @@ class Canonicalize(Pass):
         elif target in IDENTITIES or self._does_nothing(node):
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             graph_module.graph.erase_node(node)
-        elif target in VIEWS:
+        elif target in VIEWS or (target is aten.reshape.default and _one_symbol(node.args[1]) is not None):
             node.target = aten.reshape.default
+            self._infer_symbol(node)
         elif target in (aten.mm.default, aten.matmul.default) and is_constant(node.args[1]) and len(shape_of(_n(node.args[1]))) == 2:
             self._to_linear(graph_module, node, _n(node.args[0]), _n(node.args[1]), None)
         elif target is aten.addmm.default and not node.kwargs and is_constant(node.args[2]):
@@ -66,7 +67,18 @@ class Canonicalize(Pass):
             return all(isinstance(p, int) and p == 0 for p in node.args[1])  # type: ignore[union-attr]
         if node.target is aten.roll.default:
             return all(isinstance(p, int) and p == 0 for p in node.args[1])  # type: ignore[union-attr]
+        if node.target is aten.slice.Tensor:
+            _, start, end, step = [*node.args[1:], *(0, 0, None, 1)[len(node.args) - 1:]]
+            return start in (0, None) and step == 1 and (end is None or (isinstance(end, int) and end >= 1 << 31))
         return False
+
+    def _infer_symbol(self, node: Node) -> None:
+        """A reshape with one symbolic size infers it: the sizes become a constant in the exported file."""
+        index = _one_symbol(node.args[1])
+        if index is not None:
+            sizes = list(node.args[1])  # type: ignore[arg-type]
+            sizes[index] = -1
+            node.update_arg(1, sizes)
 
     def _to_linear(self, graph_module: GraphModule, node: Node, x: Node, weight: Node, bias: Node | None) -> None:
         transposed = constant_node(graph_module, f"{weight.target}_t", attribute(graph_module, weight).T.contiguous(), node)
@@ -110,6 +122,13 @@ def refresh_metadata(graph_module: GraphModule) -> None:
     with torch._subclasses.fake_tensor.unset_fake_temporarily():
         mode.allow_non_fake_inputs = True
         FakeTensorProp(graph_module, mode=mode).propagate_dont_convert_inputs(*inputs)
+
+
+def _one_symbol(sizes: Any) -> int | None:
+    """Position of the only size that is not a plain number; None where there is not exactly one, or one is inferred already."""
+    symbols = [i for i, size in enumerate(sizes) if isinstance(size, Node)]
+    known = [size for size in sizes if isinstance(size, int)]
+    return symbols[0] if len(symbols) == 1 and -1 not in known and 0 not in known else None
 
 
 def _n(node: Any) -> Node:

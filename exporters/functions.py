@@ -1,0 +1,87 @@
+"""The model-local functions of the domain `repquant_fx`: logarithmic quantization out of standard ONNX operators.
+
+They travel inside the file, so that stock ONNX Runtime runs it with nothing installed beside it (a runtime with a kernel of the
+same domain and name takes that instead). Log2 quantization is uniform quantization of the logarithm: QuantizeLinear of
+`ln(A / s)` with step `ln 2 / steps` and zero point `2^bits - 1` gives `top - q`, so that the reserved code of exact zero
+(`q = top`) is the integer 0, and saturation below is what an attention mask needs.
+
+| attribute | meaning |
+|---|---|
+| `axis` | axis of the Softmax |
+| `bits` | bits of a code, 2 to 8 |
+| `steps` | codes an octave: 2 for the reparameterized log-sqrt2 quantizer (RepQuant Eq. 15-17), 1 for log2 |
+
+Inputs: logits (or non-negative values), any shape, float32; `scale`, float32 scalar. Output: float32 of the same shape, the value
+`scale * 2^(-q / steps)` of each code q and exactly 0 for the zero code.
+"""
+
+from __future__ import annotations
+
+import math
+
+from onnx import FunctionProto, TensorProto, helper
+
+DOMAIN = "repquant_fx"
+VERSION = 1
+OPSET = 21
+
+
+def log2_softmax() -> FunctionProto:
+    """`Log2Softmax(logits, scale) <axis, bits, steps>`: Softmax, log-quantized."""
+    log = helper.make_node("LogSoftmax", ["logits"], ["log_a"])
+    _reference(log, "axis", "INT")
+    return _function("Log2Softmax", ["logits", "scale"], ["axis", "bits", "steps"], [log],
+                     "Softmax whose values are stored as `bits`-bit logarithmic codes: a shift of the scale by code / steps octaves.")
+
+
+def log2_quantize() -> FunctionProto:
+    """`Log2Quantize(values, scale) <bits, steps>`: non-negative values, log-quantized."""
+    log = helper.make_node("Log", ["values"], ["log_a"])
+    return _function("Log2Quantize", ["values", "scale"], ["bits", "steps"], [log],
+                     "Values stored as `bits`-bit logarithmic codes: a shift of the scale by code / steps octaves.")
+
+
+def _function(name: str, inputs: list[str], attributes: list[str], head: list, doc: str) -> FunctionProto:
+    def constant(output: str, value: float | int, dtype: int) -> object:
+        return helper.make_node("Constant", [], [output], value=helper.make_tensor(output, dtype, [], [value]))
+
+    def attribute(output: str, source: str) -> object:
+        node = helper.make_node("Constant", [], [output])
+        _reference(node, source, "INT", "value_int")
+        return node
+
+    nodes = [
+        # constants of the quantizer, folded when a session is created
+        attribute("bits_int", "bits"), attribute("steps_int", "steps"),
+        helper.make_node("Cast", ["bits_int"], ["bits_float"], to=TensorProto.FLOAT),
+        helper.make_node("Cast", ["steps_int"], ["steps_float"], to=TensorProto.FLOAT),
+        constant("two", 2.0, TensorProto.FLOAT), constant("one", 1.0, TensorProto.FLOAT),
+        constant("ln2", math.log(2), TensorProto.FLOAT), constant("code_one", 1, TensorProto.UINT8),
+        helper.make_node("Pow", ["two", "bits_float"], ["codes"]),
+        helper.make_node("Sub", ["codes", "one"], ["top_float"]),
+        helper.make_node("Cast", ["top_float"], ["top"], to=TensorProto.UINT8),
+        helper.make_node("Div", ["ln2", "steps_float"], ["step"]),
+        helper.make_node("Log", ["scale"], ["log_scale"]),
+        # quantize
+        *head,
+        helper.make_node("Sub", ["log_a", "log_scale"], ["log_ratio"]),
+        helper.make_node("QuantizeLinear", ["log_ratio", "step", "top"], ["unbounded"]),
+        helper.make_node("Min", ["unbounded", "top"], ["code"]),
+        # dequantize: 2^(-q / steps), times the scale or, for the zero code, times 0
+        helper.make_node("DequantizeLinear", ["code", "step", "top"], ["log_level"]),
+        helper.make_node("Exp", ["log_level"], ["level"]),
+        helper.make_node("Min", ["code", "code_one"], ["present"]),
+        helper.make_node("DequantizeLinear", ["present", "scale"], ["scale_or_zero"]),
+        helper.make_node("Mul", ["level", "scale_or_zero"], ["output"]),
+    ]
+    return helper.make_function(DOMAIN, name, inputs, ["output"], nodes, [helper.make_opsetid("", OPSET)], attributes,
+                                doc_string=doc)
+
+
+def _reference(node: object, source: str, kind: str, name: str | None = None) -> None:
+    """Let an attribute of `node` take the value of the function's attribute `source`."""
+    from onnx import AttributeProto
+
+    attribute = node.attribute.add()  # type: ignore[attr-defined]
+    attribute.name, attribute.ref_attr_name = name or source, source
+    attribute.type = getattr(AttributeProto, kind)

@@ -1,0 +1,98 @@
+"""Names that read well in Netron: nodes and values are called after the module that made them."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import Counter
+
+import onnx_ir as ir
+
+PARAMETERS = {
+    "Reshape": ["data", "shape"], "Expand": ["input", "shape"], "Min": ["input", "top"], "Gather": ["data", "indices"],
+    "Slice": ["data", "starts", "ends", "axes", "steps"], "Split": ["input", "split"], "ReduceMean": ["data", "axes"],
+    "Pad": ["data", "pads", "value", "axes"], "Squeeze": ["data", "axes"], "Unsqueeze": ["data", "axes"],
+}
+SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+def name_by_module(model: ir.Model) -> None:
+    """Rename nodes to `module.path/Operator` and their values after them; quantized values take the name of their scale.
+
+    Initializers keep the names of the parameters they come from; those that the exporter invented are named after the
+    node that reads them. Inputs and outputs of the model keep theirs.
+    """
+    graph = model.graph
+    outputs = set(graph.outputs)
+    values, nodes = _Names(), _Names()
+    for value in [*graph.inputs, *graph.outputs, *graph.initializers.values()]:
+        if not _invented(value):
+            values.unique(str(value.name))
+    for node in graph:
+        path = scope(node)
+        node.name = nodes.unique(f"{path}/{node.op_type}" if path else node.op_type)
+        for index, value in enumerate(node.outputs):
+            if value in outputs:
+                continue
+            label = _quantized_name(node) or node.name
+            value.name = values.unique(label if index == 0 else f"{label}:{index}")
+        for index, operand in enumerate(node.inputs):
+            if operand is not None and operand.is_initializer() and _invented(operand):
+                _rename_initializer(graph, operand, values.unique(f"{node.name}.{_parameter(node, index)}"))
+
+
+class _Names:
+    """Hands out each name once, with a number where it was taken."""
+
+    def __init__(self) -> None:
+        self.taken: Counter[str] = Counter()
+
+    def unique(self, name: str) -> str:
+        self.taken[name] += 1
+        return name if self.taken[name] == 1 else self.unique(f"{name}_{self.taken[name]}")
+
+
+def scope(node: ir.Node) -> str:
+    """Dotted path of the innermost module of a node, '' for the root."""
+    try:
+        scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
+    except (ValueError, SyntaxError):
+        return ""
+    modules = [s for s in scopes[:-1] if s and not s.startswith("_empty")]
+    return str(modules[-1]) if modules else ""
+
+
+def _quantized_name(node: ir.Node) -> str | None:
+    """`blocks.0.attn.qkv.input_quantized` for the codes that the scale `blocks.0.attn.qkv.input_scale` belongs to."""
+    if node.op_type == "Min" and node.inputs[0] is not None:
+        producer = node.inputs[0].producer()
+        if producer is not None and producer.op_type == "QuantizeLinear":
+            return _stem(producer, 1, "_quantized")
+    if node.op_type == "QuantizeLinear":
+        followed = any(use.node.op_type == "Min" for use in node.outputs[0].uses())
+        return _stem(node, 1, "_rounded" if followed else "_quantized")
+    if node.op_type in ("DequantizeLinear", "Log2Softmax", "Log2Quantize"):
+        return _stem(node, 1, "_dequantized")
+    return None
+
+
+def _stem(node: ir.Node, index: int, suffix: str) -> str | None:
+    value = node.inputs[index] if index < len(node.inputs) else None
+    if value is None or not value.is_initializer() or not str(value.name).endswith("_scale"):
+        return None
+    return str(value.name).removesuffix("_scale") + suffix
+
+
+def _invented(value: ir.Value) -> bool:
+    return re.fullmatch(r"(val|anonymous|tmp|_?scalar|_?inlined|const)_?\d*(_.*)?", str(value.name)) is not None
+
+
+def _parameter(node: ir.Node, index: int) -> str:
+    known = PARAMETERS.get(node.op_type, [])
+    return known[index] if index < len(known) else f"input_{index}"
+
+
+def _rename_initializer(graph: ir.Graph, value: ir.Value, name: str) -> None:
+    value.name = name  # the graph's initializer table follows the name
+    if value.const_value is not None:
+        value.const_value.name = name

@@ -1,0 +1,132 @@
+"""Write a lowered graph as ONNX QDQ."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+
+import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+import torch
+from onnxscript.optimizer import fold_constants
+from torch import Tensor
+from torch.fx import GraphModule
+
+from repquant_fx.errors import RepQuantError
+from repquant_fx.exporters import functions
+from repquant_fx.exporters.naming import name_by_module
+from repquant_fx.exporters.packing import PACKED_BITS, pack_weights
+from repquant_fx.exporters.translations import translation_table
+from repquant_fx.passes.base import attribute
+from repquant_fx.passes.lower_to_qdq import DEQUANTIZE
+
+OPSET = functions.OPSET
+LOCAL_FUNCTIONS = {"Log2Softmax": functions.log2_softmax, "Log2Quantize": functions.log2_quantize}
+
+
+class ExportError(RepQuantError):
+    """The lowered graph cannot be written as ONNX."""
+
+
+def export_onnx(
+    graph_module: GraphModule, example_inputs: Sequence[Tensor], *, input_names: Sequence[str], output_names: Sequence[str],
+    dynamic_shapes: object = None, metadata: Mapping[str, str] | None = None,
+) -> onnx.ModelProto:
+    """An ONNX model, opset 21, that computes what the lowered graph computes.
+
+    Args:
+        graph_module: after `LowerToQDQ`.
+        example_inputs: positional, batch at least 2 where the batch is dynamic.
+        dynamic_shapes: as for torch.export.
+        metadata: written into the model's metadata_props.
+
+    Returns:
+        a proto that passes `onnx.checker` in full mode. The same graph gives the same bytes.
+
+    Raises:
+        ExportError: an operator has no ONNX counterpart (named), or the checker refuses the result.
+    """
+    packed = narrow_weights(graph_module)
+    model = _translate(graph_module, tuple(example_inputs), input_names, output_names, dynamic_shapes)
+    _simplify(model)
+    name_by_module(model)
+    pack_weights(model, packed)
+    used = {node.op_type for node in model.graph if node.domain == functions.DOMAIN}
+    for name in sorted(used):
+        function = ir.serde.deserialize_function(LOCAL_FUNCTIONS[name]())
+        model.functions[function.identifier()] = function
+    if used:
+        model.opset_imports[functions.DOMAIN] = functions.VERSION
+    _strip(model)
+    common.TopologicalSortPass()(model)
+    proto = ir.to_proto(model)
+    proto.producer_name, proto.graph.name = "repquant-fx", "main"
+    onnx.helper.set_model_props(proto, dict(sorted((metadata or {}).items())))
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except Exception as error:
+        raise ExportError(f"onnx.checker refuses the exported model: {str(error).splitlines()[0]}") from error
+    return proto
+
+
+def narrow_weights(graph_module: GraphModule) -> set[str]:
+    """Names of the constants that hold codes of at most 4 bits."""
+    names = set()
+    for node in graph_module.graph.nodes:
+        if node.target is DEQUANTIZE and node.args[3] <= PACKED_BITS and node.args[0].op == "get_attr":
+            if attribute(graph_module, node.args[0]).dtype is torch.int8:
+                names.add(str(node.args[0].target))
+    return names
+
+
+def _translate(graph_module: GraphModule, inputs: tuple[Tensor, ...], input_names: Sequence[str], output_names: Sequence[str],
+               dynamic_shapes: object) -> ir.Model:
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            exported = torch.export.export(graph_module, inputs, dynamic_shapes=dynamic_shapes, strict=False)  # type: ignore[arg-type]
+            program = torch.onnx.export(exported, (), dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
+                                        custom_translation_table=translation_table(),
+                                        input_names=list(input_names), output_names=list(output_names))
+    except Exception as error:
+        raise ExportError(f"cannot write the graph as ONNX: {_reason(error)}") from error
+    finally:
+        logger.setLevel(level)
+    assert program is not None
+    return program.model
+
+
+def _simplify(model: ir.Model) -> None:
+    """Fold sizes and other small constants; Q/DQ and weights stay."""
+    fold_constants(model)
+    for each in (common.IdentityEliminationPass(), common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+                 common.CommonSubexpressionEliminationPass(), common.RemoveUnusedNodesPass(), common.RemoveUnusedFunctionsPass(), common.RemoveUnusedOpsetsPass()):
+        each(model)
+
+
+def _strip(model: ir.Model) -> None:
+    """Drop the exporter's own notes: they hold stack traces and file paths, which differ between machines."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.doc_string = None
+    model.graph.doc_string = None
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause, which names the operator."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"

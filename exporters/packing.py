@@ -1,0 +1,43 @@
+"""Pack weights of up to 4 bits as INT4 initializers.
+
+A plain INT4 operand does not fuse in ONNX Runtime; `INT4 initializer -> Cast(INT8) -> DequantizeLinear` does, because the Cast is
+folded when the session is created. Data is raw and packed, two codes a byte.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+PACKED_BITS = 4
+
+
+def pack_weights(model: ir.Model, names: set[str]) -> int:
+    """Store the int8 initializers called `names` (codes within [-8, 7]) as INT4; returns how many."""
+    graph, packed = model.graph, 0
+    for name in sorted(names):
+        value = graph.initializers.get(name)
+        if value is None or value.const_value is None or value.dtype != ir.DataType.INT8:
+            continue
+        codes = value.const_value.numpy()
+        if codes.min(initial=0) < -8 or codes.max(initial=0) > 7:
+            continue
+        users = list(value.uses())
+        tensor = ir.Tensor(_nibbles(codes), dtype=ir.DataType.INT4, shape=ir.Shape(codes.shape), name=name)
+        value.const_value, value.dtype = tensor, ir.DataType.INT4
+        cast = ir.Node("", "Cast", [value], [ir.AttrInt64("to", int(ir.DataType.INT8))])
+        cast.outputs[0].name = f"{name}_int8"
+        cast.outputs[0].dtype, cast.outputs[0].shape = ir.DataType.INT8, ir.Shape(codes.shape)
+        cast.metadata_props.update(users[0].node.metadata_props)
+        cast.name = f"{users[0].node.name}/unpack"
+        graph.insert_before(users[0].node, cast)
+        for user, index in users:
+            user.replace_input_with(index, cast.outputs[0])
+        packed += 1
+    return packed
+
+
+def _nibbles(codes: np.ndarray) -> np.ndarray:
+    import ml_dtypes
+
+    return np.asarray(codes).astype(ml_dtypes.int4)

@@ -1,0 +1,62 @@
+"""How each operator of a lowered graph is written in ONNX (`repquant_fx.ops` lists the pairs)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import onnx
+import torch
+from onnxscript import opset21 as op
+from onnxscript.values import Op, Opset
+
+from repquant_fx.exporters.functions import DOMAIN, VERSION
+
+
+
+def _local(name: str, value: str, attributes: list[str]) -> Op:
+    """An operator of our own domain, as the exporter's recorder knows operators: by a schema."""
+    schema = onnx.defs.OpSchema(
+        name, DOMAIN, VERSION,
+        inputs=[onnx.defs.OpSchema.FormalParameter(n, "tensor(float)") for n in (value, "scale")],
+        outputs=[onnx.defs.OpSchema.FormalParameter("output", "tensor(float)")],
+        attributes=[onnx.defs.OpSchema.Attribute(a, onnx.defs.OpSchema.AttrType.INT, required=True) for a in attributes])
+    return Op(Opset(DOMAIN, VERSION), name, schema)
+
+
+LOG2_SOFTMAX = _local("Log2Softmax", "logits", ["axis", "bits", "steps"])
+LOG2_QUANTIZE = _local("Log2Quantize", "values", ["bits", "steps"])
+
+
+def quantize(x: Any, scale: Any, zero_point: Any, bits: int, axis: int) -> Any:
+    """QuantizeLinear-21 to uint8. Below 8 bits the codes saturate by Min on the uint8 tensor, which keeps ONNX Runtime's fusions
+    (a float Clip before it would not)."""
+    codes = op.QuantizeLinear(x, scale, zero_point) if axis < 0 else op.QuantizeLinear(x, scale, zero_point, axis=axis)
+    if bits == 8:
+        return codes
+    return op.Min(codes, op.Constant(value=onnx.helper.make_tensor("top", onnx.TensorProto.UINT8, [], [2**bits - 1])))
+
+
+def dequantize(codes: Any, scale: Any, zero_point: Any, bits: int, axis: int) -> Any:
+    """DequantizeLinear-21."""
+    inputs = (codes, scale) if zero_point is None else (codes, scale, zero_point)
+    return op.DequantizeLinear(*inputs) if axis < 0 else op.DequantizeLinear(*inputs, axis=axis)
+
+
+def log2_softmax(logits: Any, scale: Any, dim: int, bits: int, steps: int) -> Any:
+    return LOG2_SOFTMAX(logits, scale, axis=dim, bits=bits, steps=steps)
+
+
+def log2_quantize(a: Any, scale: Any, bits: int, steps: int) -> Any:
+    return LOG2_QUANTIZE(a, scale, bits=bits, steps=steps)
+
+
+def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """For `torch.onnx.export(custom_translation_table=...)`."""
+    operators = torch.ops.repquant_fx
+    return {
+        operators.quantize.default: quantize,
+        operators.dequantize.default: dequantize,
+        operators.log2_softmax.default: log2_softmax,
+        operators.log2_quantize.default: log2_quantize,
+    }

@@ -1,0 +1,227 @@
+"""Lower to Q/DQ: every quantizer becomes operators that each have one ONNX counterpart (`repquant_fx.ops`).
+
+Placement is what ONNX Runtime fuses: quantize and dequantize stand only on the operands of matrix products and convolutions; a
+Linear runs on a matrix (so that it becomes Gemm) with an integer weight and an int32 bias whose scale is the product of both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from repquant_fx import ops  # noqa: F401 - registers the operators
+from repquant_fx.passes.base import Pass, aten, attribute, constant_node, copy_meta, has_tensor, shape_of
+from repquant_fx.passes.calibrate_activations import slot_module
+from repquant_fx.passes.canonicalize import refresh_metadata
+from repquant_fx.passes.channel_flow import LAYOUT
+from repquant_fx.passes.insert_observers import SLOTS
+from repquant_fx.passes.match_sites import SOFTMAX, Plan, Site
+from repquant_fx.quantizers.gptq import QuantizedWeight
+from repquant_fx.quantizers.observers import LogQuantizer, Passthrough, UniformQuantizer
+
+QUANTIZE = torch.ops.repquant_fx.quantize.default
+DEQUANTIZE = torch.ops.repquant_fx.dequantize.default
+LOG2_SOFTMAX = torch.ops.repquant_fx.log2_softmax.default
+LOG2_QUANTIZE = torch.ops.repquant_fx.log2_quantize.default
+BIAS_LIMIT = 2.0**31 - 1024  # float32 cannot hold the largest int32
+
+
+class LowerToQDQ(Pass):
+    """Attributes: `quantizers`, the node that produces each site's codes (or log-quantized values), by site name."""
+
+    name = "lower to Q/DQ"
+    needs = "a quantizer at every site and the integer codes of every quantized weight"
+    guarantees = "quantizers are `repquant_fx` operators, weights integer codes and biases int32 where their scale is known"
+
+    def __init__(self, plan: Plan, weights: dict[Node, QuantizedWeight]) -> None:
+        super().__init__()
+        self.plan, self.weights = plan, weights
+        self.quantizers: dict[str, Node] = {}
+
+    def run(self, graph_module: GraphModule) -> bool:
+        for group in self.plan.groups:
+            for site in group.sites:
+                self._lower_site(graph_module, site)
+        delattr(graph_module, SLOTS)
+        _merge_reshapes(graph_module)
+        graph_module.graph.eliminate_dead_code()
+        refresh_metadata(graph_module)
+        return True
+
+    def _lower_site(self, graph_module: GraphModule, site: Site) -> None:
+        slot, module = site.slot, slot_module(graph_module, site)
+        assert slot is not None
+        source = slot.args[0]
+        assert isinstance(source, Node)
+        if isinstance(module, Passthrough):
+            slot.replace_all_uses_with(source)
+        elif isinstance(module, LogQuantizer):
+            slot.replace_all_uses_with(self._log(graph_module, site, source, module))
+        else:
+            assert isinstance(module, UniformQuantizer)
+            linears = [c for c in site.consumers if c.target is aten.linear.default]
+            if linears and len(linears) == len(site.consumers):
+                self._lower_linears(graph_module, site, source, module, linears)
+            else:
+                value = self._quantize(graph_module, site, source, module, slot)
+                for consumer in site.consumers:
+                    if consumer in self.weights:
+                        self._lower_weights(graph_module, consumer, module)
+                slot.replace_all_uses_with(value)
+        if not slot.users:
+            graph_module.graph.erase_node(slot)
+
+    def _lower_linears(self, graph_module: GraphModule, site: Site, source: Node, quantizer: UniformQuantizer,
+                       linears: list[Node]) -> None:
+        """One flat, quantized input shared by all Linears of the site."""
+        slot = site.slot
+        assert slot is not None
+        graph = graph_module.graph
+        shape = shape_of(slot)
+        flat = source
+        if len(shape) != 2:
+            with graph.inserting_before(slot):
+                flat = copy_meta(slot, graph.call_function(aten.reshape.default, (source, [-1, shape[-1]])))
+        value = self._quantize(graph_module, site, flat, quantizer, slot)
+        for linear in linears:
+            self._lower_weights(graph_module, linear, quantizer)
+            linear.update_arg(0, value)
+            if len(shape) != 2:
+                outputs = linear.args[1].meta["val"].shape[0]  # type: ignore[union-attr]
+                with graph.inserting_after(linear):
+                    restored = graph.call_function(aten.reshape.default)
+                linear.replace_all_uses_with(restored, delete_user_cb=lambda user: user is not restored)
+                with graph.inserting_before(restored):
+                    restored.args = (linear, [*_sizes(graph_module, source), outputs])
+                copy_meta(linear, restored)
+
+    def _quantize(self, graph_module: GraphModule, site: Site, source: Node, quantizer: UniformQuantizer, before: Node) -> Node:
+        name, bits, graph = _free_prefix(graph_module, site), quantizer.bits, graph_module.graph
+        axis, shift = -1, None
+        scale, zero_point = quantizer.scale, quantizer.zero_point
+        if quantizer.axis is not None:
+            axis = len(shape_of(site.value)) - 1 if source is site.value else 1
+            stored = zero_point.clamp(0, (1 << bits) - 1)
+            if not torch.equal(stored, zero_point):
+                # a stored zero point is a code: move the activation instead
+                shift = constant_node(graph_module, f"{name}_shift", scale * (zero_point - stored), before)
+            zero_point = stored
+        s = constant_node(graph_module, f"{name}_scale", scale, before)
+        z = constant_node(graph_module, f"{name}_zero_point", zero_point.to(torch.uint8), before)
+        with graph.inserting_before(before):
+            if shift is not None:
+                source = copy_meta(before, graph.call_function(aten.add.Tensor, (source, shift)))
+            codes = copy_meta(before, graph.call_function(QUANTIZE, (source, s, z, bits, axis)))
+            value = copy_meta(before, graph.call_function(DEQUANTIZE, (codes, s, z, bits, axis)))
+            if shift is not None:
+                value = copy_meta(before, graph.call_function(aten.sub.Tensor, (value, shift)))
+        self.quantizers[site.name] = codes
+        return value
+
+    def _log(self, graph_module: GraphModule, site: Site, source: Node, quantizer: LogQuantizer) -> Node:
+        """The Softmax itself, where the product is all that reads it; else a quantizer of its result."""
+        assert site.slot is not None
+        graph = graph_module.graph
+        softmax = _sole_softmax(site.slot)
+        before = site.slot if softmax is None else softmax
+        scale = constant_node(graph_module, f"{_free_prefix(graph_module, site)}_scale", quantizer.scale, before)
+        if softmax is None:
+            with graph.inserting_before(before):
+                result = graph.call_function(LOG2_QUANTIZE, (source, scale, quantizer.bits, quantizer.steps))
+            self.quantizers[site.name] = copy_meta(before, result)
+            return result
+        dim = int(softmax.args[1]) % len(shape_of(softmax))  # type: ignore[call-overload]
+        with graph.inserting_before(softmax):
+            result = graph.call_function(LOG2_SOFTMAX, (softmax.args[0], scale, dim, quantizer.bits, quantizer.steps))
+        self.quantizers[site.name] = copy_meta(softmax, result)
+        softmax.replace_all_uses_with(result)
+        graph.erase_node(softmax)
+        return result if source is softmax else source
+
+    def _lower_weights(self, graph_module: GraphModule, consumer: Node, quantizer: UniformQuantizer) -> None:
+        """Integer weight and, where the activation has one scale, int32 bias."""
+        weight = consumer.args[1]
+        assert isinstance(weight, Node)
+        quantized, plan_bits = self.weights[consumer], self._wbits(consumer)
+        scale = _fill_dead_rows(quantized)
+        name, graph = str(weight.target), graph_module.graph
+        codes = constant_node(graph_module, f"{name}_quantized", quantized.codes, consumer)
+        scales = constant_node(graph_module, f"{name}_scale", scale, consumer)
+        with graph.inserting_before(consumer):
+            value = copy_meta(consumer, graph.call_function(DEQUANTIZE, (codes, scales, None, plan_bits, 0)))
+        consumer.update_arg(1, value)
+        value.meta["val"] = weight.meta["val"]
+        if not weight.users:
+            graph.erase_node(weight)
+        bias = consumer.args[2] if len(consumer.args) > 2 else None
+        if not isinstance(bias, Node) or bias.op != "get_attr" or quantizer.axis is not None:
+            return
+        bias_scale = quantizer.scale * scale
+        bias_codes = torch.round(attribute(graph_module, bias).double() / bias_scale.double())
+        if not bool((bias_codes.abs() < BIAS_LIMIT).all()):
+            return  # it stays in float
+        bias_name = str(bias.target)
+        b = constant_node(graph_module, f"{bias_name}_quantized", bias_codes.to(torch.int32), consumer)
+        bs = constant_node(graph_module, f"{bias_name}_scale", bias_scale, consumer)
+        with graph.inserting_before(consumer):
+            restored = copy_meta(consumer, graph.call_function(DEQUANTIZE, (b, bs, None, 32, 0)))
+        consumer.update_arg(2, restored)
+        if not bias.users:
+            graph.erase_node(bias)
+
+    def _wbits(self, consumer: Node) -> int:
+        return next(g.plans[consumer].wbits for g in self.plan.groups if consumer in g.plans)
+
+
+def _merge_reshapes(graph_module: GraphModule) -> None:
+    """A reshape of a reshape reads the first one's input."""
+    for node in graph_module.graph.nodes:
+        if node.target is aten.reshape.default:
+            while node.args[0].target is aten.reshape.default:
+                node.update_arg(0, node.args[0].args[0])
+
+
+def _sole_softmax(slot: Node) -> Node | None:
+    """The Softmax behind a slot, when only layout operators stand between and nothing else reads any of them."""
+    node = slot.args[0]
+    while isinstance(node, Node) and len(node.users) == 1:
+        if node.target in SOFTMAX:
+            return node
+        if node.target not in LAYOUT:
+            return None
+        node = node.args[0]
+    return None
+
+
+def _sizes(graph_module: GraphModule, value: Node) -> list[Any]:
+    """Sizes of all axes but the last: at most one -1, further symbolic ones read from `value`."""
+    sizes: list[Any] = []
+    for axis, size in enumerate(shape_of(value)[:-1]):
+        if isinstance(size, int):
+            sizes.append(size)
+        elif -1 not in sizes:
+            sizes.append(-1)
+        else:
+            node = graph_module.graph.call_function(aten.sym_size.int, (value, axis))
+            node.meta["val"] = size
+            sizes.append(node)
+    return sizes
+
+
+def _fill_dead_rows(weight: QuantizedWeight) -> Tensor:
+    """Scales, with those of all-zero rows (free to choose) made ordinary, so that their bias fits an int32."""
+    dead = weight.codes.reshape(len(weight.codes), -1).eq(0).all(dim=1)
+    if not bool(dead.any()) or bool(dead.all()):
+        return torch.where(dead, torch.ones_like(weight.scale), weight.scale)
+    return torch.where(dead, weight.scale[~dead].median(), weight.scale)
+
+
+def _free_prefix(graph_module: GraphModule, site: Site) -> str:
+    """Prefix of the site's constants: `blocks.0.attn.qkv/input` gives `blocks.0.attn.qkv.input`; numbered if the model has it."""
+    prefix, count = site.name.replace("/", "."), 1
+    while has_tensor(graph_module, f"{prefix if count == 1 else f'{prefix}_{count}'}_scale"):
+        count += 1
+    return prefix if count == 1 else f"{prefix}_{count}"
