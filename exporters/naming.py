@@ -84,7 +84,7 @@ def _stem(node: ir.Node, index: int, suffix: str) -> str | None:
 
 
 def _invented(value: ir.Value) -> bool:
-    return re.fullmatch(r"(val|anonymous|tmp|_?scalar|_?inlined|const)_?\d*(_.*)?", str(value.name)) is not None
+    return re.fullmatch(r"(val|val_shape|anonymous|tmp|_?scalar|_?inlined|const)_?\d*(_.*)?", str(value.name)) is not None
 
 
 def _parameter(node: ir.Node, index: int) -> str:

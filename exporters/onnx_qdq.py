@@ -10,7 +10,6 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 import torch
-from onnxscript.optimizer import fold_constants
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -18,6 +17,7 @@ from repquant_fx.errors import RepQuantError
 from repquant_fx.exporters import functions
 from repquant_fx.exporters.naming import name_by_module
 from repquant_fx.exporters.packing import PACKED_BITS, pack_weights
+from repquant_fx.exporters.simplify import simplify
 from repquant_fx.exporters.translations import translation_table
 from repquant_fx.passes.base import attribute
 from repquant_fx.passes.lower_to_qdq import DEQUANTIZE
@@ -50,7 +50,7 @@ def export_onnx(
     """
     packed = narrow_weights(graph_module)
     model = _translate(graph_module, tuple(example_inputs), input_names, output_names, dynamic_shapes)
-    _simplify(model)
+    simplify(model)
     name_by_module(model)
     pack_weights(model, packed)
     used = {node.op_type for node in model.graph if node.domain == functions.DOMAIN}
@@ -99,14 +99,6 @@ def _translate(graph_module: GraphModule, inputs: tuple[Tensor, ...], input_name
         logger.setLevel(level)
     assert program is not None
     return program.model
-
-
-def _simplify(model: ir.Model) -> None:
-    """Fold sizes and other small constants; Q/DQ and weights stay."""
-    fold_constants(model)
-    for each in (common.IdentityEliminationPass(), common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-                 common.CommonSubexpressionEliminationPass(), common.RemoveUnusedNodesPass(), common.RemoveUnusedFunctionsPass(), common.RemoveUnusedOpsetsPass()):
-        each(model)
 
 
 def _strip(model: ir.Model) -> None:

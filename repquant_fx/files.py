@@ -1,0 +1,61 @@
+"""Files that are either complete or not there."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from repquant_fx.errors import OutputError
+
+
+def check_writable(path: str | Path, force: bool) -> Path:
+    """Refuse early what would fail late.
+
+    Raises:
+        OutputError: the folder is missing or cannot be written, the path is a folder, or the file exists and `force` is not set.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise OutputError(f"cannot write {path}: it is a folder; give a file name")
+    if path.exists() and not force:
+        raise OutputError(f"{path} exists; pass --force to replace it")
+    if not path.parent.is_dir():
+        raise OutputError(f"cannot write {path}: the folder {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write {path}: no permission to write in {path.parent}")
+    try:  # permissions alone do not tell: read-only mounts, full disks, odd file systems
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    return path
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Write beside, then rename: a reader sees the old file or the new one, never a part.
+
+    Raises:
+        OutputError: the disk is full, or the path cannot be written.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
