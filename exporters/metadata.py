@@ -12,8 +12,8 @@ from repquant_fx.version import VERSION
 PREFIX = "repquant_fx."
 
 
-def describe(recipe: Recipe, preprocessing: Mapping[str, Any] | None, source: str) -> dict[str, str]:
-    """`repquant_fx.version`, `.method`, `.bits`, `.recipe` (JSON), `.source`, and `.preprocessing` (JSON) where known."""
+def describe(recipe: Recipe, preprocessing: Mapping[str, Any] | None) -> dict[str, str]:
+    """`repquant_fx.version`, `.method`, `.bits`, `.recipe` (JSON), and `.preprocessing` (JSON) where known."""
     parts = [recipe.norm + " norms", recipe.softmax + " softmax", f"{recipe.clipping} clipping" if recipe.clipping != "none" else "no clipping",
              "GPTQ" if recipe.gptq else "round to nearest"]
     entries = {
@@ -21,7 +21,6 @@ def describe(recipe: Recipe, preprocessing: Mapping[str, Any] | None, source: st
         "method": "RepQuant (arXiv 2402.05628): " + ", ".join(parts),
         "bits": f"W{recipe.wbits}A{recipe.abits}" + (" with per-layer overrides" if recipe.layers else ""),
         "recipe": json.dumps(recipe.to_dict(), sort_keys=True),
-        "source": source,
     }
     if preprocessing is not None:
         entries["preprocessing"] = json.dumps(dict(preprocessing), sort_keys=True)

@@ -1,0 +1,33 @@
+"""Post-training quantization of transformers by scale reparameterization: torch.fx in, ONNX QDQ out.
+
+The public API: `compile`, `CompiledModel`, `Recipe`, `LayerRule`, `repq_vit`, the errors, and `session` to run a file.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from repquant_fx.version import VERSION as __version__
+
+if TYPE_CHECKING:
+    from repquant_fx.compiler import CompiledModel, compile
+    from repquant_fx.errors import InputError, ParityError, RepQuantError
+    from repquant_fx.recipe import LayerRule, Recipe, repq_vit
+    from repquant_fx.runtime import session
+
+__all__ = ["CompiledModel", "InputError", "LayerRule", "ParityError", "Recipe", "RepQuantError", "__version__", "compile", "repq_vit",
+           "session"]
+
+_HOMES = {
+    "compile": "compiler", "CompiledModel": "compiler", "Recipe": "recipe", "LayerRule": "recipe", "repq_vit": "recipe",
+    "session": "runtime", "InputError": "errors", "ParityError": "errors", "RepQuantError": "errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: `repquant-fx --help` need not load torch."""
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(f"repquant_fx.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

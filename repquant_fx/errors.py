@@ -47,3 +47,7 @@ class ParityError(RepQuantError):
     """ONNX Runtime and the FX reference disagree beyond float rounding."""
 
     exit_code = 3
+
+
+class RepQuantWarning(UserWarning):
+    """Something the user should know; the CLI shows these and hides the libraries' own."""

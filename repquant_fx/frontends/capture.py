@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from repquant_fx.errors import CaptureError
+from repquant_fx.errors import CaptureError, RepQuantWarning
 
 aten = torch.ops.aten
 
@@ -128,7 +128,7 @@ def _export(module: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool) 
             continue
         if dynamic_batch and not dynamic and problem is not None:
             warnings.warn(f"the model does not allow a dynamic batch; captured with batch {inputs[0].shape[0]} "
-                          f"({_first_line(problem)})", stacklevel=3)
+                          f"({_first_line(problem)})", RepQuantWarning, stacklevel=3)
         return program, dynamic
     assert problem is not None
     raise CaptureError(f"torch.export cannot capture the model: {_first_line(problem)}{_user_line(problem)}. "

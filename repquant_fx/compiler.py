@@ -1,0 +1,206 @@
+"""The compiler: one function that runs the whole way, frontend to checked ONNX file.
+
+    from repquant_fx import Recipe, compile
+    compiled = compile("model.pt2", Recipe(wbits=4, abits=4), calibration="images/")
+    compiled.save("model.onnx")
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from repquant_fx import parity as parity_check
+from repquant_fx import report as reports
+from repquant_fx.calibration.data import CalibrationSet, InputSpec, load_calibration
+from repquant_fx.errors import InputError
+from repquant_fx.exporters.metadata import describe
+from repquant_fx.exporters.onnx_qdq import export_onnx
+from repquant_fx.files import check_writable, write_atomically
+from repquant_fx.frontends.capture import Captured, capture
+from repquant_fx.frontends.loading import LoadedModel, load_model
+from repquant_fx.frontends.memory import from_memory
+from repquant_fx.passes.base import run_passes
+from repquant_fx.passes.canonicalize import Canonicalize
+from repquant_fx.passes.insert_observers import InsertObservers
+from repquant_fx.passes.lower_to_qdq import LowerToQDQ
+from repquant_fx.passes.match_sites import MatchSites
+from repquant_fx.pipeline import quantize_sequentially
+from repquant_fx.recipe import Recipe
+from repquant_fx.version import VERSION
+
+HELD_BACK = 16  # samples kept out of calibration for the check
+
+
+@dataclass
+class CompiledModel:
+    """The result of `compile`.
+
+    Attributes:
+        proto: the ONNX model.
+        report: what was done and measured; JSON data (see `report.build`).
+        graph_module: the lowered graph, the FX reference of the file.
+        quantizers: nodes of `graph_module` that produce codes, by site name.
+        parity: the comparison with ONNX Runtime, None if it was not asked for.
+    """
+
+    proto: onnx.ModelProto
+    report: dict[str, Any]
+    graph_module: GraphModule
+    quantizers: dict[str, Node]
+    parity: parity_check.Parity | None
+
+    def to_bytes(self) -> bytes:
+        """The file's bytes; the same model, data, recipe and seed give the same bytes."""
+        return self.proto.SerializeToString(deterministic=True)
+
+    def save(self, path: str | Path, *, force: bool = False, report: str | Path | None = None) -> Path:
+        """Write the model, and the report where a path is given. Complete or not at all.
+
+        Raises:
+            OutputError: a file exists and `force` is not set, or it cannot be written.
+        """
+        path = check_writable(path, force)
+        if report is not None:
+            check_writable(report, force)
+        write_atomically(path, self.to_bytes())
+        if report is not None:
+            write_atomically(report, self.report_json().encode())
+        return path
+
+    def report_json(self) -> str:
+        """The report as indented JSON."""
+        return json.dumps(self.report, indent=2, sort_keys=False) + "\n"
+
+    def session(self, threads: int | None = None) -> Any:
+        """An ONNX Runtime session on the model."""
+        from repquant_fx.runtime import session
+
+        return session(self.to_bytes(), threads=threads)
+
+
+def compile(
+    model: str | Path | nn.Module | torch.export.ExportedProgram | LoadedModel, recipe: Recipe | None = None, *,
+    calibration: str | Callable[[], Any] | Sequence[Any] | Tensor | None = None, samples: int = 1024, batch_size: int = 32,
+    seed: int = 0, example_inputs: Sequence[Tensor] | None = None, arch: str | None = None, input_shape: Sequence[int] | None = None,
+    allow_pickle: bool = False, check: bool = True,
+) -> CompiledModel:
+    """Quantize a model and write it as ONNX QDQ.
+
+    Args:
+        model: a module, an ExportedProgram, or what the command line takes (a file or `timm:NAME`).
+        recipe: bits and method; RepQuant at W8A8 where None.
+        calibration: an image folder, an array file, `module:callable`, tensors, or a callable (see `calibration.data`).
+            Where None the example inputs stored in the model file, else made-up inputs, with a warning.
+        samples, batch_size, seed: how many calibration samples, how many at a time, and which.
+        example_inputs: positional inputs that a module is captured with, batch at least 2. Needed for a module whose input
+            shape cannot be told from its own configuration.
+        arch, input_shape, allow_pickle: see `frontends.loading.load_model`.
+        check: run ONNX Runtime on held-back samples and compare with the FX reference.
+
+    Raises:
+        InputError: something given cannot be used (its subclasses say what).
+        ParityError: the exported model disagrees with the reference beyond float rounding.
+    """
+    recipe = recipe or Recipe()
+    torch.manual_seed(seed)
+    loaded = _load(model, example_inputs, arch, input_shape, allow_pickle)
+    captured = _capture(loaded)
+    graph_module = run_passes(captured.graph_module, [Canonicalize()])
+    matching = MatchSites(recipe)
+    run_passes(graph_module, [matching])
+    plan = matching.plan
+    if not plan.groups:
+        reasons = "; ".join(f"{item.operator} at {item.path}: {item.reason}" for item in plan.left_alone[:3])
+        raise InputError("nothing to quantize: the graph has no Linear, convolution or matrix product that the recipe does not skip"
+                         + (f" ({reasons})" if reasons else ""))
+    data = _calibration_data(captured, loaded, calibration, samples, batch_size, seed)
+    used, held_back = data.split_held_back(HELD_BACK)
+    reference = copy.deepcopy(graph_module)
+    batches = list(used.batches)
+    run_passes(graph_module, [InsertObservers(plan, len(batches))])
+    quantized = quantize_sequentially(graph_module, plan, batches, recipe)
+    layers = reports.describe_layers(graph_module, plan, quantized)
+    lowering = LowerToQDQ(plan, quantized.weights)
+    run_passes(graph_module, [lowering])
+    proto = export_onnx(graph_module, loaded.example_inputs, input_names=captured.input_names, output_names=captured.output_names,
+                        dynamic_shapes=dynamic_shapes(graph_module), metadata=describe(recipe, loaded.preprocessing))
+    probe = [torch.cat(tensors) for tensors in zip(*held_back.batches)] if captured.dynamic_batch else list(held_back.batches[0])
+    sqnr = reports.layer_sqnr(reference, graph_module, [e["node"] for e in layers], probe)
+    with torch.no_grad():
+        output_sqnr = min(parity_check.sqnr(a, b) for a, b in zip(_flat(graph_module(*probe)), _flat(reference(*probe))))
+    parity = parity_check.compare(graph_module, proto, lowering.quantizers, probe, captured.input_names) if check else None
+    report = reports.build(
+        layers=layers, plan=plan, quantized=quantized, sqnr=sqnr, output_sqnr=output_sqnr, parity=parity,
+        about={
+            "repquant_fx": VERSION, "source": loaded.source, "bits": f"W{recipe.wbits}A{recipe.abits}", "recipe": recipe.to_dict(),
+            "calibration": {"origin": data.origin, "samples": used.samples, "held_back": held_back.samples,
+                            "synthetic": data.synthetic, "seed": seed},
+            "capture": {"difference_from_eager": captured.eager_difference, "dynamic_batch": captured.dynamic_batch},
+            "file_bytes": proto.ByteSize(),
+        })
+    if parity is not None:
+        parity.raise_on_problems()
+    return CompiledModel(proto, report, graph_module, lowering.quantizers, parity)
+
+
+def _load(model: Any, example_inputs: Sequence[Tensor] | None, arch: str | None, input_shape: Sequence[int] | None,
+          allow_pickle: bool) -> LoadedModel:
+    if isinstance(model, LoadedModel):
+        return model
+    if isinstance(model, (str, Path)):
+        return load_model(model, arch=arch, allow_pickle=allow_pickle, input_shape=input_shape)
+    return from_memory(model, example_inputs=example_inputs, input_shape=input_shape)
+
+
+def _capture(loaded: LoadedModel) -> Captured:
+    model = loaded.module if loaded.module is not None else loaded.exported
+    assert model is not None
+    return capture(model, loaded.example_inputs)
+
+
+def input_specs(captured: Captured) -> list[InputSpec]:
+    """Name, shape and dtype of each input of a captured graph."""
+    specs = []
+    for node, name in zip((n for n in captured.graph_module.graph.nodes if n.op == "placeholder"), captured.input_names):
+        value = node.meta["val"]
+        specs.append(InputSpec(name, tuple(d if isinstance(d, int) else None for d in value.shape), value.dtype))
+    return specs
+
+
+def _calibration_data(captured: Captured, loaded: LoadedModel, calibration: Any, samples: int, batch_size: int,
+                      seed: int) -> CalibrationSet:
+    return load_calibration(calibration, input_specs(captured), preprocessing=loaded.preprocessing, samples=samples,
+                            batch_size=batch_size, seed=seed, example_inputs=loaded.example_inputs if loaded.inputs_are_data else None)
+
+
+def dynamic_shapes(graph_module: GraphModule) -> tuple[dict[int, Any] | None, ...] | None:
+    """What torch.export needs to keep the symbolic dimensions of a graph symbolic."""
+    dims: dict[str, Any] = {}
+    shapes: list[dict[int, Any] | None] = []
+    for node in graph_module.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        free = {}
+        for axis, size in enumerate(node.meta["val"].shape):
+            if not isinstance(size, int):
+                name = str(size)
+                label = "batch" if axis == 0 and "batch" not in [d.__name__ for d in dims.values()] else f"size_{len(dims)}"
+                free[axis] = dims.setdefault(name, torch.export.Dim(label, min=1))
+        shapes.append(free or None)
+    return tuple(shapes) if dims else None
+
+
+def _flat(result: Any) -> list[Tensor]:
+    from torch.utils import _pytree as pytree
+
+    return [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]

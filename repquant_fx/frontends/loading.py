@@ -1,0 +1,259 @@
+"""Sources of models: `timm:NAME`, a `.pt2` program, a pickled module, or weights for a named architecture.
+
+The content of a file decides what it is, not its suffix. A file's bytes are read once, and what was screened is what is loaded.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repquant_fx.errors import InputError, ModelFileError
+from repquant_fx.frontends import architectures
+from repquant_fx.frontends.exported import load_exported
+from repquant_fx.frontends.pickled import first_line, load_pickled, refuse_bomb
+
+_TORCH_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # the pickled magic number that opens a file of torch before 1.6
+_CONTAINERS = ("state_dict", "model", "module", "model_state_dict", "model_ema", "state_dict_ema")
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready for capture. Exactly one of `module` and `exported` is set.
+
+    Attributes:
+        module: in eval mode, on the CPU.
+        exported: a program as saved; where its batch dimension is static, it stays so.
+        example_inputs: positional; batch 2 unless a program with a static batch says otherwise.
+        inputs_are_data: the inputs were stored in the `.pt2` by the user, so they can serve for calibration.
+        preprocessing: of images; see `architectures.preprocessing`. None where nothing is known.
+        source: what was loaded, in words.
+    """
+
+    module: nn.Module | None
+    exported: torch.export.ExportedProgram | None
+    example_inputs: tuple[Tensor, ...]
+    inputs_are_data: bool
+    preprocessing: dict[str, Any] | None
+    source: str
+
+
+def load_model(
+    source: str | Path, *, arch: str | None = None, allow_pickle: bool = False, input_shape: Sequence[int] | None = None
+) -> LoadedModel:
+    """Load a model without executing what its file says, unless `allow_pickle`.
+
+    Args:
+        source: `timm:NAME,key=value,...[,pretrained]`, `torchvision:NAME,...`, or a file: `.pt2` of torch.export.save, a module
+            or state dict of torch.save, or safetensors.
+        arch: the architecture of a state dict, `timm:NAME,...`. Safetensors may carry it in their metadata under `arch`.
+        allow_pickle: the user trusts the file; it may execute code.
+        input_shape: of one example, ALWAYS without the batch dimension: (C, H, W) or (length,). Needed where the model does
+            not tell; otherwise overrides it.
+
+    Raises:
+        ModelFileError: not a model, damaged, unsafe, or at odds with the architecture.
+        InputError: `arch` with a source that is a whole model; an unknown or malformed input shape.
+    """
+    text = str(source)
+    if architectures.is_architecture(text):
+        _no_architecture_wanted(arch, text)
+        named = architectures.parse_architecture(text)
+        return _loaded(architectures.build(named), str(named), input_shape)
+    data = _read(Path(source))
+    kind = _kind(data, text)
+    if kind == "safetensors":
+        weights, stored = _safetensors(data, text)
+        return _from_weights(weights, arch or stored, text, input_shape)
+    if kind == "pt2":
+        _no_architecture_wanted(arch, text)
+        return _from_program(data, text, allow_pickle, input_shape)
+    found = load_pickled(data, text, allow_pickle=allow_pickle)
+    module = _module_in(found)
+    if module is not None:
+        _no_architecture_wanted(arch, text)
+        return _loaded(module, f"{type(module).__name__} pickled in {text}", input_shape)
+    return _from_weights(_weights_in(found, text), arch, text, input_shape)
+
+
+def _no_architecture_wanted(arch: str | None, source: str) -> None:
+    if arch is not None:
+        raise InputError(f"--arch {arch} was given, but {source} is a whole model; --arch is for state dicts and safetensors")
+
+
+def _read(path: Path) -> bytes:
+    if path.is_dir():
+        raise ModelFileError(f"not a model file: {path} is a directory; give the file in it")
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise ModelFileError(f"not a model file: {path} does not exist (architectures are written timm:NAME)") from error
+    except OSError as error:
+        raise ModelFileError(f"not a model file: {path} cannot be read: {error.strerror or error}") from error
+    if not data:
+        raise ModelFileError(f"not a model file: {path} is empty")
+    return data
+
+
+def _kind(data: bytes, where: str) -> str:
+    """`pt2`, `torch` or `safetensors`, from the content.
+
+    Raises:
+        ModelFileError: anything else, saying what it looks like.
+    """
+    if data[:2] == b"PK":
+        return _zip_kind(data, where)
+    if data.startswith(_TORCH_LEGACY):
+        return "torch"
+    if len(data) > 8 and data[8:9] == b"{" and int.from_bytes(data[:8], "little") < 100_000_000:
+        return "safetensors"
+    raise ModelFileError(f"not a model file: {where} {_looks_like(data, where)}. Expected a .pt2 of torch.export.save, a file of "
+                         "torch.save, or safetensors")
+
+
+def _looks_like(data: bytes, where: str) -> str:
+    if where.endswith(".onnx") or (data[:1] == b"\x08" and b"onnx" in data[:200] + data[-200:]):
+        return "is an ONNX model, which is what repquant-fx writes; give the PyTorch model it came from"
+    if data[:1] == b"\x80" and data[1:2] <= b"\x05":
+        return "is a plain Python pickle, which is never loaded; write it with torch.save"
+    if data[:2] == b"\x1f\x8b":
+        return "is compressed with gzip; unpack it first"
+    try:
+        head = data[:512].decode("utf-8", "strict" if len(data) <= 512 else "ignore")
+        if head.isprintable() or not any(ord(c) < 32 and c not in "\t\n\r\f" for c in head):
+            return f"is a text file that begins {head.splitlines()[0][:40]!r}"
+    except (UnicodeDecodeError, IndexError):
+        pass
+    return f"begins with the bytes {data[:8].hex(' ')} and has {len(data)} bytes"
+
+
+def _zip_kind(data: bytes, where: str) -> str:
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            entries = archive.infolist()
+    except Exception as error:
+        raise ModelFileError(f"not a model file: {where} begins like a zip archive but is truncated or damaged "
+                             f"({first_line(error)}); copy or download it again") from error
+    refuse_bomb(data, where)
+    inner = {entry.filename.partition("/")[2] for entry in entries}
+    if any(name == "archive_format" or name.startswith("models/") for name in inner):
+        return "pt2"
+    if any(entry.filename == "serialized_exported_program.json" for entry in entries):
+        raise ModelFileError(f"{where} was written by torch.export.save before torch 2.8; load it there and save it again")
+    if "constants.pkl" in inner or any(name.startswith("code/") for name in inner):
+        raise ModelFileError(f"{where} is a TorchScript archive; TorchScript is not read. Export the original module with "
+                             "torch.export.export and torch.export.save")
+    if "data.pkl" in inner:
+        return "torch"
+    shown = ", ".join(sorted(entry.filename for entry in entries)[:4]) or "nothing"
+    raise ModelFileError(f"not a model file: {where} is a zip archive without a model; it holds {shown}")
+
+
+def _loaded(module: nn.Module, source: str, input_shape: Sequence[int] | None) -> LoadedModel:
+    if isinstance(module, nn.DataParallel):
+        module = module.module
+    module = module.to("cpu").eval()
+    check_finite(module.named_parameters(), module.named_buffers(), source)
+    config = getattr(module, "config", None)
+    if getattr(config, "use_cache", False):
+        config.use_cache = False  # type: ignore[union-attr]  # a cache object is no output that a graph can have
+    inputs = architectures.example_inputs(module, input_shape)
+    return LoadedModel(module, None, inputs, False, architectures.preprocessing(module), source)
+
+
+def _from_program(data: bytes, where: str, allow_pickle: bool, input_shape: Sequence[int] | None) -> LoadedModel:
+    if input_shape is not None:
+        raise InputError(f"--input-shape was given, but {where} is an exported program, which fixes the shapes of its inputs")
+    program, inputs, stored = load_exported(data, where, allow_pickle=allow_pickle)
+    parameters = [(name, tensor) for name, tensor in program.state_dict.items() if isinstance(tensor, nn.Parameter)]
+    buffers = [(name, tensor) for name, tensor in program.state_dict.items() if not isinstance(tensor, nn.Parameter)]
+    check_finite(parameters, buffers, where)
+    return LoadedModel(None, program, inputs, stored, None, f"program exported in {where}")
+
+
+def check_finite(parameters: Iterable[tuple[str, Tensor]], buffers: Iterable[tuple[str, Tensor]], where: str) -> None:
+    """Parameters must be finite. Buffers must not be NaN; an infinity there can be an attention mask."""
+    broken = [name for name, tensor in parameters if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())]
+    broken += [name for name, tensor in buffers if tensor.is_floating_point() and bool(torch.isnan(tensor).any())]
+    if broken:
+        raise ModelFileError(f"{where} holds NaN or infinite weights in {_listed(broken)}; "
+                             "training diverged or the file is damaged")
+
+
+def _module_in(found: Any) -> nn.Module | None:
+    """The module that was saved, by itself or under a customary key of a checkpoint."""
+    if isinstance(found, nn.Module):
+        return found
+    if isinstance(found, Mapping):
+        return next((found[key] for key in _CONTAINERS if isinstance(found.get(key), nn.Module)), None)
+    return None
+
+
+def _weights_in(found: Any, where: str) -> dict[str, Tensor]:
+    """The state dict in what a file held, by itself or nested one level."""
+    candidates = [found] + ([found[key] for key in _CONTAINERS if key in found] if isinstance(found, Mapping) else [])
+    for candidate in candidates:
+        if isinstance(candidate, Mapping) and candidate and all(
+                isinstance(key, str) and isinstance(value, Tensor) for key, value in candidate.items()):
+            return dict(candidate)
+    if isinstance(found, Mapping):
+        raise ModelFileError(f"{where} holds a dict without a state dict; its keys are {_listed([str(key) for key in found])}; "
+                             f"weights are looked for under {', '.join(_CONTAINERS)}")
+    raise ModelFileError(f"{where} holds a {type(found).__name__}, not a module or a state dict")
+
+
+def _safetensors(data: bytes, where: str) -> tuple[dict[str, Tensor], str | None]:
+    """(the tensors, the architecture named in the metadata or None)."""
+    import safetensors.torch
+
+    try:
+        weights = safetensors.torch.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        stored = header.get("__metadata__", {}).get("arch")
+    except Exception as error:
+        raise ModelFileError(f"not a model file: {where} begins like safetensors but is truncated or damaged "
+                             f"({first_line(error)})") from error
+    return weights, stored
+
+
+def _from_weights(weights: dict[str, Tensor], arch: str | None, where: str, input_shape: Sequence[int] | None) -> LoadedModel:
+    if not arch:
+        raise ModelFileError(f"{where} holds a state dict with {len(weights)} tensors ({_listed(list(weights))}) "
+                             "but no architecture; pass --arch timm:NAME")
+    named = architectures.parse_architecture(arch)
+    if named.pretrained:
+        raise InputError(f"--arch {arch}: 'pretrained' makes no sense with the weights of {where}; leave it out")
+    module = architectures.build(named)
+    if weights and all(name.startswith("module.") for name in weights):  # saved from DataParallel
+        weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
+    check_finite(weights.items(), (), where)
+    _check_fit(module.state_dict(), weights, f"the weights of {where} do not fit {named}")
+    try:
+        module.load_state_dict(weights)
+    except Exception as error:
+        raise ModelFileError(f"the weights of {where} do not fit {named}: {first_line(error)}") from error
+    return _loaded(module, f"{named} with the weights of {where}", input_shape)
+
+
+def _check_fit(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], complaint: str) -> None:
+    missing = [name for name in wanted if name not in given]
+    unexpected = [name for name in given if name not in wanted]
+    shapes = [f"{name} is {list(given[name].shape)} instead of {list(wanted[name].shape)}"
+              for name in wanted if name in given and given[name].shape != wanted[name].shape]
+    groups = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+    problems = [f"{len(names)} {what}: {_listed(names)}" for what, names in groups if names]
+    if problems:
+        raise ModelFileError(f"{complaint}; {'; '.join(problems)}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

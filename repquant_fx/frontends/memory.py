@@ -1,0 +1,50 @@
+"""Models that are already in memory: the Python API's counterpart of `loading`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from repquant_fx.errors import InputError
+from repquant_fx.frontends import architectures
+from repquant_fx.frontends.loading import LoadedModel, check_finite
+
+
+def from_memory(
+    model: nn.Module | torch.export.ExportedProgram, *, example_inputs: Sequence[Tensor] | None = None,
+    input_shape: Sequence[int] | None = None,
+) -> LoadedModel:
+    """Wrap a module or an exported program.
+
+    Args:
+        model: not mutated, but a module is put in eval mode.
+        example_inputs: positional. A module's may be left out where its configuration tells them; a program has its own.
+
+    Raises:
+        InputError: neither a module nor a program; no example inputs and no way to tell them.
+        ModelFileError: weights that are not finite.
+    """
+    if isinstance(model, torch.export.ExportedProgram):
+        inputs = tuple(example_inputs) if example_inputs is not None else _stored(model)
+        check_finite([(n, t) for n, t in model.state_dict.items() if isinstance(t, nn.Parameter)],
+                     [(n, t) for n, t in model.state_dict.items() if not isinstance(t, nn.Parameter)], "the program")
+        return LoadedModel(None, model, inputs, True, None, "an exported program in memory")
+    if not isinstance(model, nn.Module):
+        raise InputError(f"a model is a torch.nn.Module, an ExportedProgram, a file or timm:NAME; found {type(model).__name__}")
+    name = type(model).__name__
+    check_finite(model.named_parameters(), model.named_buffers(), name)
+    model.eval()
+    inputs = tuple(example_inputs) if example_inputs is not None else architectures.example_inputs(model, input_shape)
+    return LoadedModel(model, None, inputs, False, architectures.preprocessing(model), f"{name} in memory")
+
+
+def _stored(program: torch.export.ExportedProgram) -> tuple[Tensor, ...]:
+    if program.example_inputs is None:
+        raise InputError("the exported program holds no example inputs; pass example_inputs")
+    args, kwargs = program.example_inputs
+    inputs = (*args, *kwargs.values())
+    if not all(isinstance(value, Tensor) for value in inputs):
+        raise InputError("the exported program takes inputs that are not tensors; export a module whose forward takes tensors only")
+    return inputs

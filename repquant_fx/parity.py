@@ -1,0 +1,178 @@
+"""Does ONNX Runtime compute what the FX reference computes? Compared code for code, at every quantizer.
+
+Two questions are kept apart. *Free running*: both execute the whole model; a code on a rounding boundary may flip by one and what
+follows then differs too, so this is reported, not judged. *Step by step*: the FX graph is fed ONNX Runtime's own codes at every
+quantizer, so that each step is compared on equal inputs: codes may differ by at most one, rarely, and the output only by float
+rounding. This is judged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from repquant_fx.errors import ParityError
+from repquant_fx.passes.lower_to_qdq import QUANTIZE
+from repquant_fx.quantizers.logarithmic import zero_code
+from repquant_fx.runtime import run, session
+
+SHARE_LIMIT = 0.005  # of codes that may flip by one at one quantizer, on equal inputs
+OUTPUT_LIMIT = 1e-3  # of the largest output, on equal codes
+
+
+@dataclass(frozen=True)
+class CodeDifference:
+    """Codes of one quantizer: `share` that differ in a free run, `share_step` and `largest_step` on equal inputs."""
+
+    share: float
+    share_step: float
+    largest_step: int
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The comparison on `samples` held-back samples.
+
+    Attributes:
+        output_sqnr: of ONNX Runtime's output against the FX reference's, free running, dB (infinite when equal).
+        output_step: largest output difference on equal codes, relative to the largest output.
+        quantizers: by site name.
+    """
+
+    samples: int
+    output_sqnr: float
+    output_step: float
+    quantizers: dict[str, CodeDifference]
+
+    @property
+    def share(self) -> float:
+        """Mean share of differing codes over quantizers, free running."""
+        return sum(q.share for q in self.quantizers.values()) / max(1, len(self.quantizers))
+
+    def problems(self) -> list[str]:
+        """What goes beyond float rounding, as sentences; empty when nothing does."""
+        found = []
+        for name, q in self.quantizers.items():
+            if q.largest_step > 1 or q.share_step > SHARE_LIMIT:
+                found.append(f"{name}: {100 * q.share_step:.3g} % of the codes differ, by up to {q.largest_step}")
+        if not self.output_step <= OUTPUT_LIMIT:
+            found.append(f"the output differs by {self.output_step:.3g} of its largest value on equal codes")
+        return found
+
+    def raise_on_problems(self) -> None:
+        """
+        Raises:
+            ParityError: there are problems.
+        """
+        found = self.problems()
+        if found:
+            more = f" (and {len(found) - 5} more)" if len(found) > 5 else ""
+            raise ParityError("ONNX Runtime and the FX reference disagree beyond float rounding: " + "; ".join(found[:5]) + more)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "mean_share": self.share, "agrees": not self.problems()}
+
+
+def compare(
+    graph_module: GraphModule, proto: onnx.ModelProto, quantizers: Mapping[str, Node], inputs: Sequence[Tensor],
+    input_names: Sequence[str],
+) -> Parity:
+    """Run both on the same inputs.
+
+    Args:
+        graph_module: the lowered FX reference.
+        quantizers: nodes that produce codes (or log-quantized values), by site name.
+        inputs: positional, one batch.
+    """
+    values = {name: value_name(node) for name, node in quantizers.items()}
+    exposed = expose(proto, [(values[name], node.target is QUANTIZE) for name, node in quantizers.items()])
+    feed = dict(zip(input_names, inputs))
+    outputs = len(proto.graph.output)
+    found = run(session(proto), feed)
+    internal = dict(zip(quantizers, run(session(exposed), feed)[outputs:]))
+    free, step = _Recorder(graph_module, quantizers, {}), _Recorder(graph_module, quantizers, internal)
+    expected, forced = _tensors(free.run(*inputs)), _tensors(step.run(*inputs))
+    differences = {}
+    for name, node in quantizers.items():
+        theirs = codes(internal[name], node, graph_module)
+        apart = (step.seen[name] - theirs).abs()
+        differences[name] = CodeDifference(
+            share=float((free.seen[name] != theirs).double().mean()),
+            share_step=float((apart > 0).double().mean()), largest_step=int(apart.max()) if apart.numel() else 0)
+    again = run(session(exposed), feed)[:outputs]
+    step_difference = max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-12)) for a, b in zip(again, forced))
+    return Parity(len(inputs[0]), min(sqnr(a, b) for a, b in zip(found, expected)), step_difference, differences)
+
+
+def sqnr(approximation: Tensor, reference: Tensor) -> float:
+    """Signal to quantization noise ratio, dB."""
+    noise = float((approximation.double() - reference.double()).square().sum())
+    signal = float(reference.double().square().sum())
+    if noise == 0:
+        return float("inf")
+    return float(10 * torch.log10(torch.tensor(max(signal, 1e-300) / noise, dtype=torch.float64)))
+
+
+def value_name(node: Node) -> str:
+    """Name of a quantizer's value in the exported file (see `exporters.naming`)."""
+    scale = node.args[1]
+    assert isinstance(scale, Node)
+    return str(scale.target).removesuffix("_scale") + ("_quantized" if node.target is QUANTIZE else "_dequantized")
+
+
+def expose(proto: onnx.ModelProto, values: Sequence[tuple[str, bool]]) -> onnx.ModelProto:
+    """A copy with further outputs: `(name, whether uint8 codes)`, else float32 values."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    for name, integer in values:
+        kind = onnx.TensorProto.UINT8 if integer else onnx.TensorProto.FLOAT
+        copy.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
+    return copy
+
+
+def codes(values: Tensor, node: Node, graph_module: GraphModule) -> Tensor:
+    """Integer codes (int16) of what a quantizer node gives: uint8 codes as they are, log-quantized values decoded."""
+    if node.target is QUANTIZE:
+        return values.to(torch.int16)
+    bits, steps = node.args[-2:]
+    scale = float(_constant(graph_module, node.args[1]))
+    top = zero_code(int(bits))  # type: ignore[arg-type]
+    decoded = torch.round(-int(steps) * torch.log2(values.double() / scale))  # type: ignore[arg-type]
+    return torch.where(values == 0, torch.full_like(decoded, top), decoded).to(torch.int16)
+
+
+def _constant(graph_module: GraphModule, node: Any) -> Tensor:
+    from repquant_fx.passes.base import attribute
+
+    return attribute(graph_module, node)
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    from torch.utils import _pytree as pytree
+
+    return [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
+
+
+class _Recorder(Interpreter):
+    """Keeps each quantizer's own codes, and goes on with the given values instead where there are any."""
+
+    def __init__(self, graph_module: GraphModule, quantizers: Mapping[str, Node], given: Mapping[str, Tensor]) -> None:
+        super().__init__(graph_module)
+        self.names = {node: name for name, node in quantizers.items()}
+        self.given = given
+        self.seen: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        name = self.names.get(n)
+        if name is None:
+            return result
+        self.seen[name] = codes(result, n, self.module)  # type: ignore[arg-type]
+        return self.given.get(name, result)

@@ -1,0 +1,153 @@
+"""What was done to a model, layer by layer, as plain data for JSON and as text for people."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from repquant_fx.parity import Parity
+from repquant_fx.passes.base import module_path
+from repquant_fx.passes.calibrate_activations import slot_module
+from repquant_fx.passes.match_sites import Group, Plan, Site
+from repquant_fx.pipeline import Quantized
+from repquant_fx.quantizers.observers import LogQuantizer, UniformQuantizer
+
+SLICE = 4  # samples run at a time for the layers' SQNR
+
+
+def describe_layers(graph_module: GraphModule, plan: Plan, quantized: Quantized) -> list[dict[str, Any]]:
+    """One entry a quantized operator, in graph order; call before lowering, while the quantizers are in the graph."""
+    entries = []
+    for group in plan.groups:
+        for consumer in group.consumers:
+            sites = [s for s in group.sites if consumer in s.consumers]
+            entry: dict[str, Any] = {
+                "path": module_path(consumer) or consumer.name, "operator": str(consumer.target).split(".")[1], "node": consumer.name,
+                "group": group.kind, "inputs": [describe_site(graph_module, s) for s in sites], "rewritten": _rewritten(group),
+            }
+            if consumer in quantized.weights:
+                weight, plan_of = quantized.weights[consumer], group.plans[consumer]
+                entry["weight"] = {
+                    "bits": plan_of.wbits, "granularity": "per output channel", "zero_point": 0,
+                    "scale": {"min": float(weight.scale.min()), "max": float(weight.scale.max()), "count": weight.scale.numel()},
+                    "method": "GPTQ" if consumer in quantized.errors else "round to nearest",
+                }
+                if consumer in quantized.errors:
+                    nearest, chosen = quantized.errors[consumer]
+                    entry["weight"]["output_error"] = {"round_to_nearest": nearest, "chosen": chosen}
+            entries.append(entry)
+    return entries
+
+
+def describe_site(graph_module: GraphModule, site: Site) -> dict[str, Any]:
+    """Bits, scale and zero point of one activation quantizer."""
+    module = slot_module(graph_module, site)
+    entry: dict[str, Any] = {"name": site.name, "bits": site.bits}
+    if isinstance(module, LogQuantizer):
+        return entry | {"quantizer": "log-sqrt2 as shifts (log2)" if module.steps == 2 else "log2", "scale": float(module.scale),
+                        "zero_code": (1 << site.bits) - 1}
+    if isinstance(module, UniformQuantizer):
+        if module.axis is None:
+            return entry | {"quantizer": "uniform", "scale": float(module.scale), "zero_point": int(module.zero_point)}
+        return entry | {"quantizer": "uniform per channel", "scale": module.scale.tolist(),
+                        "zero_point": [int(z) for z in module.zero_point.tolist()]}
+    return entry | {"quantizer": "none"}
+
+
+def _rewritten(group: Group) -> list[str]:
+    notes = list(group.notes)
+    if group.kind == "matmul" and group.softmax is not None and any(s.role == "softmax" for s in group.sites):
+        notes.append("softmax and its quantizer became one operator in the domain repquant_fx")
+    return notes
+
+
+def layer_sqnr(float_module: GraphModule, lowered: GraphModule, names: Sequence[str], inputs: Sequence[Tensor]) -> dict[str, float]:
+    """SQNR in dB of each named node's output against the float model, everything before it quantized too."""
+    signal: dict[str, float] = dict.fromkeys(names, 0.0)
+    noise: dict[str, float] = dict.fromkeys(names, 0.0)
+    for batch in _slices(inputs):
+        expected, found = _values(float_module, names, batch), _values(lowered, names, batch)
+        for name in names:
+            if name in expected and name in found:
+                reference = expected[name].double().reshape(-1)
+                signal[name] += float(reference.square().sum())
+                noise[name] += float((found[name].double().reshape(-1) - reference).square().sum())
+    return {n: 10 * math.log10(signal[n] / noise[n]) if noise[n] > 0 and signal[n] > 0 else math.inf for n in names}
+
+
+def _slices(inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    step = SLICE if len(inputs[0]) % SLICE == 0 else len(inputs[0])
+    for start in range(0, len(inputs[0]), step):
+        yield [t[start:start + step] for t in inputs]
+
+
+def _values(graph_module: GraphModule, names: Sequence[str], inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    wanted, kept = set(names), {}
+
+    class Keep(Interpreter):
+        def run_node(self, n: Node) -> Any:
+            result = super().run_node(n)
+            if n.name in wanted and isinstance(result, Tensor):
+                kept[n.name] = result
+            return result
+
+    with torch.no_grad():
+        Keep(graph_module).run(*inputs)
+    return kept
+
+
+def build(
+    *, layers: list[dict[str, Any]], plan: Plan, quantized: Quantized, sqnr: Mapping[str, float], output_sqnr: float | None,
+    parity: Parity | None, about: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The whole report as JSON data. Infinite values are written as null."""
+    for entry in layers:
+        entry["sqnr_db"] = sqnr.get(entry["node"])
+    return _finite({
+        **about,
+        "output_sqnr_db": output_sqnr,
+        "parity": parity.to_dict() if parity is not None else None,
+        "layers": layers,
+        "left_alone": [asdict(item) for item in plan.left_alone],
+        "segments": quantized.segments,
+        "node_executions": quantized.node_executions,
+    })
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """A few lines for the terminal."""
+    layers = report["layers"]
+    weights = [e for e in layers if "weight" in e]
+    norms = {e["path"] for e in layers if e["group"] == "norm_linear"}
+    logs = sum(any("log" in i.get("quantizer", "") for i in e["inputs"]) for e in layers)
+    lines = [f"quantized {len(weights)} weighted layers and {len(layers) - len(weights)} products "
+             f"({report['bits']}); {len(norms)} layers behind norms, {logs} softmax operands on a logarithmic grid"]
+    for item in report["left_alone"]:
+        lines.append(f"left alone: {item['operator']} at {item['path']}: {item['reason']}")
+    if report.get("output_sqnr_db") is not None:
+        lines.append(f"output SQNR against float: {report['output_sqnr_db']:.2f} dB on {report['parity']['samples'] if report['parity'] else 'held-back'} "
+                     "held-back samples")
+    parity = report.get("parity")
+    if parity:
+        quantizers = parity["quantizers"].values()
+        worst = max((q["share_step"] for q in quantizers), default=0.0)
+        sqnr = "identical" if parity["output_sqnr"] is None else f"{parity['output_sqnr']:.1f} dB"
+        lines.append(f"ONNX Runtime against the FX reference: output {sqnr}; codes that differ {100 * parity['mean_share']:.4f} % free running, "
+                     f"at most {100 * worst:.4f} % at one quantizer on equal inputs")
+    return "\n".join(lines)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return value
