@@ -25,13 +25,15 @@ from torch import nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# written into the specification, so that calibration and `evaluate` preprocess as training did: no resizing, no cropping
+OVERLAY = f"pretrained_cfg_overlay={{'input_size':(3,32,32),'crop_pct':1.0,'mean':{MEAN},'std':{STD}}}"
 ARCHITECTURES = {
     "vit": "timm:vit_tiny_patch16_224,img_size=32,patch_size=4,embed_dim=128,depth=6,num_heads=4,mlp_ratio=2,"
-           "num_classes=10,class_token=False,global_pool='avg'",
+           "num_classes=10,class_token=False,global_pool='avg'," + OVERLAY,
     "swin": "timm:swin_tiny_patch4_window7_224,img_size=32,patch_size=2,window_size=4,embed_dim=64,depths=(2,4),"
-            "num_heads=(2,4),mlp_ratio=2,num_classes=10",
+            "num_heads=(2,4),mlp_ratio=2,num_classes=10," + OVERLAY,
 }
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)   # timm's default preprocessing, what `evaluate` will use
 
 
 def build(spec: str) -> nn.Module:

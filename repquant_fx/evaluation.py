@@ -20,7 +20,7 @@ from torch import Tensor
 
 from repquant_fx.calibration.data import InputSpec, check_array, check_finite, read_arrays, to_rows
 from repquant_fx.calibration.images import ImageReader, Unreadable, find_images, image_size, read_ahead, stack, unreadable_error
-from repquant_fx.errors import InputError, ModelFileError
+from repquant_fx.errors import InputError, ModelFileError, RepQuantWarning
 from repquant_fx.progress import progress
 
 Predict: TypeAlias = Callable[[Tensor], Tensor]
@@ -251,7 +251,7 @@ def _measure(model: _Classifier, data: str, batch_size: int, limit: int | None, 
     if path.is_dir():
         if not model.preprocessing:
             warnings.warn("the model carries no image preprocessing; using its input size with ImageNet mean and std",
-                          stacklevel=3)
+                          RepQuantWarning, stacklevel=3)
         if not model.spec.dtype.is_floating_point:
             raise InputError(f"evaluate is for image classifiers; the input {model.spec.name} is {model.spec.dtype}")
         target = image_size(model.spec.shape, model.preprocessing)

@@ -35,7 +35,7 @@ from repquant_fx.calibration.images import (
     stack,
     unreadable_error,
 )
-from repquant_fx.errors import CalibrationError
+from repquant_fx.errors import CalibrationError, RepQuantWarning
 from repquant_fx.progress import progress
 
 Array: TypeAlias = Tensor | np.ndarray
@@ -298,7 +298,7 @@ class _Loader:
     def synthesise(self) -> CalibrationSet:
         """Made-up inputs: standard normal, or small integers; masks are all ones."""
         warnings.warn("no calibration data: the ranges come from random inputs, and accuracy will suffer; "
-                      "give an image folder, a file of arrays or module:callable", stacklevel=3)
+                      "give an image folder, a file of arrays or module:callable", RepQuantWarning, stacklevel=3)
         generator = torch.Generator().manual_seed(self.seed)
         columns = [_synthetic(spec, self.samples, self.preprocessing, generator) for spec in self.inputs]
         result = self._build(columns, range(self.samples), "random inputs (no calibration data was given)")

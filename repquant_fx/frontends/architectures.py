@@ -23,7 +23,8 @@ BATCH = 2  # torch.export takes a dimension of 1 for a constant
 TEXT_LENGTH = 64
 _SEED = 0
 # Arguments of timm.create_model that read other files or the hub.
-_FORBIDDEN = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+_FORBIDDEN = ("checkpoint_path", "pretrained_cfg", "cache_dir")
+_PREPROCESSING = {"input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode"}
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ def parse_architecture(text: str) -> Architecture:
             pretrained = value == "True"
         elif not equals or not key.isidentifier() or not value:
             raise ModelFileError(f"architecture {text!r}: {part.strip()!r} is neither key=value nor 'pretrained'")
+        elif key == "pretrained_cfg_overlay":
+            options[key] = _preprocessing_overlay(_value(value, text), text)
         elif key in _FORBIDDEN:
             raise ModelFileError(f"architecture {text!r}: {key} is not accepted, because it reads other files; "
                                  "give the weights as the model file and the architecture as --arch")
@@ -167,6 +170,14 @@ def _value(text: str, whole: str) -> Any:
         if re.fullmatch(r"[A-Za-z_][\w.\-]*", text):
             return text
     raise ModelFileError(f"architecture {whole!r}: {text!r} is not a Python literal")
+
+
+def _preprocessing_overlay(value: Any, whole: str) -> dict[str, Any]:
+    """timm's way to state how a model's images are prepared; nothing else of its pretrained configuration may be set."""
+    if not isinstance(value, dict) or not set(value) <= _PREPROCESSING:
+        raise ModelFileError(f"architecture {whole!r}: pretrained_cfg_overlay is a dict with keys of "
+                             f"{', '.join(sorted(_PREPROCESSING))}")
+    return value
 
 
 def _create_timm(architecture: Architecture) -> nn.Module:

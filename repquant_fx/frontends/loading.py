@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class LoadedModel:
     """A model ready for capture. Exactly one of `module` and `exported` is set.
 
     Attributes:
-        module: in eval mode, on the CPU.
+        module: in eval mode, on the CPU, half precision raised to float32; transformers' `use_cache` is switched off.
         exported: a program as saved; where its batch dimension is static, it stays so.
         example_inputs: positional; batch 2 unless a program with a static batch says otherwise.
         inputs_are_data: the inputs were stored in the `.pt2` by the user, so they can serve for calibration.
@@ -121,7 +122,7 @@ def _kind(data: bytes, where: str) -> str:
 
 
 def _looks_like(data: bytes, where: str) -> str:
-    if where.endswith(".onnx") or (data[:1] == b"\x08" and b"onnx" in data[:200] + data[-200:]):
+    if where.endswith(".onnx") or (data[:1] == b"\x08" and re.search(b"onnx|pytorch", data[:200])):
         return "is an ONNX model, which is what repquant-fx writes; give the PyTorch model it came from"
     if data[:1] == b"\x80" and data[1:2] <= b"\x05":
         return "is a plain Python pickle, which is never loaded; write it with torch.save"
@@ -161,8 +162,13 @@ def _zip_kind(data: bytes, where: str) -> str:
 def _loaded(module: nn.Module, source: str, input_shape: Sequence[int] | None) -> LoadedModel:
     if isinstance(module, nn.DataParallel):
         module = module.module
-    module = module.to("cpu").eval()
-    check_finite(module.named_parameters(), module.named_buffers(), source)
+    try:
+        module = module.to("cpu").eval()
+        if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in module.parameters()):
+            module = module.float()
+        check_finite(module.named_parameters(), module.named_buffers(), source)
+    except (AttributeError, RuntimeError, TypeError) as error:  # a file may hold any state; RecursionError is among these
+        raise ModelFileError(f"{source} holds a module that is not whole: {first_line(error)}") from error
     config = getattr(module, "config", None)
     if getattr(config, "use_cache", False):
         config.use_cache = False  # type: ignore[union-attr]  # a cache object is no output that a graph can have
@@ -216,7 +222,7 @@ def _safetensors(data: bytes, where: str) -> tuple[dict[str, Tensor], str | None
     import safetensors.torch
 
     try:
-        weights = safetensors.torch.load(data)
+        weights = dict(sorted(safetensors.torch.load(data).items()))  # its order is random
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         stored = header.get("__metadata__", {}).get("arch")
     except Exception as error:

@@ -70,6 +70,9 @@ class ClassStandIn:
     def __hash__(self) -> int:
         return hash(self.target)
 
+    def __deepcopy__(self, memo: object) -> ClassStandIn:
+        return self
+
     def __repr__(self) -> str:
         return f"<class {self.target.__qualname__}, held and not callable>"
 
@@ -89,6 +92,9 @@ class InertPartial:
             raise pickle.UnpicklingError("malformed functools.partial")
         func, args, keywords, _ = state
         self._set(func, args, keywords)
+
+    def __deepcopy__(self, memo: object) -> InertPartial:
+        return self
 
     def _set(self, func: object, args: object, keywords: object) -> None:
         if not isinstance(func, ClassStandIn) and func not in _activation_functions().values():

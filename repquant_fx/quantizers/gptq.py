@@ -68,7 +68,12 @@ def weight_grid(
         weight: shape (out, in).
         search: shrink the min-max range over 40 steps and keep the smallest (weighted) squared error, else min-max.
         importance: weights of the columns' errors, shape (in,), e.g. the diagonal of the Hessian.
+
+    Raises:
+        PassError: an asymmetric grid of 8 bits, whose codes would overflow int8.
     """
+    if not symmetric and bits > 7:
+        raise PassError(f"an asymmetric {bits}-bit weight grid does not fit int8 codes; use a symmetric one")
     top = (1 << bits) - 1
     lo0, hi0 = weight.amin(dim=1).clamp(max=0), weight.amax(dim=1).clamp(min=0)
     column = torch.ones_like(weight[0]) if importance is None else importance / importance.mean().clamp(min=1e-30)
@@ -131,10 +136,11 @@ def inverse_factor(hessian: Tensor, damping: float, where: str = "") -> tuple[Te
     while True:
         damped = hessian.clone()
         damped.diagonal().add_(factor * mean)
-        lower, info = torch.linalg.cholesky_ex(damped)
+        # H = R R^T with R upper (the Cholesky factor of H in reverse order, reversed back) gives H^-1 = U^T U with U = R^-1
+        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if int(info) == 0:
-            upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if int(info) == 0 and bool(torch.isfinite(upper).all()):
+            upper = torch.linalg.solve_triangular(lower.flip(0, 1), torch.eye(len(lower)).to(lower), upper=True)
+            if bool(torch.isfinite(upper).all()):
                 return upper, dead
         factor = max(factor * 10, 1e-4)
         if factor > 10:
@@ -161,23 +167,20 @@ def gptq(
     w0 = weight.to(hessian.dtype)
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True) if activation_order else torch.arange(weight.shape[1])
     upper, dead = inverse_factor(hessian[order][:, order], damping, where)
-    w = w0[:, order].clone()
-    w[:, dead] = 0
+    w = w0.T[order].contiguous()  # one row an input, so that every step below reads contiguous memory
+    w[dead] = 0
     exact = WeightGrid(*(t.to(w.dtype) for t in (grid.scale, grid.low, grid.high)))
-    codes = torch.zeros_like(w)
-    for start in range(0, w.shape[1], block):
-        stop = min(start + block, w.shape[1])
-        errors = torch.zeros_like(w[:, start:stop])
+    codes = torch.empty_like(w)
+    for start in range(0, len(w), block):
+        stop = min(start + block, len(w))
+        errors = torch.empty_like(w[start:stop])
         for j in range(start, stop):
-            column = w[:, j]
-            q = exact.codes(column)
-            codes[:, j] = q
-            error = (column - q * exact.scale) / upper[j, j]
-            w[:, j:stop] -= error[:, None] * upper[j, j:stop][None]
-            errors[:, j - start] = error
-        w[:, stop:] -= errors @ upper[start:stop, stop:]
-    result = torch.empty_like(codes)
-    result[:, order] = codes
+            column = w[j] - upper[start:j, j] @ errors[: j - start]
+            codes[j] = exact.codes(column)
+            errors[j - start] = (column - codes[j] * exact.scale) / upper[j, j]
+        w[stop:] -= upper[start:stop, stop:].T @ errors
+    result = torch.empty_like(w0)
+    result[:, order] = codes.T
     nearest = exact.codes(torch.where(hessian.diagonal() > 0, w0, torch.zeros_like(w0)))
     scale = exact.scale[:, None]
     worse = output_error(w0, result * scale, hessian) > output_error(w0, nearest * scale, hessian)

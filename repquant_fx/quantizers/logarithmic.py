@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def zero_code(bits: int) -> int:
-    """The code that stands for exact zero."""
+    """The code that dequantizes to exact zero: zeros, and values more than half a step below the smallest level."""
     return (1 << bits) - 1
 
 
