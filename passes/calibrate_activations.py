@@ -6,6 +6,8 @@ other site a per-tensor range.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
@@ -71,14 +73,11 @@ class CalibrateActivations(Pass):
         steps = 2 if self.recipe.softmax == "log_sqrt2" else 1
         sample = recorded[site.name].sample()[0]
 
-        def quantize(a: Tensor, scale: float) -> Tensor:
-            return logarithmic.fake_quantize(a, scale, site.bits, steps)
-
         if self.recipe.softmax_scale == "percentile":
             ordered = sample.sort().values
             picks = [float(ordered[int(p * (len(ordered) - 1))]) for p in (0.999, 0.9999, 0.99999, 1.0)]
             candidates = [c for c in picks if c > 0]
-            errors = [float((quantize(sample, c) - sample).square().mean()) for c in candidates]
+            errors = [float((each - sample).square().mean()) for each in _quantized(sample, candidates, site.bits, steps)]
         else:
             other = next(s for s in self.group.sites if s is not site)
             a, v = recorded[site.name].whole(), slot_module(graph_module, other)(recorded[other.name].whole())
@@ -86,10 +85,18 @@ class CalibrateActivations(Pass):
                 a, v = a.transpose(-1, -2), v.transpose(-1, -2)  # the probabilities are the right operand
             candidates = logarithmic.scale_candidates(float(sample.max()), site.bits, steps)
             exact = torch.matmul(a, v)
-            errors = [float((torch.matmul(quantize(a, c), v) - exact).square().mean()) for c in candidates]
+            errors = [float((torch.matmul(each, v) - exact).square().mean()) for each in _quantized(a, candidates, site.bits, steps)]
         if not candidates:
             raise PassError(f"{site.name} is zero on all calibration data")
         return LogQuantizer(candidates[min(range(len(candidates)), key=errors.__getitem__)], site.bits, steps)
+
+
+def _quantized(a: Tensor, scales: list[float], bits: int, steps: int) -> Iterator[Tensor]:
+    """`a` quantized with each scale in turn; its logarithm is taken once."""
+    log = torch.log(a)
+    for scale in scales:
+        codes = logarithmic.quantize_log(log, scale, bits, steps)
+        yield logarithmic.level_table(scale, bits, steps)[codes.int()]
 
 
 def slot_module(graph_module: GraphModule, site: Site) -> torch.nn.Module:

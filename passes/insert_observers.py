@@ -11,7 +11,7 @@ from repquant_fx.quantizers.observers import Observer
 
 CHANNEL_SAMPLE = 4096  # tokens kept a norm group
 TENSOR_SAMPLE = 1 << 17  # values kept a per-tensor site
-WHOLE_ELEMENTS = 1 << 23  # attention probabilities kept a site, to calibrate their scale by the product's output
+WHOLE_ELEMENTS = 1 << 21  # attention probabilities kept a site, to calibrate their scale by the product's output
 SLOTS = "quantizers"  # the submodule that holds observers, then quantizers
 
 

@@ -8,6 +8,7 @@ from torch.fx import GraphModule, Node
 
 from repquant_fx.passes.base import Pass, attribute, module_path, replace_constant
 from repquant_fx.passes.match_sites import Group, Site
+from repquant_fx.quantizers.correction import Moments, fit
 from repquant_fx.quantizers.gptq import QuantizedWeight, gptq, output_error, round_to_nearest, weight_grid
 from repquant_fx.recipe import Recipe
 
@@ -19,9 +20,10 @@ class QuantizeWeights(Pass):
     needs = "quantizers at the group's sites, and one Hessian a site of their outputs"
     guarantees = "each consumer's weight is the dequantized value of its integer codes"
 
-    def __init__(self, group: Group, recipe: Recipe, hessians: dict[str, Tensor]) -> None:
+    def __init__(self, group: Group, recipe: Recipe, hessians: dict[str, Tensor],
+                 moments: dict[Node, tuple[Moments, Moments]] | None = None) -> None:
         super().__init__()
-        self.group, self.recipe, self.hessians = group, recipe, hessians
+        self.group, self.recipe, self.hessians, self.moments = group, recipe, hessians, moments or {}
         self.weights: dict[Node, QuantizedWeight] = {}
         self.errors: dict[Node, tuple[float, float]] = {}
 
@@ -36,38 +38,72 @@ class QuantizeWeights(Pass):
         for consumer in site.consumers:
             plan = self.group.plans[consumer]
             by_plan.setdefault((plan.wbits, plan.gptq and self.recipe.gptq), []).append(consumer)
-        hessian = self.hessians.get(site.name)
         for (bits, use_gptq), consumers in by_plan.items():
-            tensors = [attribute(graph_module, c.args[1]) for c in consumers]  # type: ignore[arg-type]
-            flat = torch.cat([t.reshape(t.shape[0], -1) for t in tensors]).float()
-            usable = hessian if hessian is not None and hessian.shape[0] == flat.shape[1] else None
-            grid = weight_grid(flat, bits, symmetric=needs_symmetric(bits), search=self.recipe.weights == "mse")
-            nearest = round_to_nearest(flat, grid)
-            if use_gptq and usable is not None:
-                # a second grid, chosen where the inputs have their energy; keep whichever ends with the smaller output error
-                weighted = weight_grid(flat, bits, symmetric=needs_symmetric(bits), search=self.recipe.weights == "mse",
-                                       importance=usable.diagonal().float())
-                results = [gptq(flat, usable, g, damping=self.recipe.gptq_damping, block=self.recipe.gptq_block,
-                                activation_order=self.recipe.gptq_activation_order, where=module_path(consumers[0]))
-                           for g in (grid, weighted)]
-                costs = [output_error(flat, r.dequantize(), usable) for r in results]
-                first = (costs[0] <= costs[1])[:, None]
-                quantized = QuantizedWeight(torch.where(first, results[0].codes, results[1].codes),
-                                            torch.where(first[:, 0], results[0].scale, results[1].scale))
-            else:
-                quantized = nearest
+            flat = {c: _matrix(graph_module, c) for c in consumers}
+            for consumer in consumers:
+                if consumer in self.moments:
+                    flat[consumer] = flat[consumer] + fit(*self.moments[consumer]).weight.float()
+            stacked = torch.cat(list(flat.values()))
+            hessian = self._hessian(site, consumers, stacked.shape[1])
+            nearest, quantized = self._round(stacked, bits, hessian, use_gptq, module_path(consumers[0]))
             start = 0
-            for consumer, tensor in zip(consumers, tensors):
-                rows = slice(start, start + tensor.shape[0])
-                start += tensor.shape[0]
-                part = QuantizedWeight(quantized.codes[rows].reshape(tensor.shape).contiguous(), quantized.scale[rows].contiguous())
-                value = quantized.dequantize()[rows]
-                if usable is not None:
-                    self.errors[consumer] = (float(output_error(flat[rows], nearest.dequantize()[rows], usable).sum()),
-                                             float(output_error(flat[rows], value, usable).sum()))
-                self.weights[consumer] = part
-                name = str(consumer.args[1].target)  # type: ignore[union-attr]
-                replace_constant(graph_module, consumer, 1, value.reshape(tensor.shape), name)
+            for consumer in consumers:
+                rows = slice(start, start + len(flat[consumer]))
+                start = rows.stop
+                if hessian is not None:
+                    self.errors[consumer] = (_total_error(stacked, nearest, hessian, rows), _total_error(stacked, quantized, hessian, rows))
+                self._install(graph_module, consumer, quantized, rows)
+
+    def _hessian(self, site: Site, consumers: list[Node], inputs: int) -> Tensor | None:
+        """`2 X^T X`, centred where a bias correction follows; None where there is none for this kind of layer."""
+        if consumers[0] in self.moments:
+            first, second = self.moments[consumers[0]]
+            whole = first + second
+            return 2 * whole.count * whole.covariance[0]
+        hessian = self.hessians.get(site.name)
+        return hessian if hessian is not None and hessian.shape[0] == inputs else None
+
+    def _round(self, weight: Tensor, bits: int, hessian: Tensor | None, use_gptq: bool,
+               where: str) -> tuple[QuantizedWeight, QuantizedWeight]:
+        """Codes to nearest, and the codes chosen."""
+        search = self.recipe.weights == "mse"
+        grid = weight_grid(weight, bits, symmetric=needs_symmetric(bits), search=search)
+        nearest = round_to_nearest(weight, grid)
+        if not use_gptq or hessian is None:
+            return nearest, nearest
+        # a second grid, chosen where the inputs have their energy; keep whichever ends with the smaller output error
+        weighted = weight_grid(weight, bits, symmetric=needs_symmetric(bits), search=search, importance=hessian.diagonal().float())
+        results = [gptq(weight, hessian, g, damping=self.recipe.gptq_damping, block=self.recipe.gptq_block,
+                        activation_order=self.recipe.gptq_activation_order, where=where) for g in (grid, weighted)]
+        costs = [output_error(weight, r.dequantize(), hessian) for r in results]
+        first = costs[0] <= costs[1]
+        return nearest, QuantizedWeight(torch.where(first[:, None], results[0].codes, results[1].codes),
+                                        torch.where(first, results[0].scale, results[1].scale))
+
+    def _install(self, graph_module: GraphModule, consumer: Node, quantized: QuantizedWeight, rows: slice) -> None:
+        """Replace the weight by its quantized value, and set the bias so that the mean output is the float model's."""
+        old = attribute(graph_module, consumer.args[1])  # type: ignore[arg-type]
+        name = str(consumer.args[1].target)  # type: ignore[union-attr]
+        codes, value = quantized.codes[rows].reshape(old.shape).contiguous(), quantized.dequantize()[rows]
+        self.weights[consumer] = QuantizedWeight(codes, quantized.scale[rows].contiguous())
+        if consumer in self.moments:
+            first, second = self.moments[consumer]
+            x, residual = (first + second).mean
+            shift = residual + (old.reshape(len(old), -1).double() - value.double()) @ x
+            bias = consumer.args[2] if len(consumer.args) > 2 else None
+            if isinstance(bias, Node):
+                shift = shift + attribute(graph_module, bias).double()
+            replace_constant(graph_module, consumer, 2, shift.float(), name.removesuffix("weight") + "bias")
+        replace_constant(graph_module, consumer, 1, value.reshape(old.shape), name)
+
+
+def _matrix(graph_module: GraphModule, consumer: Node) -> Tensor:
+    weight = attribute(graph_module, consumer.args[1])  # type: ignore[arg-type]
+    return weight.reshape(weight.shape[0], -1).float()
+
+
+def _total_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor, rows: slice) -> float:
+    return float(output_error(weight[rows], quantized.dequantize()[rows], hessian).sum())
 
 
 def needs_symmetric(bits: int) -> bool:

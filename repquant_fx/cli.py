@@ -102,6 +102,8 @@ def _add_compile(command: argparse.ArgumentParser) -> None:
     for name, choices in CHOICES.items():
         method.add_argument(f"--{name.replace('_', '-')}", choices=choices, help=f"{words[name]} (default {choices[0]})")
     method.add_argument("--percentile", type=float, help="for --activations percentile (default 99.99)")
+    method.add_argument("--correction", action=argparse.BooleanOptionalAction, default=None,
+                        help="least-squares correction towards the float model's outputs (default on)")
     method.add_argument("--gptq", action=argparse.BooleanOptionalAction, default=None, help="error-compensating weight rounding (default on)")
     method.add_argument("--gptq-damping", type=float, help="share of the mean diagonal added to the Hessian (default 0.01)")
     method.add_argument("--gptq-block", type=int, help="columns updated at once (default 128)")

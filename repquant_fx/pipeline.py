@@ -6,6 +6,8 @@ and the prefix never runs again, so cost grows linearly with depth and memory is
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,11 +25,13 @@ from repquant_fx.passes.quantize_weights import QuantizeWeights
 from repquant_fx.passes.reparameterize_norms import ReparameterizeNorms
 from repquant_fx.passes.reparameterize_softmax import ReparameterizeSoftmax
 from repquant_fx.progress import progress
+from repquant_fx.quantizers.correction import Moments
 from repquant_fx.quantizers.gptq import QuantizedWeight
 from repquant_fx.quantizers.observers import Observer
 from repquant_fx.recipe import Recipe
 
 Values = dict[Node, Any]
+Halves = tuple[Moments, Moments]
 WIDEST_CUT = 6.0  # a cut may hold this many times the smallest cut nearby; larger ones merge two segments
 NEIGHBOURS = 6
 
@@ -119,6 +123,7 @@ def quantize_sequentially(
     """
     if not batches:
         raise CalibrationError("no calibration data")
+    reference = Reference(graph_module, batches) if recipe.correction else None
     runner = SegmentRunner(graph_module, batches)
     result = Quantized()
     segments = cut_into_segments(graph_module, plan)
@@ -128,16 +133,19 @@ def quantize_sequentially(
     for segment in segments:
         for group in segment.groups:
             next(ticks, None)
-            _quantize_group(runner, segment, group, recipe, result)
+            _quantize_group(runner, reference, segment, group, recipe, result)
         if segment.stop is not None:
             runner.advance(segment.first, segment.stop)
+            if reference is not None:
+                reference.advance(segment)
     for _ in ticks:
         pass
-    result.node_executions = runner.node_executions
+    result.node_executions = runner.node_executions + (reference.runner.node_executions if reference is not None else 0)
     return result
 
 
-def _quantize_group(runner: SegmentRunner, segment: Segment, group: Group, recipe: Recipe, result: Quantized) -> None:
+def _quantize_group(runner: SegmentRunner, reference: Reference | None, segment: Segment, group: Group, recipe: Recipe,
+                    result: Quantized) -> None:
     graph_module = runner.graph_module
     slots = [site.slot for site in group.sites if site.slot is not None]
     observers = [m for m in (slot_module(graph_module, s) for s in group.sites) if isinstance(m, Observer)]
@@ -155,20 +163,70 @@ def _quantize_group(runner: SegmentRunner, segment: Segment, group: Group, recip
     run_passes(graph_module, passes)
     if group.kind == "matmul":
         return
-    hessians: dict[str, Tensor] = {}
-    if recipe.gptq and any(plan.gptq for plan in group.plans.values()):
-        for values in runner.run(segment.first, segment.stop, slots):
-            for site in group.sites:
-                if site.slot is None:
-                    continue
-                x = _as_rows(values[site.slot], site)
-                if x is not None:
-                    update = 2 * (x.T @ x).double()
-                    hessians[site.name] = hessians[site.name] + update if site.name in hessians else update
-    pass_ = QuantizeWeights(group, recipe, hessians)
+    hessians, corrections = _second_moments(runner, reference, segment, group, recipe)
+    pass_ = QuantizeWeights(group, recipe, hessians, corrections)
     run_passes(graph_module, [pass_])
     result.weights.update(pass_.weights)
     result.errors.update(pass_.errors)
+
+
+def _second_moments(runner: SegmentRunner, reference: Reference | None, segment: Segment, group: Group,
+                    recipe: Recipe) -> tuple[dict[str, Tensor], dict[Node, Halves]]:
+    """What GPTQ and the correction need: `2 X^T X` a site and the moments of each consumer's missing output."""
+    hessians: dict[str, Tensor] = {}
+    moments: dict[Node, Halves] = {}
+    use_gptq = recipe.gptq and any(plan.gptq for plan in group.plans.values())
+    if not use_gptq and reference is None:
+        return hessians, moments
+    sites = [site for site in group.sites if site.slot is not None]
+    slots = [site.slot for site in sites if site.slot is not None]
+    wanted = [*slots, *group.consumers] if reference is not None else slots
+    targets = reference.run(segment, group.consumers) if reference is not None else itertools.repeat(None)
+    for index, (values, target) in enumerate(zip(runner.run(segment.first, segment.stop, wanted), targets)):
+        for site in sites:
+            assert site.slot is not None
+            x = _as_rows(values[site.slot], site)
+            if x is None:
+                continue
+            if target is None:
+                update = 2 * (x.T @ x).double()
+                hessians[site.name] = hessians[site.name] + update if site.name in hessians else update
+                continue
+            for consumer in site.consumers:
+                residual = _output_rows(target[consumer] - values[consumer], consumer)
+                moments.setdefault(consumer, (Moments(), Moments()))[index % 2].add(x, residual)
+    return hessians, moments
+
+
+def _output_rows(y: Tensor, consumer: Node) -> Tensor:
+    """A Linear's or convolution's output as (tokens, out), in the order of `_as_rows`."""
+    if consumer.target is torch.ops.aten.linear.default:
+        return y.reshape(-1, y.shape[-1])
+    return y.flatten(2).transpose(1, 2).reshape(-1, y.shape[1])
+
+
+class Reference:
+    """The float model, run beside the quantized one segment by segment: what each layer should give."""
+
+    def __init__(self, graph_module: GraphModule, batches: Sequence[tuple[Tensor, ...]]) -> None:
+        self.graph_module = copy.deepcopy(graph_module)
+        self.runner = SegmentRunner(self.graph_module, batches)
+        self.twin = dict(zip(graph_module.graph.nodes, self.graph_module.graph.nodes))
+
+    def run(self, segment: Segment, consumers: Sequence[Node]) -> Iterator[Values]:
+        """For each batch, the float outputs of `consumers`."""
+        twins = [self.twin[c] for c in consumers]
+        for values in self.runner.run(self.twin[segment.first], self._stop(segment), twins):
+            yield {c: values[t] for c, t in zip(consumers, twins)}
+
+    def advance(self, segment: Segment) -> None:
+        """Go past a segment."""
+        stop = self._stop(segment)
+        assert stop is not None
+        self.runner.advance(self.twin[segment.first], stop)
+
+    def _stop(self, segment: Segment) -> Node | None:
+        return None if segment.stop is None else self.twin[segment.stop]
 
 
 def _as_rows(x: Tensor, site: Site) -> Tensor | None:

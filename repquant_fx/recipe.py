@@ -58,6 +58,7 @@ class Recipe:
         activations: bounds of all other activations: `mse`, `percentile`, `minmax`.
         percentile: the percentile used where asked for.
         weights: weight range by `mse` search or `minmax`.
+        correction: least-squares correction of weights and biases towards the float model's outputs (beyond the paper).
         gptq: error-compensating rounding; else round to nearest.
         gptq_damping, gptq_block, gptq_activation_order: see `quantizers.gptq`.
         layers: overrides by module path.
@@ -81,6 +82,7 @@ class Recipe:
     activations: str = "mse"
     percentile: float = 99.99
     weights: str = "mse"
+    correction: bool = True
     gptq: bool = True
     gptq_damping: float = 0.01
     gptq_block: int = 128
@@ -94,7 +96,7 @@ class Recipe:
             value = getattr(self, name)
             if value not in allowed:
                 raise RecipeError(f"{name} must be one of {', '.join(allowed)}; found {value!r}{_nearest(value, allowed)}")
-        for name in ("gptq", "gptq_activation_order"):
+        for name in ("correction", "gptq", "gptq_activation_order"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"{name} must be true or false; found {getattr(self, name)!r}")
         for name, low, high in (("percentile", 50.0, 100.0), ("gptq_damping", 0.0, 10.0)):
@@ -173,7 +175,7 @@ class Recipe:
 
 def repq_vit(wbits: int, abits: int, **changes: Any) -> Recipe:
     """The predecessor (arXiv 2212.08254) in our terms: reparameterization and log-sqrt2, no clipping, no GPTQ, percentiles."""
-    settings: dict[str, Any] = {"clipping": "none", "gptq": False, "activations": "percentile", "softmax_scale": "percentile"}
+    settings: dict[str, Any] = {"clipping": "none", "correction": False, "gptq": False, "activations": "percentile", "softmax_scale": "percentile"}
     return Recipe(wbits=wbits, abits=abits, **{**settings, **changes})
 
 
