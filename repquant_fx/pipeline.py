@@ -180,8 +180,10 @@ def _second_moments(runner: SegmentRunner, reference: Reference | None, segment:
         return hessians, moments
     sites = [site for site in group.sites if site.slot is not None]
     slots = [site.slot for site in sites if site.slot is not None]
-    wanted = [*slots, *group.consumers] if reference is not None else slots
-    targets = reference.run(segment, group.consumers) if reference is not None else itertools.repeat(None)
+    inside = set(_between(segment.first, segment.stop))
+    compared = {c: _compared(c, inside) for c in group.consumers}
+    wanted = [*slots, *compared.values()] if reference is not None else slots
+    targets = reference.run(segment, list(compared.values())) if reference is not None else itertools.repeat(None)
     for index, (values, target) in enumerate(zip(runner.run(segment.first, segment.stop, wanted), targets)):
         for site in sites:
             assert site.slot is not None
@@ -193,9 +195,31 @@ def _second_moments(runner: SegmentRunner, reference: Reference | None, segment:
                 hessians[site.name] = hessians[site.name] + update if site.name in hessians else update
                 continue
             for consumer in site.consumers:
-                residual = _output_rows(target[consumer] - values[consumer], consumer)
+                node = compared[consumer]
+                residual = _output_rows(target[node] - values[node], consumer)
                 moments.setdefault(consumer, (Moments(), Moments()))[index % 2].add(x, residual)
     return hessians, moments
+
+
+def _compared(consumer: Node, inside: set[Node]) -> Node:
+    """Where a layer's output is compared with the float model's: after the residual addition it leads to, if one follows.
+
+    There the layer can also make up for the error that the residual stream carries. Only reshapes that keep the order of the
+    tokens may stand between.
+    """
+    node, channels = consumer, consumer.meta["val"].shape[-1]
+    while consumer.target is torch.ops.aten.linear.default and len(node.users) == 1:
+        (user,) = node.users
+        value = user.meta.get("val")
+        if user not in inside or not isinstance(value, Tensor) or value.ndim < 2 or value.shape[-1] != channels:
+            break
+        if user.target is torch.ops.aten.add.Tensor and all(isinstance(a, Node) for a in user.args) and not user.kwargs:
+            same = all(a.meta["val"].shape == value.shape for a in user.args)  # type: ignore[union-attr]
+            return user if same else consumer
+        if user.target is not torch.ops.aten.reshape.default:
+            break
+        node = user
+    return consumer
 
 
 def _output_rows(y: Tensor, consumer: Node) -> Tensor:
@@ -213,11 +237,11 @@ class Reference:
         self.runner = SegmentRunner(self.graph_module, batches)
         self.twin = dict(zip(graph_module.graph.nodes, self.graph_module.graph.nodes))
 
-    def run(self, segment: Segment, consumers: Sequence[Node]) -> Iterator[Values]:
-        """For each batch, the float outputs of `consumers`."""
-        twins = [self.twin[c] for c in consumers]
+    def run(self, segment: Segment, nodes: Sequence[Node]) -> Iterator[Values]:
+        """For each batch, the float values of `nodes`."""
+        twins = [self.twin[n] for n in nodes]
         for values in self.runner.run(self.twin[segment.first], self._stop(segment), twins):
-            yield {c: values[t] for c, t in zip(consumers, twins)}
+            yield {n: values[t] for n, t in zip(nodes, twins)}
 
     def advance(self, segment: Segment) -> None:
         """Go past a segment."""
