@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from repquant_fx.errors import PassError
-from repquant_fx.passes.base import Pass, attribute
+from repquant_fx.passes.base import Pass
 from repquant_fx.passes.match_sites import Group, Site
 from repquant_fx.quantizers import clipping, logarithmic
 from repquant_fx.quantizers.observers import LogQuantizer, Observer, UniformQuantizer
@@ -53,8 +53,7 @@ class CalibrateActivations(Pass):
         else:
             sample = sample.double() if self.recipe.clipping == "none" else sample
             if self.recipe.clipping == "search":
-                weight = torch.cat([attribute(graph_module, c.args[1]) for c in self.group.consumers])  # type: ignore[arg-type]
-                bounds = clipping.relax_bounds(sample, clipping.search_bounds(sample, bits), weight, bits)
+                bounds = clipping.search_bounds(sample, bits)
             elif self.recipe.clipping == "adam":
                 bounds = clipping.learn_bounds(sample, bits)
             else:

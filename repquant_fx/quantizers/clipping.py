@@ -9,13 +9,12 @@ Both start from min-max and return whichever bounds had the smallest error on th
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from repquant_fx.quantizers.uniform import fake_quantize, levels, parameters_from_range, quantize
+from repquant_fx.quantizers.uniform import levels, parameters_from_range, quantize
 
 CHUNK = 1 << 22  # elements worked on at once: bounds the memory of the search
 
@@ -147,35 +146,6 @@ def _search(x: Tensor, bits: int, include_zero: bool) -> tuple[Tensor, Tensor]:
             break
     low, up = bounds(position)
     return low[:, 0], up[:, 0]
-
-
-def relax_bounds(x: Tensor, bounds: Bounds, weight: Tensor, bits: int, *, include_zero: bool = False, steps: int = 6) -> Bounds:
-    """Move clipped bounds back towards min-max as far as the output of the Linears that read the activation gains by it.
-
-    Eq. 20 counts each channel by itself. Outliers of one token tend to sit in many channels at once, so their clipping errors
-    add up coherently in a Linear while rounding errors average out; the output tells how much clipping pays.
-
-    Args:
-        x: sample, shape (D, N), one column a token.
-        bounds: from `search_bounds` or `learn_bounds`.
-        weight: stacked weights of the readers, shape (out, D).
-        steps: how many positions between min-max and `bounds` are tried, both ends included.
-
-    Returns:
-        the bounds of the position with the smallest error of `weight @ x`.
-    """
-    extreme_low, extreme_up = x.amin(dim=1), x.amax(dim=1)
-    best, best_cost = bounds, math.inf
-    for i in range(steps):
-        t = 1 - i / (steps - 1)
-        low, up = torch.lerp(extreme_low, bounds.low, t), torch.lerp(extreme_up, bounds.up, t)
-        scale, zero_point = parameters_from_range(low, up, bits, include_zero=include_zero)
-        difference = fake_quantize(x, scale, zero_point, bits, 0) - x
-        gram = difference @ difference.T
-        cost = float(((weight @ gram) * weight).sum())
-        if cost < best_cost:
-            best, best_cost = Bounds(low, up, difference.square().mean(dim=1)), cost
-    return best
 
 
 def learn_bounds(
