@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # written into the specification, so that calibration and `evaluate` preprocess as training did: no resizing, no cropping
@@ -99,7 +99,7 @@ def mimetic_init(model: nn.Module, generator: torch.Generator) -> None:
         dim = proj.in_features
         head = dim // heads
 
-        def noise() -> torch.Tensor:
+        def noise(dim: int = dim) -> torch.Tensor:
             return torch.randn(dim, dim, generator=generator) / math.sqrt(dim)
 
         with torch.no_grad():

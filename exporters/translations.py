@@ -13,7 +13,6 @@ from onnxscript.values import Op, Opset
 from repquant_fx.exporters.functions import DOMAIN, VERSION
 
 
-
 def _local(name: str, value: str, attributes: list[str]) -> Op:
     """An operator of our own domain, as the exporter's recorder knows operators: by a schema."""
     schema = onnx.defs.OpSchema(

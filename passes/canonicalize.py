@@ -68,8 +68,9 @@ class Canonicalize(Pass):
         if node.target is aten.roll.default:
             return all(isinstance(p, int) and p == 0 for p in node.args[1])  # type: ignore[union-attr]
         if node.target is aten.slice.Tensor:
-            _, start, end, step = [*node.args[1:], *(0, 0, None, 1)[len(node.args) - 1:]]
-            return start in (0, None) and step == 1 and (end is None or (isinstance(end, int) and end >= 1 << 31))
+            given: list[Any] = [*node.args[1:], *(0, 0, None, 1)[len(node.args) - 1:]]
+            _, start, end, step = given
+            return start in (0, None) and step == 1 and bool (end is None or (isinstance(end, int) and end >= 1 << 31))
         return False
 
     def _infer_symbol(self, node: Node) -> None:
@@ -139,13 +140,13 @@ def _n(node: Any) -> Node:
 
 def _tiles(node: Node) -> bool:
     """Whether a conv2d has stride equal to its kernel, no padding, one group and an input that its windows tile."""
-    args = list(node.args) + [None, [1, 1], [0, 0], [1, 1], 1][len(node.args) - 2:]
+    args: list[Any] = list(node.args) + [None, [1, 1], [0, 0], [1, 1], 1][len(node.args) - 2:]
     x, weight, _, stride, padding, dilation, groups = args
     if not is_constant(weight) or not is_tensor(x):
         return False
     kernel = shape_of(_n(weight))[2:]
     size = shape_of(_n(x))[2:]
-    pair = [s if len(s) == 2 else [s[0], s[0]] for s in (stride, padding, dilation)]  # type: ignore[arg-type,index]
+    pair = [s if len(s) == 2 else [s[0], s[0]] for s in (stride, padding, dilation)]
     return (len(size) == 2 and list(pair[0]) == list(kernel) and list(pair[1]) == [0, 0] and list(pair[2]) == [1, 1]
             and groups == 1 and all(isinstance(s, int) and isinstance(k, int) and s % k == 0 for s, k in zip(size, kernel)))
 

@@ -65,7 +65,7 @@ def carry(node: Node, value: Node, axis: int) -> int | str:
     """Channel axis of `node`'s result, or '' when `node` is simply another reader, or why the affine stops here."""
     if node.op != "call_function" or not node.args or node.args[0] is not value:
         return ""
-    target, args = node.target, node.args
+    target = node.target
     if target is operator.getitem:
         return axis if not isinstance(value.meta.get("val"), torch.Tensor) else ""
     rank = len(shape_of(value)) if is_tensor(value) else None
@@ -73,6 +73,8 @@ def carry(node: Node, value: Node, axis: int) -> int | str:
         return f"zero padding at {module_path(node) or node.name} does not commute with a shift"
     if rank is None:
         return ""
+
+    args: tuple[Any, ...] = node.args  # read by position, as the operators' schemas say
 
     def at(dim: Any) -> int:
         return int(dim) % rank

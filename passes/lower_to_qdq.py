@@ -6,7 +6,7 @@ Linear runs on a matrix (so that it becomes Gemm) with an integer weight and an 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -90,13 +90,7 @@ class LowerToQDQ(Pass):
             self._lower_weights(graph_module, linear, quantizer)
             linear.update_arg(0, value)
             if len(shape) != 2:
-                outputs = linear.args[1].meta["val"].shape[0]  # type: ignore[union-attr]
-                with graph.inserting_after(linear):
-                    restored = graph.call_function(aten.reshape.default)
-                linear.replace_all_uses_with(restored, delete_user_cb=lambda user: user is not restored)
-                with graph.inserting_before(restored):
-                    restored.args = (linear, [*_sizes(graph_module, source), outputs])
-                copy_meta(linear, restored)
+                _restore_shape(graph_module, linear, source)
 
     def _quantize(self, graph_module: GraphModule, site: Site, source: Node, quantizer: UniformQuantizer, before: Node) -> Node:
         name, bits, graph = _free_prefix(graph_module, site), quantizer.bits, graph_module.graph
@@ -133,7 +127,7 @@ class LowerToQDQ(Pass):
                 result = graph.call_function(LOG2_QUANTIZE, (source, scale, quantizer.bits, quantizer.steps))
             self.quantizers[site.name] = copy_meta(before, result)
             return result
-        dim = int(softmax.args[1]) % len(shape_of(softmax))  # type: ignore[call-overload]
+        dim = cast(int, softmax.args[1]) % len(shape_of(softmax))
         with graph.inserting_before(softmax):
             result = graph.call_function(LOG2_SOFTMAX, (softmax.args[0], scale, dim, quantizer.bits, quantizer.steps))
         self.quantizers[site.name] = copy_meta(softmax, result)
@@ -174,6 +168,17 @@ class LowerToQDQ(Pass):
 
     def _wbits(self, consumer: Node) -> int:
         return next(g.plans[consumer].wbits for g in self.plan.groups if consumer in g.plans)
+
+
+def _restore_shape(graph_module: GraphModule, linear: Node, source: Node) -> None:
+    """Give a flattened Linear's readers the leading axes of `source` back."""
+    outputs = linear.args[1].meta["val"].shape[0]  # type: ignore[union-attr]
+    with graph_module.graph.inserting_after(linear):
+        restored = graph_module.graph.call_function(aten.reshape.default)
+    linear.replace_all_uses_with(restored, delete_user_cb=lambda user: user is not restored)
+    with graph_module.graph.inserting_before(restored):
+        restored.args = (linear, [*_sizes(graph_module, source), outputs])
+    copy_meta(linear, restored)
 
 
 def _merge_reshapes(graph_module: GraphModule) -> None:

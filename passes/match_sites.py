@@ -147,9 +147,9 @@ class MatchSites(Pass):
                 self._leave(norm, "the recipe skips every Linear that reads it")
                 return
             why = "; ".join(dict.fromkeys(flow.obstacles.values()))
-            others = ", ".join(dict.fromkeys(_describe(r.node) for r in flow.readers if r.node not in flow.obstacles))
+            read_by = ", ".join(dict.fromkeys(_describe(r.node) for r in flow.readers if r.node not in flow.obstacles))
             self._leave(norm, "no Linear reads it through operators that keep channels apart"
-                        + (f": read by {others}" if others else "") + (f" ({why})" if why else ""))
+                        + (f": read by {read_by}" if read_by else "") + (f" ({why})" if why else ""))
             return
         path = module_path(norm) or norm.name
         values: dict[Node, list[Node]] = {}

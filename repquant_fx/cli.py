@@ -138,7 +138,8 @@ def recipe_from(options: argparse.Namespace) -> Any:
             raise RecipeError("give --recipe or --preset, not both")
         return replace(Recipe.from_file(options.recipe), **given)
     bits = {name: given.pop(name, 8) for name in ("wbits", "abits")}
-    return PRESETS[options.preset or "repquant"](**bits, **given)
+    preset: Any = PRESETS[options.preset or "repquant"]
+    return preset(**bits, **given)
 
 
 def run_compile(options: argparse.Namespace) -> int:

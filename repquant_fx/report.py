@@ -131,8 +131,7 @@ def summary(report: Mapping[str, Any]) -> str:
     for item in report["left_alone"]:
         lines.append(f"left alone: {item['operator']} at {item['path']}: {item['reason']}")
     if report.get("output_sqnr_db") is not None:
-        lines.append(f"output SQNR against float: {report['output_sqnr_db']:.2f} dB on {report['parity']['samples'] if report['parity'] else 'held-back'} "
-                     "held-back samples")
+        lines.append(f"output SQNR against float: {report['output_sqnr_db']:.2f} dB on {report['calibration']['held_back']} held-back samples")
     parity = report.get("parity")
     if parity:
         quantizers = parity["quantizers"].values()

@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,12 +90,11 @@ def capture(
         reference = module.eval()
         program, dynamic = _export(reference, inputs, dynamic_batch)
     try:
-        graph_module = program.run_decompositions({aten.scaled_dot_product_attention.default: decompose_attention}).module(
+        unlifted = program.run_decompositions({aten.scaled_dot_product_attention.default: decompose_attention}).module(
             check_guards=False)
     except Exception as error:
         raise CaptureError(f"cannot decompose the attention of the captured model: {_first_line(error)}") from error
-    graph_module = copy.deepcopy(graph_module)  # it shares storage with the caller's parameters
-    assert isinstance(graph_module, GraphModule)
+    graph_module: GraphModule = copy.deepcopy(unlifted)  # type: ignore[assignment]  # it shares storage with the caller's parameters
     _keep_nothing_but_the_graph(graph_module)
     with torch.no_grad():
         expected = [t for t in pytree.tree_leaves(reference(*inputs)) if isinstance(t, Tensor)]
@@ -112,7 +112,7 @@ def capture(
 
 
 def _export(module: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool) -> tuple[torch.export.ExportedProgram, bool]:
-    attempts = []
+    attempts: list[tuple[Any, bool]] = []
     if dynamic_batch and all(t.ndim and t.shape[0] >= 2 for t in inputs):
         batch = torch.export.Dim("batch", min=1)
         attempts.append((tuple({0: batch} for _ in inputs), True))

@@ -1,0 +1,228 @@
+"""Accuracy of quantized models under ONNX Runtime, beside float and peers: the tables of the README.
+
+    python benchmarks/accuracy.py --calib train_folder --data test_folder --results benchmarks/results/accuracy.json
+
+Without `--weights` the two committed models (trained on CIFAR-10 by `train_cifar.py`) are measured. With
+`--weights FILE --arch timm:NAME` any classifier and any pair of class folders, ImageNet for instance.
+
+Rows: float; ONNX Runtime's own `quantize_static` at W8A8; RepQ-ViT; RepQuant as published; RepQuant as it is by default here (with
+output correction); then, at two bit widths, the ablations of the paper's Tables VII to X, and the model with planted
+inter-channel variation. Every number is measured on all images of `--data`, executed by ONNX Runtime from the exported file.
+SQNR is that of the logits against the float model's, over all images. Rows that `--results` already holds are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor
+
+from repquant_fx import Recipe, compile, repq_vit, session
+from repquant_fx.calibration.data import InputSpec, load_calibration
+from repquant_fx.evaluation import labelled_folder
+from repquant_fx.frontends.capture import capture
+from repquant_fx.frontends.loading import LoadedModel, load_model
+from repquant_fx.parity import sqnr
+from repquant_fx.passes.base import run_passes
+from repquant_fx.passes.canonicalize import Canonicalize
+from repquant_fx.passes.match_sites import MatchSites
+
+HERE = Path(__file__).parent
+MODELS = {"ViT": HERE / "weights/vit_cifar10.safetensors", "Swin": HERE / "weights/swin_cifar10.safetensors"}
+BITS = [(8, 8), (6, 6), (4, 4), (3, 3), (2, 4), (2, 2)]
+ABLATED = [(4, 4), (3, 3)]
+
+
+def published(wbits: int, abits: int) -> Recipe:
+    """RepQuant with the parts of the paper alone."""
+    return Recipe(wbits=wbits, abits=abits, correction=False, clipping="adam")
+
+
+def rows() -> Iterator[tuple[str, str, Recipe]]:
+    """(section, label, recipe) of every RepQuant and RepQ-ViT row."""
+    for w, a in BITS:
+        yield "methods", f"RepQ-ViT W{w}A{a}", repq_vit(w, a)
+        yield "methods", f"RepQuant as published W{w}A{a}", published(w, a)
+        yield "methods", f"RepQuant W{w}A{a}", Recipe(wbits=w, abits=a)
+    for w, a in ABLATED:
+        base = Recipe(wbits=w, abits=a)
+        tag = f"W{w}A{a}"
+        yield "Table VII: norm scales", f"layer-wise {tag}", replace(base, norm="layerwise")
+        yield "Table VII: norm scales", f"channel-wise {tag}", replace(base, norm="channelwise")
+        yield "Table VII: norm scales", f"reparameterized {tag}", base
+        yield "Table VIII: softmax grid", f"uniform {tag}", replace(base, softmax="uniform")
+        yield "Table VIII: softmax grid", f"log2 {tag}", replace(base, softmax="log2")
+        yield "Table VIII: softmax grid", f"log-sqrt2 to log2 {tag}", base
+        yield "Table IX: parts", f"no clipping, no GPTQ {tag}", replace(base, clipping="none", gptq=False)
+        yield "Table IX: parts", f"clipping only {tag}", replace(base, gptq=False)
+        yield "Table IX: parts", f"GPTQ only {tag}", replace(base, clipping="none")
+        yield "Table IX: parts", f"both {tag}", base
+        yield "Table IX: parts", f"both, no output correction {tag}", replace(base, correction=False)
+        yield "Table X: clipping", f"min-max {tag}", replace(base, clipping="none")
+        yield "Table X: clipping", f"Adam (paper) {tag}", replace(base, clipping="adam")
+        yield "Table X: clipping", f"search {tag}", base
+
+
+class Bench:
+    """One model with its data; measures callables that map images to logits."""
+
+    def __init__(self, name: str, loaded: LoadedModel, calib: str, data: str, samples: int, seed: int) -> None:
+        self.name, self.loaded, self.seed = name, loaded, seed
+        size = tuple(loaded.example_inputs[0].shape[1:])
+        spec = InputSpec("x", (None, *loaded.example_inputs[0].shape[1:]), torch.float32)
+        self.calibration = torch.cat([b[0] for b in load_calibration(
+            calib, [spec], preprocessing=loaded.preprocessing, samples=samples, seed=seed).batches])
+        self.images = list(labelled_folder(data, loaded.preprocessing, size, 250, None, 0))
+        assert loaded.module is not None
+        with torch.inference_mode():
+            self.float_logits = torch.cat([loaded.module(x) for x, _ in self.images])
+        self.labels = torch.cat([y for _, y in self.images])
+
+    def measure(self, predict: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        logits = torch.cat([predict(x) for x, _ in self.images])
+        return {"top1": 100 * float((logits.argmax(1) == self.labels).double().mean()),
+                "agreement": 100 * float((logits.argmax(1) == self.float_logits.argmax(1)).double().mean()),
+                "sqnr_db": min(sqnr(logits, self.float_logits), 999.0), "images": len(self.labels)}
+
+    def compiled(self, recipe: Recipe, loaded: LoadedModel | None = None) -> dict[str, float]:
+        start = time.perf_counter()
+        result = compile(loaded or self.loaded, recipe, calibration=self.calibration, samples=len(self.calibration), seed=self.seed)
+        seconds = time.perf_counter() - start
+        return {**self.measure(onnx_predictor(result.session(torch.get_num_threads()))), "megabytes": result.report["file_bytes"] / 1e6,
+                "compile_seconds": seconds}
+
+    def quantize_static(self) -> dict[str, float]:
+        """ONNX Runtime's own quantizer: QDQ, per-channel int8 weights, uint8 activations, min-max on the same images."""
+        from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+
+        name = "x"
+        batches = iter([{name: b.numpy()} for b in self.calibration.split(32)])
+
+        class Reader(CalibrationDataReader):
+            def get_next(self) -> Any:
+                return next(batches, None)
+
+        with tempfile.TemporaryDirectory() as folder:
+            source, prepared, target = (str(Path(folder) / n) for n in ("float.onnx", "prepared.onnx", "int8.onnx"))
+            assert self.loaded.module is not None
+            torch.onnx.export(self.loaded.module, self.loaded.example_inputs, source, dynamo=True, opset_version=21, input_names=[name],
+                              dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), verbose=False, external_data=False)
+            quant_pre_process(source, prepared, skip_symbolic_shape=True)
+            quantize_static(prepared, target, Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
+                            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
+            size = Path(target).stat().st_size / 1e6
+            return {**self.measure(onnx_predictor(session(target, threads=torch.get_num_threads()))), "megabytes": size}
+
+
+def onnx_predictor(runner: onnxruntime.InferenceSession) -> Callable[[Tensor], Tensor]:
+    name = runner.get_inputs()[0].name
+    return lambda x: torch.from_numpy(np.asarray(runner.run(None, {name: x.numpy()})[0]))
+
+
+def plant_variation(loaded: LoadedModel, ratio: float = 30.0, seed: int = 0) -> LoadedModel:
+    """The same function with norm channels scaled by log-uniform factors over `ratio`, undone in the Linears (METHOD's Fig. 4)."""
+    import copy
+
+    assert loaded.module is not None
+    module = copy.deepcopy(loaded.module)
+    graph = run_passes(capture(module, loaded.example_inputs).graph_module, [Canonicalize()])
+    matching = MatchSites(Recipe())
+    run_passes(graph, [matching])
+    state, generator = module.state_dict(), torch.Generator().manual_seed(seed)
+    for group in matching.plan.groups:
+        if group.norm is None or group.shared_norm:
+            continue
+        names = [str(a.target) for a in group.norm.args[2:4] if hasattr(a, "target")]
+        factors = torch.exp((torch.rand(state[names[0]].shape, generator=generator) - 0.5) * np.log(ratio))
+        for name in names:
+            state[name].mul_(factors)
+        for consumer in group.consumers:
+            state[str(consumer.args[1].target)].div_(factors)  # type: ignore[union-attr]
+    return replace(loaded, module=module)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calib", help="image folder to calibrate with")
+    parser.add_argument("--data", help="class folders to evaluate on")
+    parser.add_argument("--results", type=Path, default=HERE / "results/accuracy.json")
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--weights", type=Path, help="another model's weights")
+    parser.add_argument("--arch", help="its architecture, timm:NAME,...")
+    parser.add_argument("--samples", type=int, default=1024)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", help="rows whose label contains this text")
+    args = parser.parse_args()
+    results: dict[str, Any] = json.loads(args.results.read_text()) if args.results.exists() else {}
+    models = {args.weights.stem: args.weights} if args.weights else {name: MODELS[name] for name in args.models}
+    if args.data and args.calib:
+        for name, path in models.items():
+            bench = Bench(name, load_model(path, arch=args.arch), args.calib, args.data, args.samples, args.seed)
+            run_all(bench, results.setdefault(name, {}), args)
+            args.results.parent.mkdir(parents=True, exist_ok=True)
+    print(tables(results))
+
+
+def run_all(bench: Bench, found: dict[str, Any], args: argparse.Namespace) -> None:
+    def row(section: str, label: str, run: Callable[[], dict[str, float]]) -> None:
+        section_rows = found.setdefault(section, {})
+        if label in section_rows or (args.only and args.only not in label):
+            return
+        section_rows[label] = run()
+        args.results.parent.mkdir(parents=True, exist_ok=True)
+        everything = json.loads(args.results.read_text()) if args.results.exists() else {}
+        everything[bench.name] = found
+        args.results.write_text(json.dumps(everything, indent=1) + "\n")
+        print(f"{bench.name:5s} {label:40s} " + " ".join(f"{k} {v:.2f}" for k, v in section_rows[label].items()), flush=True)
+
+    def as_float(x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return bench.loaded.module(x)  # type: ignore[misc]
+
+    row("methods", "float", lambda: bench.measure(as_float))
+    row("methods", "onnxruntime quantize_static W8A8", bench.quantize_static)
+    known: dict[Recipe, dict[str, float]] = {}
+    for section, label, recipe in rows():
+        def run(recipe: Recipe = recipe) -> dict[str, float]:
+            if recipe not in known:
+                known[recipe] = bench.compiled(recipe)
+            return known[recipe]
+
+        row(section, label, run)
+    planted = plant_variation(bench.loaded)
+    for w, a in [(6, 6), (4, 4)]:
+        for label, recipe in [("layer-wise", Recipe(wbits=w, abits=a, norm="layerwise")), ("RepQuant", Recipe(wbits=w, abits=a))]:
+            row("planted inter-channel variation", f"{label} W{w}A{a}, original", lambda r=recipe: bench.compiled(r))
+            row("planted inter-channel variation", f"{label} W{w}A{a}, planted", lambda r=recipe: bench.compiled(r, planted))
+
+
+def tables(results: dict[str, Any]) -> str:
+    """Markdown: one table a section, one pair of columns a model."""
+    names = list(results)
+    lines: list[str] = []
+    for section in dict.fromkeys(s for r in results.values() for s in r):
+        lines += [f"\n**{section}**\n", "| | " + " | ".join(f"{n} top-1 % | {n} SQNR dB" for n in names) + " |",
+                  "|---|" + "---:|---:|" * len(names)]
+        for label in dict.fromkeys(k for r in results.values() for k in r.get(section, {})):
+            cells = []
+            for name in names:
+                entry = results[name].get(section, {}).get(label)
+                db = "" if entry is None or label == "float" else f"{entry['sqnr_db']:.2f}"
+                cells.append("|".join([f" {entry['top1']:.2f} " if entry else " ", f" {db} "]))
+            lines.append(f"| {label} |" + "|".join(cells) + "|")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
