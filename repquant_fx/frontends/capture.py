@@ -94,7 +94,7 @@ def capture(
             check_guards=False)
     except Exception as error:
         raise CaptureError(f"cannot decompose the attention of the captured model: {_first_line(error)}") from error
-    graph_module: GraphModule = copy.deepcopy(unlifted)  # type: ignore[assignment]  # it shares storage with the caller's parameters
+    graph_module: GraphModule = copy.deepcopy(unlifted) # it shares storage with the caller's parameters
     _keep_nothing_but_the_graph(graph_module)
     with torch.no_grad():
         expected = [t for t in pytree.tree_leaves(reference(*inputs)) if isinstance(t, Tensor)]
