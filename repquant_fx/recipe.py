@@ -109,6 +109,9 @@ class Recipe:
             for name in ("wbits", "abits"):
                 if getattr(rule, name) is not None:
                     _check_bits(f"layers[{index}].{name}", getattr(rule, name))
+            for name in ("gptq", "skip"):
+                if not isinstance(getattr(rule, name), (bool, type(None))):
+                    raise RecipeError(f"layers[{index}].{name} must be true or false; found {getattr(rule, name)!r}")
 
     def layer(self, path: str) -> LayerPlan:
         """Effective settings of the layer at module path `path`."""

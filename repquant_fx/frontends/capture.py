@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +83,7 @@ def capture(
         CaptureError: control flow that depends on values, unsupported inputs, or a graph that does not equal the model.
     """
     inputs = tuple(example_inputs)
+    reference: nn.Module
     if isinstance(module, torch.export.ExportedProgram):
         program, reference = module, module.module(check_guards=False)
         dynamic = _has_dynamic_batch(program)
@@ -94,7 +95,7 @@ def capture(
             check_guards=False)
     except Exception as error:
         raise CaptureError(f"cannot decompose the attention of the captured model: {_first_line(error)}") from error
-    graph_module: GraphModule = copy.deepcopy(unlifted) # it shares storage with the caller's parameters
+    graph_module = cast(GraphModule, copy.deepcopy(unlifted))  # it shares storage with the caller's parameters
     _keep_nothing_but_the_graph(graph_module)
     with torch.no_grad():
         expected = [t for t in pytree.tree_leaves(reference(*inputs)) if isinstance(t, Tensor)]
