@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -19,6 +18,7 @@ from repquant_fx.exporters.naming import name_by_module
 from repquant_fx.exporters.packing import PACKED_BITS, pack_weights
 from repquant_fx.exporters.simplify import simplify
 from repquant_fx.exporters.translations import translation_table
+from repquant_fx.frontends.capture import quiet_torch
 from repquant_fx.passes.base import attribute
 from repquant_fx.passes.lower_to_qdq import DEQUANTIZE
 
@@ -83,11 +83,8 @@ def narrow_weights(graph_module: GraphModule) -> set[str]:
 
 def _translate(graph_module: GraphModule, inputs: tuple[Tensor, ...], input_names: Sequence[str], output_names: Sequence[str],
                dynamic_shapes: object) -> ir.Model:
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), quiet_torch():
             warnings.simplefilter("ignore")
             exported = torch.export.export(graph_module, inputs, dynamic_shapes=dynamic_shapes, strict=False)  # type: ignore[arg-type]
             program = torch.onnx.export(exported, (), dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
@@ -95,8 +92,6 @@ def _translate(graph_module: GraphModule, inputs: tuple[Tensor, ...], input_name
                                         input_names=list(input_names), output_names=list(output_names))
     except Exception as error:
         raise ExportError(f"cannot write the graph as ONNX: {_reason(error)}") from error
-    finally:
-        logger.setLevel(level)
     assert program is not None
     return program.model
 

@@ -6,10 +6,13 @@ rule. torch's math decomposition is wrong with boolean masks on this path, and i
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
+import logging
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -121,7 +124,7 @@ def _export(module: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool) 
     problem: Exception | None = None
     for shapes, dynamic in attempts:
         try:
-            with warnings.catch_warnings(), torch.no_grad():
+            with warnings.catch_warnings(), torch.no_grad(), quiet_torch():
                 warnings.simplefilter("ignore")
                 program = torch.export.export(module, inputs, dynamic_shapes=_per_parameter(module, inputs, shapes), strict=False)
         except Exception as error:
@@ -134,6 +137,21 @@ def _export(module: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool) 
     assert problem is not None
     raise CaptureError(f"torch.export cannot capture the model: {_first_line(problem)}{_user_line(problem)}. "
                        "Control flow that depends on tensor values must become torch.where or torch.cond") from problem
+
+
+@contextlib.contextmanager
+def quiet_torch() -> Iterator[None]:
+    """Hold back what torch logs and prints during an export: a failure repeats in many lines what the error says."""
+    loggers = [logging.getLogger(name) for name in ("torch.fx.experimental.symbolic_shapes", "torch.export", "torch.onnx")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
 
 
 def _per_parameter(module: nn.Module, inputs: tuple[Tensor, ...], shapes: tuple[object, ...] | None) -> object:
