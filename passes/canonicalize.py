@@ -100,8 +100,7 @@ class Canonicalize(Pass):
         with graph.inserting_before(node):
             batch: Any = shape_of(x)[0]
             if not isinstance(batch, int):
-                batch = graph.call_function(aten.sym_size.int, (x, 0))
-                batch.meta["val"] = shape_of(x)[0]
+                batch = -1  # inferred, as everywhere else
             tiles = graph.call_function(aten.reshape.default, (x, [batch, channels, height // p, p, width // q, q]))
             order = graph.call_function(aten.permute.default, (tiles, [0, 2, 4, 1, 3, 5]))
             rows = graph.call_function(aten.reshape.default, (order, [batch, height // p, width // q, channels * p * q]))

@@ -178,7 +178,7 @@ def _restore_shape(graph_module: GraphModule, linear: Node, source: Node) -> Non
     linear.replace_all_uses_with(restored, delete_user_cb=lambda user: user is not restored)
     with graph_module.graph.inserting_before(restored):
         restored.args = (linear, [*_sizes(graph_module, source), outputs])
-    copy_meta(linear, restored)
+    copy_meta(linear, restored, linear.meta["val"])  # a Linear that reads it directly asks for its shape
 
 
 def _merge_reshapes(graph_module: GraphModule) -> None:
@@ -220,7 +220,7 @@ def _fill_dead_rows(weight: QuantizedWeight) -> Tensor:
     """Scales, with those of all-zero rows (free to choose) made ordinary, so that their bias fits an int32."""
     dead = weight.codes.reshape(len(weight.codes), -1).eq(0).all(dim=1)
     if not bool(dead.any()) or bool(dead.all()):
-        return torch.where(dead, torch.ones_like(weight.scale), weight.scale)
+        return torch.where(dead, torch.full_like(weight.scale, 1e-4), weight.scale)  # fine enough for the bias, which is all there is
     return torch.where(dead, weight.scale[~dead].median(), weight.scale)
 
 

@@ -16,7 +16,8 @@ from repquant_fx.passes.channel_flow import follow, origin
 from repquant_fx.recipe import LayerPlan, Recipe
 
 NORMS = {aten.layer_norm.default, aten.rms_norm.default}
-OTHER_NORMS = {aten.group_norm.default, aten.batch_norm.default, aten.instance_norm.default}
+OTHER_NORMS = {aten.group_norm.default, aten.batch_norm.default, aten.instance_norm.default,
+               aten._native_batch_norm_legit_no_training.default}  # what export makes of BatchNorm
 SOFTMAX = {aten.softmax.int, aten._softmax.default}
 MATMULS = {aten.matmul.default, aten.bmm.default}
 CONVOLUTIONS = {aten.conv2d.default, aten.conv1d.default}
@@ -98,10 +99,11 @@ class MatchSites(Pass):
         self.recipe = recipe
         self.plan = Plan()
         self._names: set[str] = set()
+        self._left: set[Node] = set()
 
     def run(self, graph_module: GraphModule) -> bool:
         self.plan = Plan()
-        self._names = set()
+        self._names, self._left = set(), set()
         self._live = data_dependent(graph_module)
         claimed: dict[Node, Group] = {}
         nodes = list(graph_module.graph.nodes)
@@ -127,7 +129,7 @@ class MatchSites(Pass):
                     self._match_weighted(value, chosen, "conv" if conv else "linear")
         matched = {group.softmax for group in self.plan.groups}
         for node in nodes:
-            if node.op == "call_function" and node.target in SOFTMAX and node not in matched:
+            if node.op == "call_function" and node.target in SOFTMAX and node not in matched and node not in self._left:
                 self._leave(node, "its result is not an operand of a matrix product")
         order = {node: index for index, node in enumerate(nodes)}
         self.plan.groups.sort(key=lambda g: min(order[c] for c in g.consumers))
@@ -216,6 +218,7 @@ class MatchSites(Pass):
         return Site(unique, role, value, consumers, bits)
 
     def _leave(self, node: Node, reason: str) -> None:
+        self._left.add(node)
         self.plan.left_alone.append(LeftAlone(module_path(node) or node.name, str(node.target).split(".")[1], reason))
 
 
