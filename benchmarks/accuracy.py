@@ -45,7 +45,7 @@ ABLATED = [(4, 4), (3, 3)]
 
 def published(wbits: int, abits: int) -> Recipe:
     """RepQuant with the parts of the paper alone."""
-    return Recipe(wbits=wbits, abits=abits, correction=False, clipping="adam")
+    return Recipe(wbits=wbits, abits=abits, correction=False, clipping="adam", softmax="log_sqrt2")
 
 
 def rows() -> Iterator[tuple[str, str, Recipe]]:
@@ -62,7 +62,8 @@ def rows() -> Iterator[tuple[str, str, Recipe]]:
         yield "Table VII: norm scales", f"reparameterized {tag}", base
         yield "Table VIII: softmax grid", f"uniform {tag}", replace(base, softmax="uniform")
         yield "Table VIII: softmax grid", f"log2 {tag}", replace(base, softmax="log2")
-        yield "Table VIII: softmax grid", f"log-sqrt2 to log2 {tag}", base
+        yield "Table VIII: softmax grid", f"log-sqrt2 to log2 (paper) {tag}", replace(base, softmax="log_sqrt2")
+        yield "Table VIII: softmax grid", f"log, steps chosen {tag}", base
         yield "Table IX: parts", f"no clipping, no GPTQ {tag}", replace(base, clipping="none", gptq=False)
         yield "Table IX: parts", f"clipping only {tag}", replace(base, gptq=False)
         yield "Table IX: parts", f"GPTQ only {tag}", replace(base, clipping="none")

@@ -6,7 +6,7 @@ other site a per-tensor range.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from repquant_fx.quantizers import clipping, logarithmic
 from repquant_fx.quantizers.observers import LogQuantizer, Observer, UniformQuantizer
 from repquant_fx.quantizers.uniform import parameters_from_range
 from repquant_fx.recipe import Recipe
+
+STEPS = {"log": (2, 1, 4, 8), "log_sqrt2": (2,), "log2": (1,)}  # codes an octave
 
 
 class CalibrateActivations(Pass):
@@ -70,33 +72,31 @@ class CalibrateActivations(Pass):
         return clipping.search_bounds(sample, bits, include_zero=True)
 
     def _log_quantizer(self, graph_module: GraphModule, site: Site, recorded: dict[str, Observer]) -> LogQuantizer:
-        steps = 2 if self.recipe.softmax == "log_sqrt2" else 1
+        """The codes an octave and the scale with the smallest error, of the product's output or of the values themselves."""
         sample = recorded[site.name].sample()[0]
-
+        largest = float(sample.max())
+        if not largest > 0:
+            raise PassError(f"{site.name} is zero on all calibration data")
         if self.recipe.softmax_scale == "percentile":
             ordered = sample.sort().values
-            picks = [float(ordered[int(p * (len(ordered) - 1))]) for p in (0.999, 0.9999, 0.99999, 1.0)]
-            candidates = [c for c in picks if c > 0]
-            errors = [float((each - sample).square().mean()) for each in _quantized(sample, candidates, site.bits, steps)]
+            a, product = sample, None
+            picks = {float(ordered[int(p * (len(ordered) - 1))]) for p in (0.999, 0.9999, 0.99999, 1.0)}
+            scales = sorted(c for c in picks if c > 0)
         else:
             other = next(s for s in self.group.sites if s is not site)
             a, v = recorded[site.name].whole(), slot_module(graph_module, other)(recorded[other.name].whole())
-            if site.consumers[0].args[0] is not site.slot:
-                a, v = a.transpose(-1, -2), v.transpose(-1, -2)  # the probabilities are the right operand
-            candidates = logarithmic.scale_candidates(float(sample.max()), site.bits, steps)
-            exact = torch.matmul(a, v)
-            errors = [float((torch.matmul(each, v) - exact).square().mean()) for each in _quantized(a, candidates, site.bits, steps)]
-        if not candidates:
-            raise PassError(f"{site.name} is zero on all calibration data")
-        return LogQuantizer(candidates[min(range(len(candidates)), key=errors.__getitem__)], site.bits, steps)
-
-
-def _quantized(a: Tensor, scales: list[float], bits: int, steps: int) -> Iterator[Tensor]:
-    """`a` quantized with each scale in turn; its logarithm is taken once."""
-    log = torch.log(a)
-    for scale in scales:
-        codes = logarithmic.quantize_log(log, scale, bits, steps)
-        yield logarithmic.level_table(scale, bits, steps)[codes.int()]
+            right = site.consumers[0].args[0] is not site.slot  # the probabilities are the right operand
+            product = (lambda p: torch.matmul(v, p)) if right else (lambda p: torch.matmul(p, v))
+            scales = []
+        exact = a if product is None else product(a)
+        log, best = torch.log(a), (math.inf, 1.0, 1)
+        for steps in STEPS[self.recipe.softmax]:
+            for scale in scales or logarithmic.scale_candidates(largest, site.bits, steps):
+                codes = logarithmic.quantize_log(log, scale, site.bits, steps)
+                values = logarithmic.level_table(scale, site.bits, steps)[codes.int()]
+                error = float(((values if product is None else product(values)) - exact).square().mean())
+                best = min(best, (error, scale, steps))
+        return LogQuantizer(best[1], site.bits, best[2])
 
 
 def slot_module(graph_module: GraphModule, site: Site) -> torch.nn.Module:

@@ -13,7 +13,7 @@ from repquant_fx.quantizers.observers import LogQuantizer, ShiftLogQuantizer
 class ReparameterizeSoftmax(Pass):
     name = "reparameterize softmax"
     needs = "a logarithmic quantizer at the group's Softmax operand"
-    guarantees = "the same values for every code, computed by a shift of a scale chosen by the code's parity"
+    guarantees = "the same values for every code, computed by a shift of a scale chosen by the code's low bits"
 
     def __init__(self, group: Group) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class ReparameterizeSoftmax(Pass):
         modified = False
         for site in self.group.sites:
             module = slot_module(graph_module, site)
-            if isinstance(module, LogQuantizer) and module.steps == 2:
-                install(graph_module, site, ShiftLogQuantizer(float(module.scale), module.bits, 2))
+            if isinstance(module, LogQuantizer) and module.steps > 1:
+                install(graph_module, site, ShiftLogQuantizer(float(module.scale), module.bits, module.steps))
                 modified = True
         return modified

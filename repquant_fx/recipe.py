@@ -13,7 +13,7 @@ from repquant_fx.errors import RecipeError
 
 CHOICES = {
     "norm": ("reparameterize", "layerwise", "channelwise"),
-    "softmax": ("log_sqrt2", "log2", "uniform"),
+    "softmax": ("log", "log_sqrt2", "log2", "uniform"),
     "softmax_scale": ("output", "percentile"),
     "clipping": ("search", "adam", "none"),
     "activations": ("mse", "percentile", "minmax"),
@@ -51,7 +51,8 @@ class Recipe:
         input_bits: bits of the model input where a layer reads it directly (the patch embedding), 8 in the paper's code.
         norm: norm activations per channel and reparameterized (the method), `layerwise` (one scale, no rewriting) or
             `channelwise` (per-channel scales kept in the file: a reference, slow).
-        softmax: `log_sqrt2` reparameterized to log2 (the method), plain `log2`, or `uniform`.
+        softmax: logarithmic, reparameterized to shifts: `log_sqrt2` with two codes an octave is the published method, `log` (the
+            default) chooses 1, 2, 4 or 8 by the error; plain `log2`; or `uniform`.
         softmax_scale: `output` minimises the error of the MatMul's result on a sample, `percentile` that of the values
             over three percentiles.
         clipping: per-channel dual clipping of norm activations by exact `search`, by the paper's `adam`, or `none` (min-max).
@@ -76,7 +77,7 @@ class Recipe:
     abits: int = 8
     input_bits: int = 8
     norm: str = "reparameterize"
-    softmax: str = "log_sqrt2"
+    softmax: str = "log"
     softmax_scale: str = "output"
     clipping: str = "search"
     activations: str = "mse"
@@ -178,7 +179,8 @@ class Recipe:
 
 def repq_vit(wbits: int, abits: int, **changes: Any) -> Recipe:
     """The predecessor (arXiv 2212.08254) in our terms: reparameterization and log-sqrt2, no clipping, no GPTQ, percentiles."""
-    settings: dict[str, Any] = {"clipping": "none", "correction": False, "gptq": False, "activations": "percentile", "softmax_scale": "percentile"}
+    settings: dict[str, Any] = {"clipping": "none", "correction": False, "gptq": False, "activations": "percentile", "softmax": "log_sqrt2",
+                                "softmax_scale": "percentile"}
     return Recipe(wbits=wbits, abits=abits, **{**settings, **changes})
 
 

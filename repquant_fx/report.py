@@ -50,7 +50,8 @@ def describe_site(graph_module: GraphModule, site: Site) -> dict[str, Any]:
     module = slot_module(graph_module, site)
     entry: dict[str, Any] = {"name": site.name, "bits": site.bits}
     if isinstance(module, LogQuantizer):
-        return entry | {"quantizer": "log-sqrt2 as shifts (log2)" if module.steps == 2 else "log2", "scale": float(module.scale),
+        kind = "log2" if module.steps == 1 else "logarithmic, as shifts"
+        return entry | {"quantizer": kind, "codes_an_octave": module.steps, "scale": float(module.scale),
                         "zero_code": (1 << site.bits) - 1}
     if isinstance(module, UniformQuantizer):
         if module.axis is None:

@@ -109,8 +109,8 @@ class Passthrough(nn.Module):
 
 
 class ShiftLogQuantizer(LogQuantizer):
-    """A log-sqrt2 quantizer after scale reparameterization: the same codes and values, dequantized by a shift (Eq. 16-17)."""
+    """A logarithmic quantizer after scale reparameterization: the same codes and values, dequantized by a shift (Eq. 16-17)."""
 
     def forward(self, x: Tensor) -> Tensor:
         scale = float(self.scale)
-        return logarithmic.dequantize_shift(logarithmic.quantize(x, scale, self.bits, 2), scale, self.bits)
+        return logarithmic.dequantize_shift(logarithmic.quantize(x, scale, self.bits, self.steps), scale, self.bits, self.steps)

@@ -21,7 +21,7 @@ log2_quantize = torch.ops.repquant_fx.log2_quantize.default
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_same_values_in_the_graph(encoder_graph, bits: int) -> None:
-    graph_module, recipe = encoder_graph(), Recipe(abits=bits)
+    graph_module, recipe = encoder_graph(), Recipe(abits=bits, softmax="log_sqrt2")
     plan = observed(graph_module, [sequences()], recipe)
     group = next(g for g in plan.groups if g.softmax is not None)
     run_passes(graph_module, [CalibrateActivations(group, recipe)])
@@ -44,7 +44,7 @@ def test_log2_and_uniform_have_nothing_to_reparameterize(encoder_graph) -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
-@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
 def test_operators_equal_the_quantizer_and_keep_zeros(bits: int, steps: int) -> None:
     logits = 3 * torch.randn(4, 7, 9, generator=torch.Generator().manual_seed(bits))
     hidden = torch.rand(4, 7, 9, generator=torch.Generator().manual_seed(0)) > 0.6
