@@ -161,8 +161,9 @@ SWITCHES = [{"norm": "layerwise"}, {"norm": "channelwise"}, {"softmax": "log2"},
 @pytest.mark.parametrize("changes", SWITCHES, ids=str)
 def test_every_switch(encoder_graph, changes: dict[str, object]) -> None:
     x = sequences()
-    run = quantized(encoder_graph(), Recipe(wbits=6, abits=6, **changes), batches(x))  # type: ignore[arg-type]
-    default = quantized(encoder_graph(), Recipe(wbits=6, abits=6), batches(x))
+    bits = 4 if "softmax_scale" in changes else 6  # with more bits the best scale is often the largest value, which percentiles find too
+    run = quantized(encoder_graph(), Recipe(wbits=bits, abits=bits, **changes), batches(x))  # type: ignore[arg-type]
+    default = quantized(encoder_graph(), Recipe(wbits=bits, abits=bits), batches(x))
     assert bool(torch.isfinite(output(run.graph_module, x)).all())
     assert quality(run, x) > 15
     assert not torch.equal(output(run.graph_module, x), output(default.graph_module, x)), "the switch does nothing"
