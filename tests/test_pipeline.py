@@ -161,7 +161,7 @@ SWITCHES = [{"norm": "layerwise"}, {"norm": "channelwise"}, {"softmax": "log2"},
 @pytest.mark.parametrize("changes", SWITCHES, ids=str)
 def test_every_switch(encoder_graph, changes: dict[str, object]) -> None:
     x = sequences()
-    bits = 4 if "softmax_scale" in changes else 6  # with more bits the best scale is often the largest value, which percentiles find too
+    bits = 5 if "softmax_scale" in changes else 6  # at 6 both ways find the same scale for this model
     run = quantized(encoder_graph(), Recipe(wbits=bits, abits=bits, **changes), batches(x))  # type: ignore[arg-type]
     default = quantized(encoder_graph(), Recipe(wbits=bits, abits=bits), batches(x))
     assert bool(torch.isfinite(output(run.graph_module, x)).all())
