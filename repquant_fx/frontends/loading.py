@@ -144,7 +144,7 @@ def _zip_kind(data: bytes, where: str) -> str:
     except Exception as error:
         raise ModelFileError(f"not a model file: {where} begins like a zip archive but is truncated or damaged "
                              f"({first_line(error)}); copy or download it again") from error
-    if entries and min(entry.header_offset for entry in entries):  # the directory found is that of an archive inside this one
+    if entries and all(entry.header_offset > 0 for entry in entries):  # the directory found is that of an archive inside this one
         raise ModelFileError(f"not a model file: {where} begins like a zip archive but is truncated or damaged "
                              "(its directory is missing); copy or download it again")
     refuse_bomb(data, where)
