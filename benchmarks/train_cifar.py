@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from repquant_fx.frontends import architectures
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # written into the specification, so that calibration and `evaluate` preprocess as training did: no resizing, no cropping
 OVERLAY = f"pretrained_cfg_overlay={{'input_size':(3,32,32),'crop_pct':1.0,'mean':{MEAN},'std':{STD}}}"
@@ -37,14 +39,7 @@ ARCHITECTURES = {
 
 
 def build(spec: str) -> nn.Module:
-    import ast
-
-    import timm
-
-    name, *options = spec.removeprefix("timm:").split(",", 1)
-    call = ast.parse(f"f({options[0] if options else ''})", mode="eval").body
-    assert isinstance(call, ast.Call)
-    return timm.create_model(name, **{k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg})
+    return architectures.build(architectures.parse_architecture(spec))
 
 
 def load_folder(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:

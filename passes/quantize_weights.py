@@ -42,7 +42,7 @@ class QuantizeWeights(Pass):
             flat = {c: _matrix(graph_module, c) for c in consumers}
             for consumer in consumers:
                 if consumer in self.moments:
-                    flat[consumer] = flat[consumer] + fit(*self.moments[consumer]).weight.float()
+                    flat[consumer] = flat[consumer] + fit(*self.moments[consumer]).float()
             stacked = torch.cat(list(flat.values()))
             hessian = self._hessian(site, consumers, stacked.shape[1])
             nearest, quantized = self._round(stacked, bits, hessian, use_gptq, module_path(consumers[0]))

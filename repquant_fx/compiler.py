@@ -26,7 +26,7 @@ from repquant_fx.errors import InputError
 from repquant_fx.exporters.metadata import describe
 from repquant_fx.exporters.onnx_qdq import export_onnx
 from repquant_fx.files import check_writable, write_atomically
-from repquant_fx.frontends.capture import Captured, capture
+from repquant_fx.frontends.capture import Captured, capture, tensors_in
 from repquant_fx.frontends.loading import LoadedModel, load_model
 from repquant_fx.frontends.memory import from_memory
 from repquant_fx.passes.base import run_passes
@@ -137,7 +137,7 @@ def compile(
     probe = [torch.cat(tensors) for tensors in zip(*held_back.batches)] if captured.dynamic_batch else list(held_back.batches[0])
     sqnr = reports.layer_sqnr(reference, graph_module, [e["node"] for e in layers], probe)
     with torch.no_grad():
-        output_sqnr = min(parity_check.sqnr(a, b) for a, b in zip(_flat(graph_module(*probe)), _flat(reference(*probe))))
+        output_sqnr = min(parity_check.sqnr(a, b) for a, b in zip(tensors_in(graph_module(*probe)), tensors_in(reference(*probe))))
     parity = parity_check.compare(graph_module, proto, lowering.quantizers, probe, captured.input_names) if check else None
     report = reports.build(
         layers=layers, plan=plan, quantized=quantized, sqnr=sqnr, output_sqnr=output_sqnr, parity=parity,
@@ -198,9 +198,3 @@ def dynamic_shapes(graph_module: GraphModule) -> tuple[dict[int, Any] | None, ..
                 free[axis] = dims.setdefault(name, torch.export.Dim(label, min=1))
         shapes.append(free or None)
     return tuple(shapes) if dims else None
-
-
-def _flat(result: Any) -> list[Tensor]:
-    from torch.utils import _pytree as pytree
-
-    return [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]

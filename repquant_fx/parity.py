@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import onnx
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from repquant_fx.errors import ParityError
+from repquant_fx.frontends.capture import tensors_in
+from repquant_fx.passes.base import attribute
 from repquant_fx.passes.lower_to_qdq import QUANTIZE
 from repquant_fx.quantizers.logarithmic import zero_code
 from repquant_fx.runtime import run, session
@@ -94,10 +96,10 @@ def compare(
     exposed = expose(proto, [(values[name], node.target is QUANTIZE) for name, node in quantizers.items()])
     feed = dict(zip(input_names, inputs))
     outputs = len(proto.graph.output)
-    found = run(session(proto), feed)
-    internal = dict(zip(quantizers, run(session(exposed), feed)[outputs:]))
+    found, exposed_values = run(session(proto), feed), run(session(exposed), feed)
+    internal = dict(zip(quantizers, exposed_values[outputs:]))
     free, step = _Recorder(graph_module, quantizers, {}), _Recorder(graph_module, quantizers, internal)
-    expected, forced = _tensors(free.run(*inputs)), _tensors(step.run(*inputs))
+    expected, forced = tensors_in(free.run(*inputs)), tensors_in(step.run(*inputs))
     differences = {}
     for name, node in quantizers.items():
         theirs = codes(internal[name], node, graph_module)
@@ -105,8 +107,7 @@ def compare(
         differences[name] = CodeDifference(
             share=float((free.seen[name] != theirs).double().mean()),
             share_step=float((apart > 0).double().mean()), largest_step=int(apart.max()) if apart.numel() else 0)
-    again = run(session(exposed), feed)[:outputs]
-    step_difference = max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-12)) for a, b in zip(again, forced))
+    step_difference = max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-12)) for a, b in zip(exposed_values[:outputs], forced))
     return Parity(len(inputs[0]), min(sqnr(a, b) for a, b in zip(found, expected)), step_difference, differences)
 
 
@@ -141,22 +142,10 @@ def codes(values: Tensor, node: Node, graph_module: GraphModule) -> Tensor:
     if node.target is QUANTIZE:
         return values.to(torch.int16)
     bits, steps = node.args[-2:]
-    scale = float(_constant(graph_module, node.args[1]))
+    scale = float(attribute(graph_module, cast(Node, node.args[1])))
     top = zero_code(int(bits))  # type: ignore[arg-type]
     decoded = torch.round(-int(steps) * torch.log2(values.double() / scale))  # type: ignore[arg-type]
     return torch.where(values == 0, torch.full_like(decoded, top), decoded).to(torch.int16)
-
-
-def _constant(graph_module: GraphModule, node: Any) -> Tensor:
-    from repquant_fx.passes.base import attribute
-
-    return attribute(graph_module, node)
-
-
-def _tensors(result: Any) -> list[Tensor]:
-    from torch.utils import _pytree as pytree
-
-    return [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
 
 
 class _Recorder(Interpreter):

@@ -101,8 +101,8 @@ def capture(
     graph_module = cast(GraphModule, copy.deepcopy(unlifted))  # it shares storage with the caller's parameters
     _keep_nothing_but_the_graph(graph_module)
     with torch.no_grad():
-        expected = [t for t in pytree.tree_leaves(reference(*inputs)) if isinstance(t, Tensor)]
-        found = [t for t in pytree.tree_leaves(graph_module(*inputs)) if isinstance(t, Tensor)]
+        expected = tensors_in(reference(*inputs))
+        found = tensors_in(graph_module(*inputs))
     difference = 0.0
     for e, f in zip(expected, found, strict=True):
         if e.numel() and e.is_floating_point():
@@ -113,6 +113,11 @@ def capture(
     names = [node.name for node in graph_module.graph.nodes if node.op == "placeholder"]
     outputs = ["output"] if len(found) == 1 else [f"output_{i}" for i in range(len(found))]
     return Captured(graph_module, names, outputs, difference, dynamic)
+
+
+def tensors_in(result: Any) -> list[Tensor]:
+    """The tensors of a model's output, flattened in order."""
+    return [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
 
 
 def _export(module: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool) -> tuple[torch.export.ExportedProgram, bool]:

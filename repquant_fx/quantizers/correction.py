@@ -10,8 +10,6 @@ The strength of the ridge is chosen by cross-validation between two halves of th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -56,20 +54,12 @@ class Moments:
         return self.xx / self.count - x[:, None] * x, self.rx / self.count - r[:, None] * x
 
 
-@dataclass(frozen=True)
-class Correction:
-    """`weight` (out, in) to add; `ridge` chosen, or None where no weight correction helps."""
-
-    weight: Tensor
-    ridge: float | None
-
-
-def fit(first: Moments, second: Moments) -> Correction:
-    """The weight correction, ridge chosen across the two halves and refitted on both."""
+def fit(first: Moments, second: Moments) -> Tensor:
+    """What to add to the weight, shape (out, in): ridge chosen across the two halves and refitted on both, 0 where none helps."""
     whole = first + second
     xx, rx = whole.covariance
     if first.count < 2 or second.count < 2:
-        return Correction(torch.zeros_like(rx), None)
+        return torch.zeros_like(rx)
     gains = dict.fromkeys(RIDGES, 0.0)
     for train, test in ((first, second), (second, first)):
         values, vectors = torch.linalg.eigh(train.covariance[0])
@@ -81,7 +71,7 @@ def fit(first: Moments, second: Moments) -> Correction:
             gains[ridge] += float(2 * (delta * test_rx).sum() - ((delta @ test_xx) * delta).sum())
     best = max(gains, key=gains.__getitem__)
     if not gains[best] > 0:
-        return Correction(torch.zeros_like(rx), None)
+        return torch.zeros_like(rx)
     damped = xx.clone()
     damped.diagonal().add_(best * xx.diagonal().mean().clamp(min=1e-30))
-    return Correction(torch.linalg.solve(damped, rx.T).T, best)
+    return torch.linalg.solve(damped, rx.T).T

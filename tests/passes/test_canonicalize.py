@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import aten, count, images, output, redraw, relative, swin, vit
+from helpers import Function, aten, count, images, output, redraw, relative, swin, vit
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
@@ -24,15 +24,6 @@ def canonicalized(model: nn.Module, x: Tensor) -> GraphModule:
     for batch in (x, torch.cat([x, x.flip(0)])[1:]):
         assert relative(output(graph_module, batch), output(model, batch)) < 1e-5
     return graph_module
-
-
-class Function(nn.Module):
-    def __init__(self, function) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 def tokens() -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import aten, canonical
+from helpers import Function, aten, canonical
 from torch import Tensor, nn
 from torch.fx import Node
 
@@ -61,15 +61,6 @@ STOPS = {
     "concatenation": lambda x: torch.cat([x, x.relu()], 1),
     "addition": lambda x: x + x.flip(1),
 }
-
-
-class Function(nn.Module):
-    def __init__(self, function) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 def data() -> Tensor:
