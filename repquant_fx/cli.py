@@ -104,6 +104,8 @@ def _add_compile(command: argparse.ArgumentParser) -> None:
     method.add_argument("--percentile", type=float, help="for --activations percentile (default 99.99)")
     method.add_argument("--correction", action=argparse.BooleanOptionalAction, default=None,
                         help="least-squares correction towards the float model's outputs (default on)")
+    method.add_argument("--absorb", type=_kinds, metavar="KIND,...", help="where else channel scales move into constants: values, query_key, "
+                        "linear, or none (default: all)")
     method.add_argument("--gptq", action=argparse.BooleanOptionalAction, default=None, help="error-compensating weight rounding (default on)")
     method.add_argument("--gptq-damping", type=float, help="share of the mean diagonal added to the Hessian (default 0.01)")
     method.add_argument("--gptq-block", type=int, help="columns updated at once (default 128)")
@@ -175,6 +177,10 @@ def run_evaluate(options: argparse.Namespace) -> int:
     else:
         print(f"top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %  ({result.samples} images)")
     return 0
+
+
+def _kinds(text: str) -> tuple[str, ...]:
+    return () if text == "none" else tuple(text.split(","))
 
 
 def _shape(text: str | None) -> list[int] | None:

@@ -34,7 +34,7 @@ from repquant_fx.passes.canonicalize import Canonicalize
 from repquant_fx.passes.insert_observers import InsertObservers
 from repquant_fx.passes.lower_to_qdq import LowerToQDQ
 from repquant_fx.passes.match_sites import MatchSites
-from repquant_fx.pipeline import quantize_sequentially
+from repquant_fx.pipeline import absorb_scales, quantize_sequentially
 from repquant_fx.recipe import Recipe
 from repquant_fx.version import VERSION
 
@@ -125,8 +125,9 @@ def compile(
                          + (f" ({reasons})" if reasons else ""))
     data = _calibration_data(captured, loaded, calibration, samples, batch_size, seed)
     used, held_back = data.split_held_back(HELD_BACK)
-    reference = copy.deepcopy(graph_module)
     batches = list(used.batches)
+    absorb_scales(graph_module, plan, batches, recipe)
+    reference = copy.deepcopy(graph_module)
     run_passes(graph_module, [InsertObservers(plan, len(batches))])
     quantized = quantize_sequentially(graph_module, plan, batches, recipe)
     layers = reports.describe_layers(graph_module, plan, quantized)

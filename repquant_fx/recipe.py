@@ -19,6 +19,7 @@ CHOICES = {
     "activations": ("mse", "percentile", "minmax"),
     "weights": ("mse", "minmax"),
 }
+ABSORB = ("values", "query_key", "linear")
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class Recipe:
         percentile: the percentile used where asked for.
         weights: weight range by `mse` search or `minmax`.
         correction: least-squares correction of weights and biases towards the float model's outputs (beyond the paper).
+        absorb: where else per-channel scales move into constants, exactly (beyond the paper): `values` of attention, `query_key`, and
+            `linear` to linear through ReLU or a gate. Empty for none.
         gptq: error-compensating rounding; else round to nearest.
         gptq_damping, gptq_block, gptq_activation_order: see `quantizers.gptq`.
         layers: overrides by module path.
@@ -84,6 +87,7 @@ class Recipe:
     percentile: float = 99.99
     weights: str = "mse"
     correction: bool = True
+    absorb: tuple[str, ...] = ("values", "query_key", "linear")
     gptq: bool = True
     gptq_damping: float = 0.01
     gptq_block: int = 128
@@ -97,6 +101,9 @@ class Recipe:
             value = getattr(self, name)
             if value not in allowed:
                 raise RecipeError(f"{name} must be one of {', '.join(allowed)}; found {value!r}{_nearest(value, allowed)}")
+        if isinstance(self.absorb, str) or not all(kind in ABSORB for kind in self.absorb):
+            raise RecipeError(f"absorb must be a list of {', '.join(ABSORB)}, or empty; found {self.absorb!r}")
+        object.__setattr__(self, "absorb", tuple(self.absorb))
         for name in ("correction", "gptq", "gptq_activation_order"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"{name} must be true or false; found {getattr(self, name)!r}")
@@ -126,6 +133,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` reads back to an equal recipe."""
         data = asdict(self)
+        data["absorb"] = list(self.absorb)
         data["layers"] = [{k: v for k, v in asdict(rule).items() if v is not None} for rule in self.layers]
         return data
 
@@ -179,8 +187,8 @@ class Recipe:
 
 def repq_vit(wbits: int, abits: int, **changes: Any) -> Recipe:
     """The predecessor (arXiv 2212.08254) in our terms: reparameterization and log-sqrt2, no clipping, no GPTQ, percentiles."""
-    settings: dict[str, Any] = {"clipping": "none", "correction": False, "gptq": False, "activations": "percentile", "softmax": "log_sqrt2",
-                                "softmax_scale": "percentile"}
+    settings: dict[str, Any] = {"clipping": "none", "correction": False, "absorb": (), "gptq": False, "activations": "percentile",
+                                "softmax": "log_sqrt2", "softmax_scale": "percentile"}
     return Recipe(wbits=wbits, abits=abits, **{**settings, **changes})
 
 
