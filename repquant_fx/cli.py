@@ -88,13 +88,14 @@ def _add_compile(command: argparse.ArgumentParser) -> None:
     data.add_argument("--calib", help="image folder, .npy/.npz/.pt/.safetensors tensors, or module:callable")
     data.add_argument("--calib-samples", type=int, default=1024, help="default 1024, fewer if there are fewer")
     data.add_argument("--batch-size", type=int, default=32, help="default 32")
+    from repquant_fx.recipe import CHOICES, PRESETS
+
     method = command.add_argument_group("quantization (overrides the recipe)")
     method.add_argument("--recipe", type=Path, help="YAML or TOML file")
-    method.add_argument("--preset", choices=("repquant", "repq-vit"), help="start from a published method (default repquant)")
+    method.add_argument("--preset", choices=tuple(PRESETS), help="start from a published method (default repquant)")
     method.add_argument("--wbits", type=int, help="bits of weights, 2 to 8 (default 8)")
     method.add_argument("--abits", type=int, help="bits of activations, 2 to 8 (default 8)")
     method.add_argument("--input-bits", type=int, help="bits of the model's input (default 8)")
-    from repquant_fx.recipe import CHOICES
 
     words = {"norm": "scales of norm activations", "softmax": "grid of softmax activations", "softmax_scale": "how its scale is chosen",
              "clipping": "per-channel dual clipping of norm activations", "activations": "range of all other activations",

@@ -196,7 +196,7 @@ def _quantize_group(runner: SegmentRunner, reference: Reference | None, segment:
                 raise CalibrationError(f"the activation at {site.name} is not finite on the calibration data; "
                                        "check the data and the model's weights")
     passes: list[Any] = [CalibrateActivations(group, recipe)]
-    if recipe.norm == "reparameterize":
+    if recipe.norm in ("reparameterize", "smooth"):
         passes.append(ReparameterizeNorms(group))
     passes.append(ReparameterizeSoftmax(group))
     run_passes(graph_module, passes)

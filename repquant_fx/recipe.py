@@ -12,7 +12,7 @@ from typing import Any
 from repquant_fx.errors import RecipeError
 
 CHOICES = {
-    "norm": ("reparameterize", "layerwise", "channelwise"),
+    "norm": ("reparameterize", "layerwise", "channelwise", "smooth"),
     "softmax": ("log", "log_sqrt2", "log2", "uniform"),
     "softmax_scale": ("output", "percentile"),
     "clipping": ("search", "adam", "none"),
@@ -50,8 +50,8 @@ class Recipe:
     Attributes:
         wbits, abits: bits of weights and activations, 2 to 8.
         input_bits: bits of the model input where a layer reads it directly (the patch embedding), 8 in the paper's code.
-        norm: norm activations per channel and reparameterized (the method), `layerwise` (one scale, no rewriting) or
-            `channelwise` (per-channel scales kept in the file: a reference, slow).
+        norm: norm activations per channel and reparameterized (the method), `layerwise` (one scale, no rewriting),
+            `channelwise` (per-channel scales kept in the file: a reference, slow) or `smooth` (SmoothQuant's factors instead).
         softmax: logarithmic, reparameterized to shifts: `log_sqrt2` with two codes an octave is the published method, `log` (the
             default) chooses 1, 2, 4 or 8 by the error; plain `log2`; or `uniform`.
         softmax_scale: `output` minimises the error of the MatMul's result on a sample, `percentile` that of the values
@@ -192,7 +192,19 @@ def repq_vit(wbits: int, abits: int, **changes: Any) -> Recipe:
     return Recipe(wbits=wbits, abits=abits, **{**settings, **changes})
 
 
-PRESETS = {"repquant": Recipe, "repq-vit": repq_vit}
+def smoothquant(wbits: int, abits: int, **changes: Any) -> Recipe:
+    """SmoothQuant (arXiv 2211.10438) with static per-tensor activations: smoothed norms, min-max everywhere, nearest rounding."""
+    return rtn(wbits, abits, **{"norm": "smooth", **changes})
+
+
+def rtn(wbits: int, abits: int, **changes: Any) -> Recipe:
+    """What common tools do: one min-max scale a tensor, uniform everywhere, weights rounded to nearest."""
+    settings: dict[str, Any] = {"norm": "layerwise", "softmax": "uniform", "clipping": "none", "activations": "minmax", "weights": "minmax",
+                                "correction": False, "absorb": (), "gptq": False}
+    return Recipe(wbits=wbits, abits=abits, **{**settings, **changes})
+
+
+PRESETS = {"repquant": Recipe, "repq-vit": repq_vit, "smoothquant": smoothquant, "rtn": rtn}
 
 
 def _parse(text: str, suffix: str) -> Any:
