@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from repquant_fx.files import check_writable, write_atomically
 from repquant_fx.frontends.capture import Captured, capture, tensors_in
 from repquant_fx.frontends.loading import LoadedModel, load_model
 from repquant_fx.frontends.memory import from_memory
-from repquant_fx.passes.base import run_passes
+from repquant_fx.passes.base import run_passes, shared_copy
 from repquant_fx.passes.canonicalize import Canonicalize
 from repquant_fx.passes.insert_observers import InsertObservers
 from repquant_fx.passes.lower_to_qdq import LowerToQDQ
@@ -127,7 +126,7 @@ def compile(
     used, held_back = data.split_held_back(HELD_BACK)
     batches = list(used.batches)
     absorb_scales(graph_module, plan, batches, recipe)
-    reference = copy.deepcopy(graph_module)
+    reference = shared_copy(graph_module)
     run_passes(graph_module, [InsertObservers(plan, len(batches))])
     quantized = quantize_sequentially(graph_module, plan, batches, recipe)
     layers = reports.describe_layers(graph_module, plan, quantized)

@@ -6,7 +6,6 @@ and the prefix never runs again, so cost grows linearly with depth and memory is
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from repquant_fx.errors import CalibrationError
 from repquant_fx.passes.absorb_scales import AbsorbScales, channel_rows, find_absorbable
-from repquant_fx.passes.base import run_passes
+from repquant_fx.passes.base import run_passes, shared_copy
 from repquant_fx.passes.calibrate_activations import CalibrateActivations, slot_module
 from repquant_fx.passes.insert_observers import CHANNEL_SAMPLE
 from repquant_fx.passes.match_sites import Group, Plan, Site
@@ -272,7 +271,7 @@ class Reference:
     """The float model, run beside the quantized one segment by segment: what each layer should give."""
 
     def __init__(self, graph_module: GraphModule, batches: Sequence[tuple[Tensor, ...]]) -> None:
-        self.graph_module = copy.deepcopy(graph_module)
+        self.graph_module = shared_copy(graph_module)
         self.runner = SegmentRunner(self.graph_module, batches)
         self.twin = dict(zip(graph_module.graph.nodes, self.graph_module.graph.nodes))
 
