@@ -111,7 +111,10 @@ def _input_names(model: nn.Module) -> tuple[str, ...]:
 
 def _examples(model: nn.Module, names: tuple[str, ...], input_shape: Sequence[int] | None, image_size: Sequence[int] | None, texts: int,
               generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Ids are drawn from the whole vocabulary; the first text is padded on the right and the second on the left."""
+    """Ids are drawn from the whole vocabulary; the first text is padded.
+
+    On the right: a causal model's row that sees nothing but padding on its left has no defined value to compare.
+    """
     given = tuple(int(size) for size in input_shape) if input_shape is not None else None
     if given is not None and not all(size > 0 for size in given):
         raise InputError(f"--input-shape {given}: expected positive sizes without the batch dimension, such as 3 224 224")
@@ -123,8 +126,7 @@ def _examples(model: nn.Module, names: tuple[str, ...], input_shape: Sequence[in
             raise InputError(f"{type(model).__name__} takes input_ids but its configuration has no vocab_size")
         made["input_ids"] = torch.randint(0, known, (texts, length), generator=generator)
         mask = torch.ones(texts, length, dtype=torch.int64)
-        padding = length // 4
-        mask[0, length - padding:], mask[1, :padding] = 0, 0
+        mask[0, length - length // 4:] = 0
         made["attention_mask"] = mask
     if "pixel_values" in names:
         shape = given if given is not None and len(given) == 3 else image_size or config_image_shape(model)
