@@ -72,7 +72,8 @@ def decompose_attention(
 
 
 def capture(
-    module: nn.Module | torch.export.ExportedProgram, example_inputs: Sequence[Tensor], *, dynamic_batch: bool = True
+    module: nn.Module | torch.export.ExportedProgram, example_inputs: Sequence[Tensor], *, dynamic_batch: bool = True,
+    input_names: Sequence[str] | None = None, dynamic_axes: Sequence[dict[int, str]] | None = None, outputs: Sequence[str] | None = None,
 ) -> Captured:
     """Capture a model and check the graph against it.
 
@@ -92,7 +93,9 @@ def capture(
         dynamic = _has_dynamic_batch(program)
     else:
         reference = module.eval()
-        program, dynamic = _export(reference, inputs, dynamic_batch)
+        if input_names is not None:
+            reference = _Named(reference, input_names, outputs)
+        program, dynamic = _export(reference, inputs, dynamic_batch, dynamic_axes)
     try:
         unlifted = program.run_decompositions({aten.scaled_dot_product_attention.default: decompose_attention}).module(
             check_guards=False)
@@ -111,8 +114,23 @@ def capture(
         raise CaptureError(f"the captured graph does not equal the model: relative difference {difference:.3g}; "
                            "the model may be in training mode, draw random numbers or depend on input values")
     names = [node.name for node in graph_module.graph.nodes if node.op == "placeholder"]
-    outputs = ["output"] if len(found) == 1 else [f"output_{i}" for i in range(len(found))]
-    return Captured(graph_module, names, outputs, difference, dynamic)
+    if input_names is not None:
+        names = list(input_names)
+        for node, name in zip([n for n in graph_module.graph.nodes if n.op == "placeholder"], names):
+            node.target = node.name = name
+        graph_module.recompile()
+    given = list(outputs) if outputs is not None else ["output"] if len(found) == 1 else [f"output_{i}" for i in range(len(found))]
+    return Captured(graph_module, names, given, difference, dynamic)
+
+
+class _Named(nn.Module):
+    def __init__(self, inner: nn.Module, names: Sequence[str], outputs: Sequence[str] | None) -> None:
+        super().__init__()
+        self.inner, self.names, self.wanted = inner, list(names), outputs
+
+    def forward(self, *args: Tensor) -> Any:
+        result = self.inner(**dict(zip(self.names, args)))
+        return tuple(result[k] for k in self.wanted) if self.wanted else result
 
 
 def tensors_in(result: Any) -> list[Tensor]:
@@ -120,11 +138,13 @@ def tensors_in(result: Any) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
 
 
-def _export(module: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool) -> tuple[torch.export.ExportedProgram, bool]:
+def _export(module: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool, axes: Sequence[dict[int, str]] | None = None) -> tuple[torch.export.ExportedProgram, bool]:
     attempts: list[tuple[Any, bool]] = []
     if dynamic_batch and all(t.ndim and t.shape[0] >= 2 for t in inputs):
         batch = torch.export.Dim("batch", min=1)
         attempts.append((tuple({0: batch} for _ in inputs), True))
+    if axes is not None:
+        attempts = [(tuple({i: torch.export.Dim.DYNAMIC for i in a} for a in axes), True)]
     attempts.append((None, False))
     problem: Exception | None = None
     for shapes, dynamic in attempts:
