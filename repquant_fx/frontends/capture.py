@@ -93,9 +93,7 @@ def capture(
         dynamic = _has_dynamic_batch(program)
     else:
         reference = module.eval()
-        if input_names is not None:
-            reference = _Named(reference, input_names, outputs)
-        program, dynamic = _export(reference, inputs, dynamic_batch, dynamic_axes)
+        program, dynamic = _export(reference, inputs, dynamic_batch, dynamic_axes, input_names)
     try:
         unlifted = program.run_decompositions({aten.scaled_dot_product_attention.default: decompose_attention}).module(
             check_guards=False)
@@ -104,7 +102,18 @@ def capture(
     graph_module = cast(GraphModule, copy.deepcopy(unlifted))  # it shares storage with the caller's parameters
     _keep_nothing_but_the_graph(graph_module)
     with torch.no_grad():
-        expected = tensors_in(reference(*inputs))
+        if input_names is not None:
+            graph_module.graph.set_codegen(torch.fx.graph.CodeGen())
+            result = reference(**dict(zip(input_names, inputs)))
+            node = graph_module.graph.output_node()
+            flat = pytree.tree_leaves(result)
+            keep = [next(i for i, t in enumerate(flat) if t is result[k]) for k in outputs] if outputs else list(range(len(flat)))
+            node.args = (tuple(pytree.tree_leaves(node.args[0])[i] for i in keep),)
+            graph_module.graph.eliminate_dead_code()
+            graph_module.recompile()
+            expected = [flat[i] for i in keep]
+        else:
+            expected = tensors_in(reference(*inputs))
         found = tensors_in(graph_module(*inputs))
     difference = 0.0
     for e, f in zip(expected, found, strict=True):
@@ -123,22 +132,13 @@ def capture(
     return Captured(graph_module, names, given, difference, dynamic)
 
 
-class _Named(nn.Module):
-    def __init__(self, inner: nn.Module, names: Sequence[str], outputs: Sequence[str] | None) -> None:
-        super().__init__()
-        self.inner, self.names, self.wanted = inner, list(names), outputs
-
-    def forward(self, *args: Tensor) -> Any:
-        result = self.inner(**dict(zip(self.names, args)))
-        return tuple(result[k] for k in self.wanted) if self.wanted else result
-
-
 def tensors_in(result: Any) -> list[Tensor]:
     """The tensors of a model's output, flattened in order."""
     return [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
 
 
-def _export(module: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool, axes: Sequence[dict[int, str]] | None = None) -> tuple[torch.export.ExportedProgram, bool]:
+def _export(module: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool,
+            axes: Sequence[dict[int, str]] | None = None, names: Sequence[str] | None = None) -> tuple[torch.export.ExportedProgram, bool]:
     attempts: list[tuple[Any, bool]] = []
     if dynamic_batch and all(t.ndim and t.shape[0] >= 2 for t in inputs):
         batch = torch.export.Dim("batch", min=1)
@@ -151,7 +151,9 @@ def _export(module: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool, 
         try:
             with warnings.catch_warnings(), torch.no_grad(), quiet_torch():
                 warnings.simplefilter("ignore")
-                program = torch.export.export(module, inputs, dynamic_shapes=_per_parameter(module, inputs, shapes), strict=False)
+                program = torch.export.export(
+                    module, () if names else inputs, dict(zip(names, inputs)) if names else None, strict=False,
+                    dynamic_shapes=_per_parameter(module, inputs, shapes) if not names else dict(zip(names, shapes)) if shapes else None)
         except Exception as error:
             problem = problem or error
             continue
