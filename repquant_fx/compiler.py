@@ -143,7 +143,8 @@ def compile(
     lowering = LowerToQDQ(plan, quantized.weights)
     run_passes(graph_module, [lowering])
     proto = export_onnx(graph_module, loaded.example_inputs, input_names=captured.input_names, output_names=captured.output_names,
-                        dynamic_shapes=dynamic_shapes(graph_module, loaded.dynamic_axes), metadata=describe(recipe, loaded.preprocessing))
+                        dynamic_shapes=dynamic_shapes(graph_module), metadata=describe(recipe, loaded.preprocessing),
+                        axis_names=loaded.dynamic_axes or [{0: "batch"}] * len(captured.input_names))
     probe = [torch.cat(tensors) for tensors in zip(*held_back.batches)] if captured.dynamic_batch else list(held_back.batches[0])
     sqnr = reports.layer_sqnr(reference, graph_module, [e["node"] for e in layers], probe)
     with torch.no_grad():
@@ -213,21 +214,19 @@ def _tokenization(loaded: LoadedModel, seq_len: int | None, tokenizer: Any) -> T
     return Tokenization(tokenizer if tokenizer is not None else loaded.tokenizer, seq_len or int(ids.shape[1]), loaded.task == "causal-lm")
 
 
-def dynamic_shapes(graph_module: GraphModule, axes: Sequence[Mapping[int, str]] | None = None) -> tuple[dict[int, Any] | None, ...] | None:
-    """What torch.export needs to keep the symbolic dimensions of a graph symbolic; `axes` names them, one mapping an input."""
+def dynamic_shapes(graph_module: GraphModule) -> tuple[dict[int, Any] | None, ...] | None:
+    """What torch.export needs to keep the symbolic dimensions of a graph symbolic."""
     dims: dict[str, Any] = {}
     shapes: list[dict[int, Any] | None] = []
-    for index, node in enumerate(n for n in graph_module.graph.nodes if n.op == "placeholder"):
+    for node in graph_module.graph.nodes:
+        if node.op != "placeholder":
+            continue
         free = {}
         for axis, size in enumerate(node.meta["val"].shape):
-            if isinstance(size, int):
-                continue
-            taken = [dim.__name__ for dim in dims.values()]
-            wanted = axes[index].get(axis) if axes is not None else "batch" if axis == 0 else None
-            label = wanted if wanted is not None and wanted not in taken else f"size_{len(dims)}"
-            if str(size) not in dims:
-                dims[str(size)] = torch.export.Dim(label, min=1, max=_largest(size))
-            free[axis] = dims[str(size)]
+            if not isinstance(size, int):
+                name = str(size)
+                label = "batch" if axis == 0 and "batch" not in [d.__name__ for d in dims.values()] else f"size_{len(dims)}"
+                free[axis] = dims.setdefault(name, torch.export.Dim(label, min=1, max=_largest(size)))
         shapes.append(free or None)
     return tuple(shapes) if dims else None
 

@@ -22,6 +22,7 @@ from repquant_fx.frontends.tasks import TASKS, task_of
 
 TEXT_LENGTH = 128  # tokens of an example and of a calibration sequence, where the model takes so many
 _SEED = 0
+_PRODUCTS_OF_THE_ROOT = "matmul*"  # a product outside all modules goes by the name of its node
 _INPUTS = ("input_ids", "attention_mask", "pixel_values", "input_points")
 
 
@@ -95,6 +96,8 @@ def read_signature(model: nn.Module, *, input_shape: Sequence[int] | None = None
             continue
         break
     axes = tuple(free_axes(name, texts != BATCH) for name in names)
+    if texts != BATCH:  # each text is compared with each image: a similarity, no layer
+        float_modules = (*float_modules, _PRODUCTS_OF_THE_ROOT)
     wanted = tuple(field for field in TASKS[task].outputs if field in fields)
     return Signature(inputs, names, axes, wanted or fields, float_modules, task)
 
