@@ -72,7 +72,8 @@ def decompose_attention(
 
 
 def capture(
-    module: nn.Module | torch.export.ExportedProgram, example_inputs: Sequence[Tensor], *, dynamic_batch: bool = True
+    module: nn.Module | torch.export.ExportedProgram, example_inputs: Sequence[Tensor], *, dynamic_batch: bool = True,
+    input_names: Sequence[str] | None = None, dynamic_axes: Sequence[dict[int, str]] | None = None, outputs: Sequence[str] | None = None,
 ) -> Captured:
     """Capture a model and check the graph against it.
 
@@ -92,7 +93,7 @@ def capture(
         dynamic = _has_dynamic_batch(program)
     else:
         reference = module.eval()
-        program, dynamic = _export(reference, inputs, dynamic_batch)
+        program, dynamic = _export(reference, inputs, dynamic_batch, dynamic_axes, input_names)
     try:
         unlifted = program.run_decompositions({aten.scaled_dot_product_attention.default: decompose_attention}).module(
             check_guards=False)
@@ -101,7 +102,18 @@ def capture(
     graph_module = cast(GraphModule, copy.deepcopy(unlifted))  # it shares storage with the caller's parameters
     _keep_nothing_but_the_graph(graph_module)
     with torch.no_grad():
-        expected = tensors_in(reference(*inputs))
+        if input_names is not None:
+            graph_module.graph.set_codegen(torch.fx.graph.CodeGen())
+            result = reference(**dict(zip(input_names, inputs)))
+            node = graph_module.graph.output_node()
+            flat = pytree.tree_leaves(result)
+            keep = [next(i for i, t in enumerate(flat) if t is result[k]) for k in outputs] if outputs else list(range(len(flat)))
+            node.args = (tuple(pytree.tree_leaves(node.args[0])[i] for i in keep),)
+            graph_module.graph.eliminate_dead_code()
+            graph_module.recompile()
+            expected = [flat[i] for i in keep]
+        else:
+            expected = tensors_in(reference(*inputs))
         found = tensors_in(graph_module(*inputs))
     difference = 0.0
     for e, f in zip(expected, found, strict=True):
@@ -111,8 +123,13 @@ def capture(
         raise CaptureError(f"the captured graph does not equal the model: relative difference {difference:.3g}; "
                            "the model may be in training mode, draw random numbers or depend on input values")
     names = [node.name for node in graph_module.graph.nodes if node.op == "placeholder"]
-    outputs = ["output"] if len(found) == 1 else [f"output_{i}" for i in range(len(found))]
-    return Captured(graph_module, names, outputs, difference, dynamic)
+    if input_names is not None:
+        names = list(input_names)
+        for node, name in zip([n for n in graph_module.graph.nodes if n.op == "placeholder"], names):
+            node.target = node.name = name
+        graph_module.recompile()
+    given = list(outputs) if outputs is not None else ["output"] if len(found) == 1 else [f"output_{i}" for i in range(len(found))]
+    return Captured(graph_module, names, given, difference, dynamic)
 
 
 def tensors_in(result: Any) -> list[Tensor]:
@@ -120,18 +137,23 @@ def tensors_in(result: Any) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
 
 
-def _export(module: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool) -> tuple[torch.export.ExportedProgram, bool]:
+def _export(module: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool,
+            axes: Sequence[dict[int, str]] | None = None, names: Sequence[str] | None = None) -> tuple[torch.export.ExportedProgram, bool]:
     attempts: list[tuple[Any, bool]] = []
     if dynamic_batch and all(t.ndim and t.shape[0] >= 2 for t in inputs):
         batch = torch.export.Dim("batch", min=1)
         attempts.append((tuple({0: batch} for _ in inputs), True))
+    if axes is not None:
+        attempts = [(tuple({i: torch.export.Dim.DYNAMIC for i in a} for a in axes), True)]
     attempts.append((None, False))
     problem: Exception | None = None
     for shapes, dynamic in attempts:
         try:
             with warnings.catch_warnings(), torch.no_grad(), quiet_torch():
                 warnings.simplefilter("ignore")
-                program = torch.export.export(module, inputs, dynamic_shapes=_per_parameter(module, inputs, shapes), strict=False)
+                program = torch.export.export(
+                    module, () if names else inputs, dict(zip(names, inputs)) if names else None, strict=False,
+                    dynamic_shapes=_per_parameter(module, inputs, shapes) if not names else dict(zip(names, shapes)) if shapes else None)
         except Exception as error:
             problem = problem or error
             continue
