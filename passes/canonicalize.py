@@ -61,7 +61,7 @@ class Canonicalize(Pass):
         if not node.args or not is_tensor(node.args[0]) or not is_tensor(node):
             return False
         source = _n(node.args[0])
-        if node.target is aten._to_copy.default or node.target in (aten.to.dtype, aten.to.dtype_layout, aten.to.device):
+        if node.target is aten._to_copy.default or node.target in (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.type_as.default):
             return source.meta["val"].dtype == node.meta["val"].dtype
         if node.target in (aten.pad.default, aten.constant_pad_nd.default):
             return all(isinstance(p, int) and p == 0 for p in node.args[1])  # type: ignore[union-attr]

@@ -10,6 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from repquant_fx.frontends.capture import capture
+from repquant_fx.passes.base import run_passes
+from repquant_fx.passes.canonicalize import Canonicalize
 from repquant_fx.passes.channel_flow import (
     FIXED,
     MATMULS,
@@ -103,7 +106,8 @@ def data() -> Tensor:
 
 def flow_of(function, affine: bool) -> tuple[ChannelFlow, GraphModule, Node]:
     """The flow from a (batch, 6, 4, 5) value, and the node that the model gives."""
-    graph_module = canonical(Function(lambda x: function(x * 1.0)), data())
+    graph_module = capture(Function(lambda x: function(x * 1.0)), [data()]).graph_module
+    run_passes(graph_module, [Canonicalize()])  # constants are not folded here: matrices remain matrices
     source = next(n for n in graph_module.graph.nodes if n.target is aten.mul.Tensor)
     flow = ChannelFlow(graph_module, {source: torch.arange(1, 6)}, affine=affine)
     return flow, graph_module, next(n for n in graph_module.graph.nodes if n.op == "output").all_input_nodes[0]
