@@ -26,7 +26,7 @@ from repquant_fx.errors import InputError
 from repquant_fx.exporters.metadata import describe
 from repquant_fx.exporters.onnx_qdq import export_onnx
 from repquant_fx.files import check_writable, write_atomically
-from repquant_fx.frontends.capture import Captured, capture, tensors_in
+from repquant_fx.frontends.capture import AXES, Captured, capture, tensors_in
 from repquant_fx.frontends.loading import LoadedModel, load_model
 from repquant_fx.frontends.memory import from_memory
 from repquant_fx.passes.base import run_passes
@@ -184,17 +184,17 @@ def _calibration_data(captured: Captured, loaded: LoadedModel, calibration: Any,
 
 
 def dynamic_shapes(graph_module: GraphModule) -> tuple[dict[int, Any] | None, ...] | None:
-    """What torch.export needs to keep the symbolic dimensions of a graph symbolic."""
+    """What torch.export needs to keep the symbolic dimensions of a captured graph symbolic, under the names they were given."""
     dims: dict[str, Any] = {}
     shapes: list[dict[int, Any] | None] = []
     for node in graph_module.graph.nodes:
         if node.op != "placeholder":
             continue
         free = {}
-        for axis, size in enumerate(node.meta["val"].shape):
-            if not isinstance(size, int):
-                name = str(size)
-                label = "batch" if axis == 0 and "batch" not in [d.__name__ for d in dims.values()] else f"size_{len(dims)}"
-                free[axis] = dims.setdefault(name, torch.export.Dim(label, min=1))
+        for axis, name in node.meta[AXES].items():
+            symbol = node.meta["val"].shape[axis].node
+            bounds = symbol.shape_env.bound_sympy(symbol.expr)
+            most = int(bounds.upper) if bounds.upper.is_finite and bounds.upper < 1 << 31 else None
+            free[axis] = dims.setdefault(name, torch.export.Dim(name, min=1, max=most))
         shapes.append(free or None)
     return tuple(shapes) if dims else None
