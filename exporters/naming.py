@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -50,6 +51,18 @@ class _Names:
     def unique(self, name: str) -> str:
         self.taken[name] += 1
         return name if self.taken[name] == 1 else self.unique(f"{name}_{self.taken[name]}")
+
+
+def name_axes(model: ir.Model, names: Sequence[Mapping[int, str]]) -> None:
+    """Call the symbolic axes of the inputs by `names`, one mapping from axis to name an input, and their symbols so everywhere."""
+    graph = model.graph
+    known = {dim.value: wanted[axis] for value, wanted in zip(graph.inputs, names) if value.shape is not None
+             for axis, dim in enumerate(value.shape) if isinstance(dim, ir.SymbolicDim) and dim.value and axis in wanted}
+    values = [*graph.inputs, *graph.outputs, *(output for node in graph for output in node.outputs)]
+    for value in dict.fromkeys(values):
+        for axis, dim in enumerate(value.shape or ()):
+            if isinstance(dim, ir.SymbolicDim) and dim.value and value.shape is not None:
+                value.shape[axis] = re.sub(r"[A-Za-z_]\w*", lambda symbol: known.get(symbol.group(), symbol.group()), dim.value)
 
 
 def scope(node: ir.Node) -> str:

@@ -14,11 +14,11 @@ from torch.fx import GraphModule
 
 from repquant_fx.errors import RepQuantError
 from repquant_fx.exporters import functions
-from repquant_fx.exporters.naming import name_by_module
+from repquant_fx.exporters.naming import name_axes, name_by_module
 from repquant_fx.exporters.packing import PACKED_BITS, pack_weights
 from repquant_fx.exporters.simplify import simplify
 from repquant_fx.exporters.translations import translation_table
-from repquant_fx.frontends.capture import quiet_torch
+from repquant_fx.frontends.capture import AXES, quiet_torch
 from repquant_fx.passes.base import attribute
 from repquant_fx.passes.lower_to_qdq import DEQUANTIZE
 
@@ -52,6 +52,7 @@ def export_onnx(
     model = _translate(graph_module, tuple(example_inputs), input_names, output_names, dynamic_shapes)
     simplify(model)
     name_by_module(model)
+    name_axes(model, [node.meta.get(AXES, {}) for node in graph_module.graph.find_nodes(op="placeholder")])
     pack_weights(model, packed)
     used = {node.op_type for node in model.graph if node.domain == functions.DOMAIN}
     for name in sorted(used):

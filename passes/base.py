@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -138,12 +140,8 @@ def replace_constant(graph_module: GraphModule, user: Node, index: int, value: T
     """
     old = user.args[index] if index < len(user.args) else None
     name = str(old.target) if isinstance(old, Node) and old.op == "get_attr" else fallback_name
-    if isinstance(old, Node) and old.op == "get_attr":
-        readers = [n for n in graph_module.graph.nodes if n.op == "get_attr" and n.target == old.target]
-        if len(readers) == 1 and len(old.users) == 1:
-            *parents, leaf = name.split(".")
-            owner = graph_module.get_submodule(".".join(parents))
-            delattr(owner, leaf)
+    if isinstance(old, Node) and old.op == "get_attr" and len(old.users) == 1:
+        _forget(graph_module, old)
     node = constant_node(graph_module, name, value, user)
     args = list(user.args) + [None] * (index + 1 - len(user.args))
     args[index] = node
@@ -151,6 +149,26 @@ def replace_constant(graph_module: GraphModule, user: Node, index: int, value: T
     if isinstance(old, Node) and not old.users:
         graph_module.graph.erase_node(old)
     return node
+
+
+def drop_constant(graph_module: GraphModule, node: Node) -> None:
+    """Erase a get_attr node that nothing reads any more, and its tensor where no other node reads that."""
+    if node.op == "get_attr" and not node.users:
+        _forget(graph_module, node)
+        node.graph.erase_node(node)
+
+
+def _forget(graph_module: GraphModule, node: Node) -> None:
+    """Unregister the tensor of a get_attr node, unless another node reads it."""
+    if sum(n.op == "get_attr" and n.target == node.target for n in graph_module.graph.nodes) == 1:
+        *parents, leaf = str(node.target).split(".")
+        delattr(graph_module.get_submodule(".".join(parents)), leaf)
+
+
+def shared_copy(graph_module: GraphModule) -> GraphModule:
+    """A copy with its own graph and attributes but the same tensors: passes replace constants and never write into them."""
+    memo: dict[int, Any] = {id(t): t for t in [*graph_module.parameters(), *graph_module.buffers()]}
+    return copy.deepcopy(graph_module, memo)
 
 
 def copy_meta(source: Node, target: Node, value: Tensor | None = None) -> Node:

@@ -13,13 +13,14 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from repquant_fx.errors import PassError
-from repquant_fx.passes.base import Pass
+from repquant_fx.passes.base import Pass, attribute
 from repquant_fx.passes.match_sites import Group, Site
 from repquant_fx.quantizers import clipping, logarithmic
 from repquant_fx.quantizers.observers import LogQuantizer, Observer, UniformQuantizer
 from repquant_fx.quantizers.uniform import parameters_from_range
 from repquant_fx.recipe import Recipe
 
+SMOOTHING = 0.5  # how much of the difficulty goes from activations to weights
 STEPS = {"log": (2, 1, 4, 8), "log_sqrt2": (2,), "log2": (1,)}  # codes an octave
 
 
@@ -52,6 +53,8 @@ class CalibrateActivations(Pass):
         if self.recipe.norm == "layerwise":
             bounds = self._bounds(_thin(sample.reshape(1, -1)), bits)
             scale, zero_point = parameters_from_range(bounds.low[0], bounds.up[0], bits, include_zero=True)
+        elif self.recipe.norm == "smooth":
+            scale, zero_point = self._smooth(graph_module, sample, bits)
         else:
             sample = sample.double() if self.recipe.clipping == "none" else sample
             if self.recipe.clipping == "search":
@@ -63,6 +66,18 @@ class CalibrateActivations(Pass):
             scale, zero_point = parameters_from_range(bounds.low.double(), bounds.up.double(), bits, include_zero=False)
         for site in sites:
             install(graph_module, site, UniformQuantizer(scale, zero_point, bits))
+
+    def _smooth(self, graph_module: GraphModule, sample: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+        """SmoothQuant (arXiv 2211.10438, Eq. 4): divide channel j by `max|X_j|^a / max|W_j|^(1-a)`, then use one scale for all.
+
+        As per-channel scales with a common zero point; the reparameterization of norms then does the rest.
+        """
+        weights = torch.cat([attribute(graph_module, c.args[1]).abs() for c in self.group.consumers])  # type: ignore[arg-type]
+        reach, weight = sample.abs().amax(1).double(), weights.amax(0).double()
+        factor = reach.clamp(min=1e-5) ** SMOOTHING / weight.clamp(min=1e-5) ** (1 - SMOOTHING)
+        bounds = self._bounds(_thin((sample.double() / factor[:, None]).reshape(1, -1)), bits)
+        scale, zero_point = parameters_from_range(bounds.low[0].double(), bounds.up[0].double(), bits, include_zero=True)
+        return scale * factor, zero_point.expand(len(factor)).clone()
 
     def _bounds(self, sample: Tensor, bits: int) -> clipping.Bounds:
         if self.recipe.activations == "minmax":

@@ -1,152 +1,435 @@
-"""Which operators carry a per-channel affine through unchanged, and where the channel axis goes.
+"""Where per-channel factors and shifts go: one dataflow analysis for every affine that a graph's constants could absorb.
 
-A per-channel affine `x -> (x + shift) / ratio` commutes with everything that only moves, selects or averages along other axes.
-It does not commute with zero padding (the zeros would have to be shifted too).
+Each element of an activation carries a *label*: the channel of the source (a norm, a Linear) whose factor it has. Operators that
+only move elements are run on the labels themselves; the few others that commute with a factor have a rule each. What reads a
+labelled value and has no rule is a *reader*: a Linear can undo the factor in its columns, anything else forbids it.
+
+`x -> x / factor` passes more operators than `x -> (x - shift) / factor` does. Norms are rewritten with both, so for them an
+operator that carries the factor alone is a reader like any other (`affine=True`).
 """
 
 from __future__ import annotations
 
-import math
 import operator
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
-from torch.fx import Node
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
-from repquant_fx.passes.base import aten, is_tensor, module_path, shape_of
+from repquant_fx.passes.base import aten, attribute, is_tensor, module_path, shape_of
 
+FIXED = 0  # label of elements that no factor may touch
+PADDING = -1  # label of zeros put in: any factor leaves them zero, a shift does not
 
-@dataclass
-class Reader:
-    """A node that reads a channel-carrying value: its operand index, the value it reads and the value's channel axis."""
-
-    node: Node
-    value: Node
-    axis: int
-
-
-@dataclass
-class Flow:
-    """Everything reached from a value through transparent operators."""
-
-    readers: list[Reader] = field(default_factory=list)
-    obstacles: dict[Node, str] = field(default_factory=dict)
-
-
-def follow(value: Node, axis: int) -> Flow:
-    """Follow `value`, whose channels lie on `axis`, to the first operators that are not transparent."""
-    flow = Flow()
-    pending, seen = [(value, axis)], set()
-    while pending:
-        current, where = pending.pop()
-        for user in current.users:
-            if user.op == "output":
-                flow.obstacles[user] = "it is an output of the model"
-                flow.readers.append(Reader(user, current, where))
-                continue
-            if user.target is aten.sym_size.int:
-                continue
-            after = carry(user, current, where)
-            if isinstance(after, int):
-                if (user, after) not in seen:
-                    seen.add((user, after))
-                    pending.append((user, after))
-            else:
-                if after:
-                    flow.obstacles[user] = after
-                flow.readers.append(Reader(user, current, where))
-    order = {node: index for index, node in enumerate(value.graph.nodes)}
-    flow.readers.sort(key=lambda r: order[r.node])
-    return flow
-
-
-def carry(node: Node, value: Node, axis: int) -> int | str:
-    """Channel axis of `node`'s result, or '' when `node` is simply another reader, or why the affine stops here."""
-    if node.op != "call_function" or not node.args or node.args[0] is not value:
-        return ""
-    target = node.target
-    if target is operator.getitem:
-        return axis if not isinstance(value.meta.get("val"), torch.Tensor) else ""
-    rank = len(shape_of(value)) if is_tensor(value) else None
-    if target in (aten.pad.default, aten.constant_pad_nd.default):
-        return f"zero padding at {module_path(node) or node.name} does not commute with a shift"
-    if rank is None:
-        return ""
-
-    args: tuple[Any, ...] = node.args  # read by position, as the operators' schemas say
-
-    def at(dim: Any) -> int:
-        return int(dim) % rank
-
-    if target is aten.reshape.default:
-        return _through_reshape(value, node, axis)
-    if target is aten.permute.default:
-        return [at(d) for d in args[1]].index(axis)  # type: ignore[union-attr]
-    if target is aten.transpose.int:
-        a, b = at(args[1]), at(args[2])
-        return {a: b, b: a}.get(axis, axis)
-    if target is aten.roll.default:
-        dims = args[2] if len(args) > 2 else []
-        return axis if dims and axis not in [at(d) for d in dims] else ""  # type: ignore[union-attr]
-    if target in (aten.slice.Tensor, aten.index_select.default, aten.flip.default):
-        dims = args[1] if isinstance(args[1], (list, tuple)) else [args[1] if len(args) > 1 else 0]
-        return axis if axis not in [at(d) for d in dims] else ""
-    if target is aten.select.int:
-        dim = at(args[1])
-        return "" if dim == axis else axis - (dim < axis)
-    if target in (aten.mean.dim,):
-        dims = [at(d) for d in args[1]] if args[1] else list(range(rank))  # type: ignore[union-attr]
-        keep = bool(args[2]) if len(args) > 2 else False
-        return "" if axis in dims else axis - (0 if keep else sum(d < axis for d in dims))
-    if target is aten.unsqueeze.default:
-        dim = int(args[1]) % (rank + 1)  # type: ignore[call-overload]
-        return axis + (dim <= axis)
-    if target in (aten.squeeze.dim, aten.squeeze.dims):
-        dims = [at(d) for d in (args[1] if isinstance(args[1], (list, tuple)) else [args[1]])]
-        return "" if axis in dims else axis - sum(d < axis for d in dims)
-    if target is aten.expand.default:
-        return axis + len(args[1]) - rank  # type: ignore[arg-type]
-    if target in (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default):
-        dim = at(args[2]) if len(args) > 2 else 0
-        return axis if dim != axis else ""
-    if target is aten.unbind.int:
-        dim = at(args[1]) if len(args) > 1 else 0
-        return "" if dim == axis else axis - (dim < axis)
-    if target is aten.index.Tensor:
-        indices = args[1]
-        used = [i for i, index in enumerate(indices) if index is not None]  # type: ignore[union-attr,arg-type]
-        if used and max(used) < axis and is_tensor(node):
-            return len(shape_of(node)) - (rank - axis)
-    return ""
-
-
-def _through_reshape(value: Node, node: Node, axis: int) -> int | str:
-    before, after = shape_of(value), shape_of(node)
-    channels, trailing = before[axis], before[axis + 1:]
-    if not isinstance(channels, int) or not all(isinstance(t, int) for t in trailing):
-        return ""
-    size, tail = math.prod(trailing), 1  # type: ignore[arg-type]
-    for position in range(len(after) - 1, -1, -1):
-        extent = after[position]
-        if tail == size and extent == channels and isinstance(extent, int):
-            return position
-        if not isinstance(extent, int):
-            break
-        tail *= extent
-        if tail > size * channels:
-            break
-    return ""
-
-
+SOFTMAX = {aten.softmax.int, aten._softmax.default}
+MATMULS = {aten.matmul.default, aten.bmm.default}
+CASTS = {aten._to_copy.default, aten.to.dtype, aten.clone.default}
+MOVES = {
+    aten.reshape.default, aten.permute.default, aten.transpose.int, aten.t.default, aten.expand.default, aten.unsqueeze.default,
+    aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.slice.Tensor, aten.select.int, aten.flatten.using_ints,
+    aten.unflatten.int, aten.roll.default, aten.flip.default, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default,
+    aten.unbind.int, aten.cat.default, aten.stack.default, aten.repeat.default, aten.repeat_interleave.self_int, aten.movedim.int,
+    aten.pixel_unshuffle.default, aten.pixel_shuffle.default, operator.getitem,
+}
+REDUCTIONS = {aten.mean.dim: True, aten.amax.default: True, aten.sum.dim_IntList: False}  # whether a shift passes too
+POOLS = {aten.adaptive_avg_pool2d.default, aten.avg_pool2d.default, aten.max_pool2d.default}
+ROW_WISE = {aten.add.Tensor, aten.where.self, aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.reshape.default, aten.unsqueeze.default,
+            aten.expand.default}
+HOMOGENEOUS = {aten.relu.default, aten.neg.default, aten.leaky_relu.default}
 LAYOUT = {
     aten.reshape.default, aten.permute.default, aten.transpose.int, aten.expand.default, aten.unsqueeze.default,
     aten.squeeze.dim, aten.squeeze.dims, aten.slice.Tensor, aten.select.int, aten.flatten.using_ints, aten.unflatten.int,
 }
 
 
+class Ties:
+    """Labels whose factors must be equal, or inverse, to one another: union-find with signs.
+
+    A label tied to `FIXED`, or to its own inverse, has the factor 1.
+    """
+
+    def __init__(self) -> None:
+        self._parent: dict[int, tuple[int, int]] = {}
+
+    def find(self, label: int) -> tuple[int, int]:
+        """(representative, sign): the label's factor is the representative's to the power of the sign."""
+        path, sign = [], 1
+        while label in self._parent:
+            path.append(label)
+            label = self._parent[label][0]
+        for node in reversed(path):  # nearest to the root first
+            parent, own = self._parent[node]
+            sign = own * (1 if parent == label else self._parent[parent][1])
+            self._parent[node] = (label, sign)
+        return label, (self._parent[path[0]][1] if path else 1)
+
+    def tie(self, a: int, b: int, sign: int = 1) -> None:
+        """Make the factor of `a` that of `b` to the power `sign`."""
+        (ra, sa), (rb, sb) = self.find(a), self.find(b)
+        if ra == rb:
+            if sa != sb * sign and ra != FIXED:
+                self._parent[ra] = (FIXED, 1)
+            return
+        if ra == FIXED:
+            ra, rb = rb, ra
+        self._parent[ra] = (rb, sa * sb * sign)
+
+    def fix(self, labels: Tensor) -> None:
+        """Give all of `labels` the factor 1."""
+        for label in torch.unique(labels).tolist():
+            if label > 0:
+                self.tie(label, FIXED)
+
+    def tie_all(self, a: Tensor, b: Tensor, sign: int = 1) -> None:
+        """Tie two label tensors of one shape, element by element; padding ties nothing."""
+        pairs = torch.unique(torch.stack([a.reshape(-1), b.reshape(-1)]), dim=1)
+        for x, y in pairs.T.tolist():
+            if x != PADDING and y != PADDING:
+                self.tie(x, y, sign)
+
+
+@dataclass
+class Reader:
+    """A node that reads a labelled value and lets it go no further.
+
+    Attributes:
+        labels: of the value, in its shape at the example sizes.
+        shifted: whether a shift reaches this reader too (but for padding).
+        reason: why the operator stops it, '' for an ordinary one.
+    """
+
+    node: Node
+    value: Node
+    labels: Tensor
+    shifted: bool
+    reason: str = ""
+
+    @property
+    def columns(self) -> Tensor | None:
+        """Label of each entry of the last axis where it is the same everywhere (but for padding); else None."""
+        return constant_over(self.labels, list(range(self.labels.ndim - 1)))
+
+    @property
+    def padded(self) -> bool:
+        return bool((self.labels == PADDING).any())
+
+
+@dataclass
+class Product:
+    """A MatMul whose two operands are labelled along the axis it sums over: their factors must cancel.
+
+    Attributes:
+        left, right: label of each summed entry, broadcast to one shape (..., K).
+        shifted: whether the right operand carries a shift.
+    """
+
+    node: Node
+    left: Tensor
+    right: Tensor
+    shifted: bool
+
+
+class ChannelFlow:
+    """The analysis, run on construction.
+
+    Args:
+        sources: label of each channel (the last axis) of the values to start from, shape (channels,).
+        affine: follow a factor and a shift together, through operators that carry both.
+
+    Attributes:
+        readers, products: in graph order.
+        ties: what the operators ask of the factors.
+        averaged: labels that passed a MatMul with a Softmax, whose rows sum to 1.
+    """
+
+    def __init__(self, graph_module: GraphModule, sources: Mapping[Node, Tensor], *, affine: bool = False) -> None:
+        self.graph_module, self.affine = graph_module, affine
+        self._patterns: dict[Node, Any] = {}  # labels, with one entry along axes where they do not change; a tuple for several results
+        self.readers: list[Reader] = []
+        self.products: list[Product] = []
+        self.ties = Ties()
+        self.averaged: set[int] = set()
+        self._shifted: set[Node] = set()
+        for node in graph_module.graph.nodes:
+            carriers = [p for p in node.all_input_nodes if p in self._patterns]
+            if carriers and node.target is not aten.sym_size.int:
+                self._visit(node, carriers)
+            if node in sources:
+                self._patterns[node] = sources[node].int()
+                self._shifted.add(node)
+
+    def labels(self, node: Node) -> Tensor | None:
+        """Labels of a value, in its shape at the example sizes; None where it carries none."""
+        pattern = self._patterns.get(node)
+        return pattern.expand(hinted(node)) if isinstance(pattern, Tensor) else None
+
+    def pattern(self, node: Node) -> Tensor | None:
+        """Labels of a value with a single entry along each axis on which they do not change."""
+        pattern = self._patterns.get(node)
+        return pattern.reshape((1,) * (len(shape_of(node)) - pattern.ndim) + pattern.shape) if isinstance(pattern, Tensor) else None
+
+    def _visit(self, node: Node, carriers: list[Node]) -> None:
+        result, shifted = None, False
+        if node.op == "call_function":
+            try:
+                result, shifted = self._through(node)
+            except _Unknown:
+                result = None
+        if result is _ABSORBED:
+            return
+        shifted = shifted and all(p in self._shifted for p in carriers)
+        if result is None or (self.affine and not shifted):
+            why = "it is an output of the model" if node.op == "output" else ""
+            for value in carriers:
+                labels = self.labels(value)
+                if labels is not None:
+                    self.readers.append(Reader(node, value, labels, value in self._shifted, why))
+            return
+        self._patterns[node] = _pattern(result) if isinstance(result, Tensor) else result
+        if shifted:
+            self._shifted.add(node)
+
+    def _through(self, node: Node) -> tuple[Any, bool]:
+        """(labels of the result, whether a shift passes as well); None for the labels where the factors do not pass."""
+        target = node.target
+        if target in MOVES:
+            return self._move(node), True
+        if target in CASTS:
+            return (self._only(node) if node.meta["val"].is_floating_point() else None), True
+        if target in (aten.pad.default, aten.constant_pad_nd.default):
+            return self._pad(node), True
+        if target in (aten.index.Tensor, aten.index_select.default):
+            return self._index(node), True
+        if target in REDUCTIONS:
+            return self._reduce(node), REDUCTIONS[target]  # type: ignore[index]
+        if target in POOLS:
+            return self._pool(node), target is not aten.avg_pool2d.default
+        if target in HOMOGENEOUS:
+            return self._only(node), False
+        if target in (aten.mul.Tensor, aten.div.Tensor):
+            return self._multiply(node), False
+        if target in (aten.add.Tensor, aten.sub.Tensor):
+            return self._add(node), False
+        if target in MATMULS:
+            return self._matmul(node)
+        return None, False
+
+    # ---- one rule an operator ---------------------------------------------------------------------------------------
+
+    def _move(self, node: Node) -> Any:
+        """Run the operator on the labels; other tensors it takes in are fixed."""
+        args, kwargs = map_arg((node.args, node.kwargs), self._concrete)
+        result = cast(Callable[..., Any], node.target)(*args, **kwargs)
+        return tuple(result) if isinstance(result, (list, tuple)) else result
+
+    def _concrete(self, node: Node) -> Any:
+        if node in self._patterns:
+            labels = self.labels(node)
+            return self._patterns[node] if labels is None else labels
+        value = node.meta.get("val")
+        if isinstance(value, (int, torch.SymInt)):
+            return hint(value)
+        if not isinstance(value, Tensor):
+            raise _Unknown
+        return torch.full([hint(size) for size in value.shape], FIXED, dtype=torch.int32)
+
+    def _pad(self, node: Node) -> Tensor | None:
+        given: tuple[Any, ...] = node.args
+        mode = node.kwargs.get("mode", given[2] if len(given) > 2 and node.target is aten.pad.default else "constant")
+        value = node.kwargs.get("value", given[-1] if len(given) > 2 and not isinstance(given[-1], str) else 0)
+        if mode != "constant" or value not in (0, None):
+            return None
+        widths = map_arg(given[1], self._concrete)
+        return torch.constant_pad_nd(self._only(node), list(widths), PADDING)
+
+    def _index(self, node: Node) -> Tensor | None:
+        """Constant indices select labels; computed ones may select anything, so the labels must not depend on what they select."""
+        labels = self._only(node)
+        if node.target is aten.index_select.default:
+            dims, indices = [int(cast(int, node.args[1])) % labels.ndim], [node.args[2]]
+        else:
+            indices = list(cast(Any, node.args[1]))
+            dims = [i for i, index in enumerate(indices) if index is not None]
+        if labels is None or any(is_tensor(i) and _node(i) in self._patterns for i in indices):
+            return None
+        known = [i is None or (isinstance(i, Node) and i.op == "get_attr") for i in indices]
+        if not all(known):
+            if any(i is not None and _node(i).meta["val"].dtype == torch.bool for i in indices) or constant_over(labels, dims) is None:
+                return None
+        real = [None if i is None else attribute(self.graph_module, _node(i)) if ok else
+                torch.zeros(hinted(_node(i)), dtype=torch.int64) for i, ok in zip(indices, known)]
+        if node.target is aten.index_select.default:
+            return labels.index_select(dims[0], cast(Tensor, real[0]))
+        return aten.index.Tensor(labels, real)
+
+    def _reduce(self, node: Node) -> Tensor | None:
+        labels, given = self._only(node), cast(Any, node.args)
+        wanted = given[1] if len(given) > 1 and given[1] not in (None, []) else list(range(labels.ndim))
+        dims = [int(d) % labels.ndim for d in (wanted if isinstance(wanted, (list, tuple)) else [wanted])]
+        keep = bool(given[2]) if len(given) > 2 else bool(node.kwargs.get("keepdim", False))
+        if constant_over(labels, dims) is None:
+            return None
+        if (labels == PADDING).any():
+            return None  # a mean over tokens and padding is no mean of tokens: keep to what needs no thought
+        return labels.amax(dims, keepdim=keep)
+
+    def _pool(self, node: Node) -> Tensor | None:
+        if not is_tensor(node):
+            return None
+        labels = self._only(node)
+        column = constant_over(labels, [labels.ndim - 2, labels.ndim - 1])
+        return None if column is None else column[..., None, None].expand(hinted(node))
+
+    def _multiply(self, node: Node) -> Tensor | None:
+        a, b = node.args[:2]
+        both = [isinstance(x, Node) and x in self._patterns for x in (a, b)]
+        if all(both) or (both[1] and node.target is aten.div.Tensor):
+            return None
+        return self._known(_node(a if both[0] else b)).expand(hinted(node))
+
+    def _add(self, node: Node) -> Tensor | None:
+        if not all(isinstance(x, Node) and x in self._patterns for x in node.args[:2]):
+            return None
+        a, b = (self._known(_node(x)).expand(hinted(node)) for x in node.args[:2])
+        if not self.affine:
+            self.ties.tie_all(a, b)
+        return torch.where(a == PADDING, b, a)
+
+    def _matmul(self, node: Node) -> tuple[Any, bool]:
+        left, right = (_node(a) for a in node.args[:2])
+        a, b = self.labels(left), self.labels(right)
+        if a is not None and b is not None:
+            return self._product(node, a, b, right in self._shifted), False
+        if b is not None:
+            columns = constant_over(b, [b.ndim - 2]) if b.ndim > 1 else None
+            if columns is None:
+                return None, False
+            sums_to_one = softmax_behind(left) is not None
+            if sums_to_one:
+                self.averaged.update(torch.unique(columns).tolist())
+            return columns.unsqueeze(-2).expand(hinted(node)), sums_to_one
+        rows = constant_over(self._known(left), [len(shape_of(left)) - 1])
+        return (None if rows is None else rows.unsqueeze(-1).expand(hinted(node))), False
+
+    def _product(self, node: Node, a: Tensor, b: Tensor, shifted: bool) -> Any:
+        if self.affine or a.ndim < 2 or b.ndim < 2:
+            return None
+        left, right = constant_over(a, [a.ndim - 2]), constant_over(b, [b.ndim - 1])
+        if left is None or right is None:
+            return None
+        left, right = torch.broadcast_tensors(left, right)
+        self.ties.tie_all(left, right, -1)
+        self.products.append(Product(node, left, right, shifted and not bool((right == PADDING).any())))
+        return _ABSORBED
+
+    def _only(self, node: Node) -> Tensor:
+        return self._known(_node(node.args[0]))
+
+    def _known(self, node: Node) -> Tensor:
+        labels = self.labels(node)
+        if labels is None:
+            raise _Unknown
+        return labels
+
+
+class _Unknown(Exception):
+    """A size or value that is not known at compile time."""
+
+
+_ABSORBED = object()  # the factors of both operands cancel
+
+
+def _pattern(labels: Tensor) -> Tensor:
+    """Labels with a single entry along each axis on which they do not change."""
+    for axis in range(labels.ndim):
+        first = labels.narrow(axis, 0, 1)
+        if labels.shape[axis] > 1 and (labels.stride(axis) == 0 or bool((labels == first).all())):
+            labels = first
+    return labels.clone() if labels.untyped_storage().nbytes() > 4 * labels.numel() else labels
+
+
+def constant_over(labels: Tensor, dims: list[int]) -> Tensor | None:
+    """`labels` without `dims`, where they are the same (but for padding) all along them; else None."""
+    if not dims:
+        return labels
+    largest = labels.amax(dims, keepdim=True)
+    same = (labels == largest) | (labels == PADDING)
+    return largest.squeeze(dims) if bool(same.all()) else None
+
+
+def hint(size: int | torch.SymInt) -> int:
+    """A size, a symbolic one at its example value."""
+    if isinstance(size, int):
+        return size
+    value = size.node.hint
+    if value is None:
+        raise _Unknown
+    return int(value)
+
+
+def hinted(node: Node) -> list[int]:
+    """The shape of a tensor-valued node at the example sizes."""
+    return [hint(size) for size in shape_of(node)]
+
+
 def origin(value: Node) -> Node:
     """Go back through operators that only change the layout of their one tensor input."""
     while value.op == "call_function" and value.target in LAYOUT and isinstance(value.args[0], Node):
         value = value.args[0]
+    return value
+
+
+def softmax_behind(value: Node) -> Node | None:
+    """The Softmax over the last axis that made `value`, through operators that leave that axis as it is."""
+    while value.op == "call_function" and is_tensor(value):
+        if value.target in SOFTMAX:
+            return value if int(cast(int, value.args[1])) % len(shape_of(value)) == len(shape_of(value)) - 1 else None
+        source = value.args[0] if value.args else None
+        if value.target not in (aten.reshape.default, aten.expand.default, aten.unsqueeze.default) or not is_tensor(source):
+            return None
+        if shape_of(_node(source))[-1] != shape_of(value)[-1]:
+            return None
+        value = _node(source)
+    return None
+
+
+def leads_to_softmax(product: Node) -> bool:
+    """Whether all that reads a MatMul is a Softmax over its last axis, through scaling, masks and layout that keep its rows apart.
+
+    What is added to a whole row of logits then changes nothing.
+    """
+    pending, found = [product], False
+    while pending:
+        node = pending.pop()
+        for user in node.users:
+            if user.target is aten.sym_size.int:
+                continue
+            if user.target in SOFTMAX and int(cast(int, user.args[1])) % len(shape_of(node)) == len(shape_of(node)) - 1:
+                found = True
+            elif user.target in ROW_WISE and (user.args[0] is node or user.target in (aten.add.Tensor, aten.where.self)) \
+                    and shape_of(user)[-1] == shape_of(node)[-1]:
+                pending.append(user)
+            elif user.target in (aten.mul.Tensor, aten.div.Tensor) and user.args[0] is node \
+                    and not (is_tensor(user.args[1]) and shape_of(_node(user.args[1]))[-1:] not in ([], [1])):
+                pending.append(user)
+            else:
+                return False
+    return found
+
+
+def describe_reader(reader: Reader) -> str:
+    """The reader in words, for reports."""
+    node = reader.node
+    name = "the output" if node.op == "output" else str(node.target).split(".")[1] if "." in str(node.target) else node.name
+    path = module_path(node)
+    return f"{name} in {path}" if path else name
+
+
+def _node(value: Any) -> Node:
+    if not isinstance(value, Node):
+        raise _Unknown
     return value

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from repquant_fx import ops  # noqa: F401 - registers the operators
@@ -69,7 +68,7 @@ class LowerToQDQ(Pass):
                 value = self._quantize(graph_module, site, source, module, slot)
                 for consumer in site.consumers:
                     if consumer in self.weights:
-                        self._lower_weights(graph_module, consumer, module)
+                        self._lower_bias(graph_module, consumer, module)
                 slot.replace_all_uses_with(value)
         if not slot.users:
             graph_module.graph.erase_node(slot)
@@ -87,7 +86,7 @@ class LowerToQDQ(Pass):
                 flat = copy_meta(slot, graph.call_function(aten.reshape.default, (source, [-1, shape[-1]])))
         value = self._quantize(graph_module, site, flat, quantizer, slot)
         for linear in linears:
-            self._lower_weights(graph_module, linear, quantizer)
+            self._lower_bias(graph_module, linear, quantizer)
             linear.update_arg(0, value)
             if len(shape) != 2:
                 _restore_shape(graph_module, linear, source)
@@ -135,21 +134,9 @@ class LowerToQDQ(Pass):
         graph.erase_node(softmax)
         return result if source is softmax else source
 
-    def _lower_weights(self, graph_module: GraphModule, consumer: Node, quantizer: UniformQuantizer) -> None:
-        """Integer weight and, where the activation has one scale, int32 bias."""
-        weight = consumer.args[1]
-        assert isinstance(weight, Node)
-        quantized, plan_bits = self.weights[consumer], self._wbits(consumer)
-        scale = _fill_dead_rows(quantized)
-        name, graph = str(weight.target), graph_module.graph
-        codes = constant_node(graph_module, f"{name}_quantized", quantized.codes, consumer)
-        scales = constant_node(graph_module, f"{name}_scale", scale, consumer)
-        with graph.inserting_before(consumer):
-            value = copy_meta(consumer, graph.call_function(DEQUANTIZE, (codes, scales, None, plan_bits, 0)))
-        consumer.update_arg(1, value)
-        value.meta["val"] = weight.meta["val"]
-        if not weight.users:
-            graph.erase_node(weight)
+    def _lower_bias(self, graph_module: GraphModule, consumer: Node, quantizer: UniformQuantizer) -> None:
+        """An int32 bias, where the activation has one scale: the weight holds integer codes already."""
+        scale, graph = self.weights[consumer].scale, graph_module.graph
         bias = consumer.args[2] if len(consumer.args) > 2 else None
         if not isinstance(bias, Node) or bias.op != "get_attr" or quantizer.axis is not None:
             return
@@ -165,9 +152,6 @@ class LowerToQDQ(Pass):
         consumer.update_arg(2, restored)
         if not bias.users:
             graph.erase_node(bias)
-
-    def _wbits(self, consumer: Node) -> int:
-        return next(g.plans[consumer].wbits for g in self.plan.groups if consumer in g.plans)
 
 
 def _restore_shape(graph_module: GraphModule, linear: Node, source: Node) -> None:
@@ -214,14 +198,6 @@ def _sizes(graph_module: GraphModule, value: Node) -> list[Any]:
             node.meta["val"] = size
             sizes.append(node)
     return sizes
-
-
-def _fill_dead_rows(weight: QuantizedWeight) -> Tensor:
-    """Scales, with those of all-zero rows (free to choose) made ordinary, so that their bias fits an int32."""
-    dead = weight.codes.reshape(len(weight.codes), -1).eq(0).all(dim=1)
-    if not bool(dead.any()) or bool(dead.all()):
-        return torch.where(dead, torch.full_like(weight.scale, 1e-4), weight.scale)  # fine enough for the bias, which is all there is
-    return torch.where(dead, weight.scale[~dead].median(), weight.scale)
 
 
 def _free_prefix(graph_module: GraphModule, site: Site) -> str:

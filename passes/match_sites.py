@@ -9,17 +9,16 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+import torch
 from torch.fx import GraphModule, Node
 
 from repquant_fx.passes.base import Pass, aten, is_constant, is_tensor, module_path, shape_of
-from repquant_fx.passes.channel_flow import follow, origin
+from repquant_fx.passes.channel_flow import MATMULS, SOFTMAX, ChannelFlow, describe_reader, origin
 from repquant_fx.recipe import LayerPlan, Recipe
 
 NORMS = {aten.layer_norm.default, aten.rms_norm.default}
 OTHER_NORMS = {aten.group_norm.default, aten.batch_norm.default, aten.instance_norm.default,
                aten._native_batch_norm_legit_no_training.default}  # what export makes of BatchNorm
-SOFTMAX = {aten.softmax.int, aten._softmax.default}
-MATMULS = {aten.matmul.default, aten.bmm.default}
 CONVOLUTIONS = {aten.conv2d.default, aten.conv1d.default}
 
 
@@ -53,6 +52,7 @@ class Group:
         path: module path of the first consumer (of the norm for `norm_linear`).
         norm, softmax: the node that is rewritten, where there is one.
         shared_norm: the norm has readers besides these Linears, which must keep seeing its original values.
+        padded: zeros are put in between the norm and a Linear, so the shift must be added after them.
         plans: effective settings of each consumer.
     """
 
@@ -64,6 +64,7 @@ class Group:
     norm: Node | None = None
     softmax: Node | None = None
     shared_norm: bool = False
+    padded: bool = False
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -109,7 +110,7 @@ class MatchSites(Pass):
         nodes = list(graph_module.graph.nodes)
         for node in nodes:
             if node.op == "call_function" and node.target in NORMS:
-                self._match_norm(node, claimed)
+                self._match_norm(graph_module, node, claimed)
             elif node.op == "call_function" and node.target in OTHER_NORMS:
                 self._leave(node, "it normalises over more than the channel axis, so no per-channel affine follows from it alone")
         by_value: dict[Node, list[Node]] = {}
@@ -135,21 +136,26 @@ class MatchSites(Pass):
         self.plan.groups.sort(key=lambda g: min(order[c] for c in g.consumers))
         return False
 
-    def _match_norm(self, norm: Node, claimed: dict[Node, Group]) -> None:
+    def _match_norm(self, graph_module: GraphModule, norm: Node, claimed: dict[Node, Group]) -> None:
         if len(norm.args[1]) != 1:  # type: ignore[arg-type]
             self._leave(norm, f"it normalises over {len(norm.args[1])} axes, not over channels alone")  # type: ignore[arg-type]
             return
-        flow = follow(norm, len(shape_of(norm)) - 1)
+        size = shape_of(norm)[-1]
+        if not isinstance(size, int):
+            self._leave(norm, "its number of channels is not fixed")
+            return
+        channels = torch.arange(1, size + 1, dtype=torch.int32)
+        flow = ChannelFlow(graph_module, {norm: channels}, affine=True)
         readers = [r for r in flow.readers if r.node.target is aten.linear.default and is_constant(r.node.args[1])
-                   and r.node.args[0] is r.value and r.axis == len(shape_of(r.value)) - 1]
+                   and r.node.args[0] is r.value and r.columns is not None and torch.equal(r.columns, channels)]
         plans = {r.node: self.recipe.layer(module_path(r.node)) for r in readers}
         readers = [r for r in readers if not plans[r.node].skip]
         if not readers:
             if plans:
                 self._leave(norm, "the recipe skips every Linear that reads it")
                 return
-            why = "; ".join(dict.fromkeys(flow.obstacles.values()))
-            read_by = ", ".join(dict.fromkeys(_describe(r.node) for r in flow.readers if r.node not in flow.obstacles))
+            why = "; ".join(dict.fromkeys(r.reason for r in flow.readers if r.reason))
+            read_by = ", ".join(dict.fromkeys(describe_reader(r) for r in flow.readers if not r.reason))
             self._leave(norm, "no Linear reads it through operators that keep channels apart"
                         + (f": read by {read_by}" if read_by else "") + (f" ({why})" if why else ""))
             return
@@ -162,10 +168,13 @@ class MatchSites(Pass):
                  for value, consumers in values.items()]
         consumers = [r.node for r in readers]
         others = [r for r in flow.readers if r.node not in consumers]
-        group = Group("norm_linear", path, sites, consumers, {c: plans[c] for c in consumers}, norm=norm, shared_norm=bool(others))
+        group = Group("norm_linear", path, sites, consumers, {c: plans[c] for c in consumers}, norm=norm, shared_norm=bool(others),
+                      padded=any(r.padded for r in readers))
         if others:
-            group.notes.append("also read by " + ", ".join(dict.fromkeys(_describe(r.node) for r in others))
+            group.notes.append("also read by " + ", ".join(dict.fromkeys(describe_reader(r) for r in others))
                                + ": these keep the original norm")
+        if group.padded:
+            group.notes.append("zeros are padded in after the norm: its shift is added after them")
         self.plan.groups.append(group)
         for consumer in consumers:
             claimed[consumer] = group
@@ -249,8 +258,3 @@ def _reaches_softmax(node: Node, depth: int = 12) -> bool:
         return False
     return any(_reaches_softmax(user, depth - 1) for user in node.users)
 
-
-def _describe(node: Node) -> str:
-    name = "the output" if node.op == "output" else str(node.target).split(".")[1] if "." in str(node.target) else node.name
-    path = module_path(node)
-    return f"{name} in {path}" if path else name

@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from repquant_fx.passes.base import Pass, attribute, module_path, replace_constant
+from repquant_fx import ops  # noqa: F401 - registers the operators
+from repquant_fx.passes.base import Pass, attribute, constant_node, copy_meta, drop_constant, module_path, replace_constant
 from repquant_fx.passes.match_sites import Group, Site
 from repquant_fx.quantizers.correction import Moments, fit
 from repquant_fx.quantizers.gptq import QuantizedWeight, gptq, output_error, round_to_nearest, weight_grid
 from repquant_fx.recipe import Recipe
+
+DEQUANTIZE = torch.ops.repquant_fx.dequantize.default
 
 
 class QuantizeWeights(Pass):
@@ -18,7 +21,7 @@ class QuantizeWeights(Pass):
 
     name = "quantize weights"
     needs = "quantizers at the group's sites, and one Hessian a site of their outputs"
-    guarantees = "each consumer's weight is the dequantized value of its integer codes"
+    guarantees = "each consumer reads the dequantized value of its integer codes; its float weight is gone"
 
     def __init__(self, group: Group, recipe: Recipe, hessians: dict[str, Tensor],
                  moments: dict[Node, tuple[Moments, Moments]] | None = None) -> None:
@@ -82,24 +85,41 @@ class QuantizeWeights(Pass):
 
     def _install(self, graph_module: GraphModule, consumer: Node, quantized: QuantizedWeight, rows: slice) -> None:
         """Replace the weight by its quantized value, and set the bias so that the mean output is the float model's."""
-        old = attribute(graph_module, consumer.args[1])  # type: ignore[arg-type]
-        name = str(consumer.args[1].target)  # type: ignore[union-attr]
-        codes, value = quantized.codes[rows].reshape(old.shape).contiguous(), quantized.dequantize()[rows]
-        self.weights[consumer] = QuantizedWeight(codes, quantized.scale[rows].contiguous())
+        node = consumer.args[1]
+        assert isinstance(node, Node)
+        old, name = attribute(graph_module, node), str(node.target)
+        scale = _fill_dead_rows(quantized.codes[rows], quantized.scale[rows])
+        weight = QuantizedWeight(quantized.codes[rows].reshape(old.shape).contiguous(), scale.contiguous())
+        self.weights[consumer] = weight
         if consumer in self.moments:
             first, second = self.moments[consumer]
             x, residual = (first + second).mean
-            shift = residual + (old.reshape(len(old), -1).double() - value.double()) @ x
+            shift = residual + (old.reshape(len(old), -1).double() - quantized.dequantize()[rows].double()) @ x
             bias = consumer.args[2] if len(consumer.args) > 2 else None
             if isinstance(bias, Node):
                 shift = shift + attribute(graph_module, bias).double()
             replace_constant(graph_module, consumer, 2, shift.float(), name.removesuffix("weight") + "bias")
-        replace_constant(graph_module, consumer, 1, value.reshape(old.shape), name)
+        # codes in place of the weight: what is quantized takes a quarter of the memory from here on
+        codes = constant_node(graph_module, f"{name}_quantized", weight.codes, consumer)
+        scales = constant_node(graph_module, f"{name}_scale", weight.scale, consumer)
+        with graph_module.graph.inserting_before(consumer):
+            value = graph_module.graph.call_function(DEQUANTIZE, (codes, scales, None, self.group.plans[consumer].wbits, 0))
+        copy_meta(consumer, value, node.meta["val"])
+        consumer.update_arg(1, value)
+        drop_constant(graph_module, node)
 
 
 def _matrix(graph_module: GraphModule, consumer: Node) -> Tensor:
     weight = attribute(graph_module, consumer.args[1])  # type: ignore[arg-type]
     return weight.reshape(weight.shape[0], -1).float()
+
+
+def _fill_dead_rows(codes: Tensor, scale: Tensor) -> Tensor:
+    """Scales, with those of all-zero rows (free to choose) made ordinary, so that their bias fits an int32."""
+    dead = codes.reshape(len(codes), -1).eq(0).all(dim=1)
+    if not bool(dead.any()) or bool(dead.all()):
+        return torch.where(dead, torch.full_like(scale, 1e-4), scale)  # fine enough for the bias, which is all there is
+    return torch.where(dead, scale[~dead].median(), scale)
 
 
 def _total_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor, rows: slice) -> float:

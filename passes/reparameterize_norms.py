@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from repquant_fx.errors import PassError
 from repquant_fx.passes.base import Pass, aten, attribute, constant_node, copy_meta, replace_constant
 from repquant_fx.passes.calibrate_activations import install, slot_module
-from repquant_fx.passes.match_sites import Group
+from repquant_fx.passes.match_sites import Group, Site
 from repquant_fx.quantizers.observers import UniformQuantizer
 from repquant_fx.quantizers.reparameterization import ChannelAffine, reparameterize
 
@@ -51,15 +51,14 @@ class ReparameterizeNorms(Pass):
         norm = self.group.norm
         assert norm is not None
         copies: dict[Node, Node] = {}
+        after = descendants(norm)
 
         def copy(node: Node) -> Node:
             if node not in copies:
-                source = None if node is norm else copy(node.args[0])  # type: ignore[arg-type]
+                mapping = {p: copy(p) for p in node.all_input_nodes if node is not norm and (p in after or p is norm)}
                 with graph_module.graph.inserting_after(node):
-                    duplicate = graph_module.graph.node_copy(node)
+                    duplicate = graph_module.graph.node_copy(node, lambda n: mapping.get(n, n))
                 duplicate.meta = dict(node.meta)
-                if source is not None:
-                    duplicate.update_arg(0, source)
                 copies[node] = duplicate
             return copies[node]
 
@@ -72,27 +71,34 @@ class ReparameterizeNorms(Pass):
     def _rewrite_norm(self, graph_module: GraphModule, norm: Node, affine: ChannelAffine) -> None:
         path = str(norm.meta.get("module_path") or norm.name)
         weight = _optional(graph_module, norm, 2)
-        if norm.target is aten.layer_norm.default:
-            bias = _optional(graph_module, norm, 3)
-            new_weight, new_bias = affine.rewrite_norm(weight, bias)
-            _check(norm, new_weight, new_bias)
-            replace_constant(graph_module, norm, 2, new_weight.float(), f"{path}.weight")
-            replace_constant(graph_module, norm, 3, new_bias.float(), f"{path}.bias")
-            return
-        # an RMS norm has no bias: the shift becomes an added constant
-        new_weight, new_bias = affine.rewrite_norm(weight, None)
+        layer_norm = norm.target is aten.layer_norm.default
+        bias = _optional(graph_module, norm, 3) if layer_norm else None
+        new_weight, new_bias = affine.rewrite_norm(weight, bias)
         _check(norm, new_weight, new_bias)
-        name = norm.args[2].target if isinstance(norm.args[2] if len(norm.args) > 2 else None, Node) else f"{path}.weight"  # type: ignore[union-attr]
-        eps = norm.args[3] if len(norm.args) > 3 else None
-        norm.args = (*norm.args[:2], norm.args[2] if len(norm.args) > 2 else None, eps)
-        replace_constant(graph_module, norm, 2, new_weight.float(), str(name))
-        shift = constant_node(graph_module, str(name).removesuffix("weight") + "shift", new_bias.float(), norm)
-        with graph_module.graph.inserting_after(norm):
-            added = graph_module.graph.call_function(aten.add.Tensor, (norm, shift))
-        copy_meta(norm, added, norm.meta["val"])
-        norm.replace_all_uses_with(added, delete_user_cb=lambda user: user is not added)
+        old = norm.args[2] if len(norm.args) > 2 else None
+        name = str(old.target) if isinstance(old, Node) else f"{path}.weight"
+        replace_constant(graph_module, norm, 2, new_weight.float(), name)
+        bias_name = name.removesuffix("weight") + "bias"
+        if layer_norm and not self.group.padded:
+            replace_constant(graph_module, norm, 3, new_bias.float(), bias_name)
+            return
+        # an RMS norm has no bias, and zeros padded in after a norm must be shifted too: the shift is added where it is needed
+        shift = affine.shift / affine.ratio
+        if not bool(shift.any()):
+            return
+        if layer_norm and bias is not None:
+            replace_constant(graph_module, norm, 3, (new_bias - shift).float(), bias_name)
         for site in self.group.sites:
-            site.value = added if site.value is norm else site.value
+            self._add_shift(graph_module, site, name.removesuffix("weight") + "shift", shift.float())
+
+    def _add_shift(self, graph_module: GraphModule, site: Site, name: str, shift: Tensor) -> None:
+        assert site.slot is not None
+        constant = constant_node(graph_module, name, shift, site.slot)
+        with graph_module.graph.inserting_before(site.slot):
+            added = graph_module.graph.call_function(aten.add.Tensor, (site.value, constant))
+        copy_meta(site.value, added, site.value.meta["val"])
+        site.slot.update_arg(0, added)
+        site.value = added
 
     def _rewrite_linear(self, graph_module: GraphModule, linear: Node, affine: ChannelAffine) -> None:
         weight_node = linear.args[1]
@@ -103,6 +109,18 @@ class ReparameterizeNorms(Pass):
         name = str(weight_node.target)
         replace_constant(graph_module, linear, 1, new_weight.float(), name)
         replace_constant(graph_module, linear, 2, new_bias.float(), name.removesuffix("weight") + "bias")
+
+
+def descendants(node: Node) -> set[Node]:
+    """All nodes whose value depends on `node`'s."""
+    found: set[Node] = set()
+    pending = [node]
+    while pending:
+        for user in pending.pop().users:
+            if user not in found:
+                found.add(user)
+                pending.append(user)
+    return found
 
 
 def _optional(graph_module: GraphModule, node: Node, index: int) -> Tensor | None:

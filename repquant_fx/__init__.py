@@ -1,6 +1,6 @@
 """Post-training quantization of transformers by scale reparameterization: torch.fx in, ONNX QDQ out.
 
-The public API: `compile`, `CompiledModel`, `Recipe`, `LayerRule`, `repq_vit`, the errors, and `session` to run a file.
+The public API: `compile`, `CompiledModel`, `Recipe`, `LayerRule`, `repq_vit`, `smoothquant`, `rtn`, the errors, and `session` to run a file.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from repquant_fx.version import VERSION as __version__
 if TYPE_CHECKING:
     from repquant_fx.compiler import CompiledModel, compile
     from repquant_fx.errors import InputError, ParityError, RepQuantError
-    from repquant_fx.recipe import LayerRule, Recipe, repq_vit
+    from repquant_fx.recipe import LayerRule, Recipe, repq_vit, rtn, smoothquant
     from repquant_fx.runtime import session
 
 __all__ = ["CompiledModel", "InputError", "LayerRule", "ParityError", "Recipe", "RepQuantError", "__version__", "compile", "repq_vit",
-           "session"]
+           "rtn", "session", "smoothquant"]
 
 _HOMES = {
     "compile": "compiler", "CompiledModel": "compiler", "Recipe": "recipe", "LayerRule": "recipe", "repq_vit": "recipe",
+    "rtn": "recipe", "smoothquant": "recipe",
     "session": "runtime", "InputError": "errors", "ParityError": "errors", "RepQuantError": "errors",
 }
 

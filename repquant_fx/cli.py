@@ -18,7 +18,9 @@ from typing import Any, NoReturn
 from repquant_fx.errors import InputError, RecipeError, RepQuantError, RepQuantWarning
 from repquant_fx.version import VERSION
 
-SOURCES = "a file (.pt2, .pt, .safetensors) or timm:NAME[,key=value...][,pretrained]"
+SOURCES = "a file (.pt2, .pt, .safetensors), a transformers directory, hf:OWNER/NAME, or timm:NAME[,key=value...][,pretrained]"
+TASKS = "of a transformers model: image-classification, text-classification, masked-lm, causal-lm, feature-extraction, " \
+    "zero-shot-image-classification, image-segmentation, object-detection or mask-generation (deduced by default)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -84,17 +86,21 @@ def _add_compile(command: argparse.ArgumentParser) -> None:
     command.add_argument("--force", action="store_true", help="replace existing output files")
     command.add_argument("--report", type=Path, help="write a JSON report, layer by layer")
     command.add_argument("--input-shape", metavar="C,H,W", help="shape of one input without the batch, where the model does not tell")
+    command.add_argument("--task", help=TASKS)
     data = command.add_argument_group("calibration")
-    data.add_argument("--calib", help="image folder, .npy/.npz/.pt/.safetensors tensors, or module:callable")
-    data.add_argument("--calib-samples", type=int, default=1024, help="default 1024, fewer if there are fewer")
+    data.add_argument("--calib", help="image folder, .npy/.npz/.pt/.safetensors tensors, .txt/.jsonl text, or module:callable")
+    data.add_argument("--calib-samples", type=int, help="default 1024, of text 128; fewer if there are fewer")
+    data.add_argument("--seq-len", type=int, help="tokens of a calibration sequence (default 128, fewer if the model takes fewer)")
+    data.add_argument("--tokenizer", metavar="DIR", help="directory of a transformers tokenizer, where the model brings none")
     data.add_argument("--batch-size", type=int, default=32, help="default 32")
+    from repquant_fx.recipe import CHOICES, PRESETS
+
     method = command.add_argument_group("quantization (overrides the recipe)")
     method.add_argument("--recipe", type=Path, help="YAML or TOML file")
-    method.add_argument("--preset", choices=("repquant", "repq-vit"), help="start from a published method (default repquant)")
+    method.add_argument("--preset", choices=tuple(PRESETS), help="start from a published method (default repquant)")
     method.add_argument("--wbits", type=int, help="bits of weights, 2 to 8 (default 8)")
     method.add_argument("--abits", type=int, help="bits of activations, 2 to 8 (default 8)")
     method.add_argument("--input-bits", type=int, help="bits of the model's input (default 8)")
-    from repquant_fx.recipe import CHOICES
 
     words = {"norm": "scales of norm activations", "softmax": "grid of softmax activations", "softmax_scale": "how its scale is chosen",
              "clipping": "per-channel dual clipping of norm activations", "activations": "range of all other activations",
@@ -104,6 +110,8 @@ def _add_compile(command: argparse.ArgumentParser) -> None:
     method.add_argument("--percentile", type=float, help="for --activations percentile (default 99.99)")
     method.add_argument("--correction", action=argparse.BooleanOptionalAction, default=None,
                         help="least-squares correction towards the float model's outputs (default on)")
+    method.add_argument("--absorb", type=_kinds, metavar="KIND,...", help="where else channel scales move into constants: values, query_key, "
+                        "linear, or none (default: all)")
     method.add_argument("--gptq", action=argparse.BooleanOptionalAction, default=None, help="error-compensating weight rounding (default on)")
     method.add_argument("--gptq-damping", type=float, help="share of the mean diagonal added to the Hessian (default 0.01)")
     method.add_argument("--gptq-block", type=int, help="columns updated at once (default 128)")
@@ -156,7 +164,8 @@ def run_compile(options: argparse.Namespace) -> int:
     from repquant_fx.compiler import compile
 
     compiled = compile(options.model, recipe, calibration=options.calib, samples=options.calib_samples, batch_size=options.batch_size,
-                       seed=options.seed, arch=options.arch, input_shape=shape, allow_pickle=options.allow_pickle, check=options.check)
+                       seed=options.seed, arch=options.arch, input_shape=shape, allow_pickle=options.allow_pickle, check=options.check,
+                       task=options.task, seq_len=options.seq_len, tokenizer=options.tokenizer)
     compiled.save(options.out, force=options.force, report=options.report)
     print(report.summary(compiled.report), file=sys.stderr)
     print(f"wrote {options.out} ({compiled.report['file_bytes'] / 1e6:.2f} MB)", file=sys.stderr)
@@ -175,6 +184,10 @@ def run_evaluate(options: argparse.Namespace) -> int:
     else:
         print(f"top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %  ({result.samples} images)")
     return 0
+
+
+def _kinds(text: str) -> tuple[str, ...]:
+    return () if text == "none" else tuple(text.split(","))
 
 
 def _shape(text: str | None) -> list[int] | None:

@@ -7,10 +7,9 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +21,26 @@ from torch.fx import GraphModule, Node
 from repquant_fx import parity as parity_check
 from repquant_fx import report as reports
 from repquant_fx.calibration.data import CalibrationSet, InputSpec, load_calibration
+from repquant_fx.calibration.text import TEXT_SAMPLES, Tokenization
 from repquant_fx.errors import InputError
 from repquant_fx.exporters.metadata import describe
 from repquant_fx.exporters.onnx_qdq import export_onnx
 from repquant_fx.files import check_writable, write_atomically
+from repquant_fx.frontends import huggingface, signature
 from repquant_fx.frontends.capture import AXES, Captured, capture, tensors_in
 from repquant_fx.frontends.loading import LoadedModel, load_model
 from repquant_fx.frontends.memory import from_memory
-from repquant_fx.passes.base import run_passes
+from repquant_fx.passes.base import run_passes, shared_copy
 from repquant_fx.passes.canonicalize import Canonicalize
 from repquant_fx.passes.insert_observers import InsertObservers
 from repquant_fx.passes.lower_to_qdq import LowerToQDQ
 from repquant_fx.passes.match_sites import MatchSites
-from repquant_fx.pipeline import quantize_sequentially
-from repquant_fx.recipe import Recipe
+from repquant_fx.pipeline import absorb_scales, quantize_sequentially
+from repquant_fx.recipe import LayerRule, Recipe
 from repquant_fx.version import VERSION
 
 HELD_BACK = 16  # samples kept out of calibration for the check
+IMAGE_SAMPLES = 1024
 
 
 @dataclass
@@ -90,21 +92,26 @@ class CompiledModel:
 
 def compile(
     model: str | Path | nn.Module | torch.export.ExportedProgram | LoadedModel, recipe: Recipe | None = None, *,
-    calibration: str | Callable[[], Any] | Sequence[Any] | Tensor | None = None, samples: int = 1024, batch_size: int = 32,
-    seed: int = 0, example_inputs: Sequence[Tensor] | None = None, arch: str | None = None, input_shape: Sequence[int] | None = None,
-    allow_pickle: bool = False, check: bool = True,
+    calibration: str | Callable[[], Any] | Sequence[Any] | Tensor | None = None, samples: int | None = None, batch_size: int = 32,
+    seed: int = 0, example_inputs: Sequence[Tensor] | Mapping[str, Tensor] | None = None, arch: str | None = None,
+    input_shape: Sequence[int] | None = None, allow_pickle: bool = False, check: bool = True, task: str | None = None,
+    seq_len: int | None = None, tokenizer: Any | None = None,
 ) -> CompiledModel:
     """Quantize a model and write it as ONNX QDQ.
 
     Args:
-        model: a module, an ExportedProgram, or what the command line takes (a file or `timm:NAME`).
+        model: a module, an ExportedProgram, or what the command line takes (a file, a transformers directory, `hf:ID`, `timm:NAME`).
         recipe: bits and method; RepQuant at W8A8 where None.
-        calibration: an image folder, an array file, `module:callable`, tensors, or a callable (see `calibration.data`).
+        calibration: an image folder, an array or text file, `module:callable`, tensors, or a callable (see `calibration.data`).
             Where None the example inputs stored in the model file, else made-up inputs, with a warning.
-        samples, batch_size, seed: how many calibration samples, how many at a time, and which.
-        example_inputs: positional inputs that a module is captured with, batch at least 2. Needed for a module whose input
+        samples, batch_size, seed: how many calibration samples (128 of text and 1024 of anything else where None), how many at a
+            time, and which.
+        example_inputs: what a module is captured with, positional or by name, batch at least 2. Needed for a module whose input
             shape cannot be told from its own configuration.
-        arch, input_shape, allow_pickle: see `frontends.loading.load_model`.
+        arch, input_shape, allow_pickle, task: see `frontends.loading.load_model`.
+        seq_len: tokens of a calibration sequence; as long as the example inputs (128 where the model takes so many) where None. The
+            compiled model takes any length.
+        tokenizer: of transformers, or a directory that holds one, for calibration text; the model's own where None.
         check: run ONNX Runtime on held-back samples and compare with the FX reference.
 
     Raises:
@@ -113,7 +120,9 @@ def compile(
     """
     recipe = recipe or Recipe()
     torch.manual_seed(seed)
-    loaded = _load(model, example_inputs, arch, input_shape, allow_pickle)
+    loaded = _load(model, example_inputs, arch, input_shape, allow_pickle, task)
+    if loaded.float_modules:  # the recipe's own rules come later, so they win
+        recipe = replace(recipe, layers=(*(LayerRule(glob, skip=True) for glob in loaded.float_modules), *recipe.layers))
     captured = _capture(loaded)
     graph_module = run_passes(captured.graph_module, [Canonicalize()])
     matching = MatchSites(recipe)
@@ -123,10 +132,11 @@ def compile(
         reasons = "; ".join(f"{item.operator} at {item.path}: {item.reason}" for item in plan.left_alone[:3])
         raise InputError("nothing to quantize: the graph has no Linear, convolution or matrix product that the recipe does not skip"
                          + (f" ({reasons})" if reasons else ""))
-    data = _calibration_data(captured, loaded, calibration, samples, batch_size, seed)
+    data = _calibration_data(captured, loaded, calibration, samples, batch_size, seed, seq_len, tokenizer)
     used, held_back = data.split_held_back(HELD_BACK)
-    reference = copy.deepcopy(graph_module)
     batches = list(used.batches)
+    absorb_scales(graph_module, plan, batches, recipe)
+    reference = shared_copy(graph_module)
     run_passes(graph_module, [InsertObservers(plan, len(batches))])
     quantized = quantize_sequentially(graph_module, plan, batches, recipe)
     layers = reports.describe_layers(graph_module, plan, quantized)
@@ -153,34 +163,54 @@ def compile(
     return CompiledModel(proto, report, graph_module, lowering.quantizers, parity)
 
 
-def _load(model: Any, example_inputs: Sequence[Tensor] | None, arch: str | None, input_shape: Sequence[int] | None,
-          allow_pickle: bool) -> LoadedModel:
+def _load(model: Any, example_inputs: Sequence[Tensor] | Mapping[str, Tensor] | None, arch: str | None,
+          input_shape: Sequence[int] | None, allow_pickle: bool, task: str | None) -> LoadedModel:
     if isinstance(model, LoadedModel):
         return model
     if isinstance(model, (str, Path)):
-        return load_model(model, arch=arch, allow_pickle=allow_pickle, input_shape=input_shape)
-    return from_memory(model, example_inputs=example_inputs, input_shape=input_shape)
+        return load_model(model, arch=arch, allow_pickle=allow_pickle, input_shape=input_shape, task=task)
+    return from_memory(model, example_inputs=example_inputs, input_shape=input_shape, task=task)
 
 
 def _capture(loaded: LoadedModel) -> Captured:
     model = loaded.module if loaded.module is not None else loaded.exported
     assert model is not None
-    return capture(model, loaded.example_inputs)
+    return capture(model, loaded.example_inputs, input_names=loaded.input_names, dynamic_axes=loaded.dynamic_axes, outputs=loaded.outputs)
 
 
-def input_specs(captured: Captured) -> list[InputSpec]:
-    """Name, shape and dtype of each input of a captured graph."""
+def input_specs(captured: Captured, module: nn.Module | None = None) -> list[InputSpec]:
+    """Name, shape and dtype of each input of a captured graph, and the limits that `module` sets to token ids."""
     specs = []
     for node, name in zip((n for n in captured.graph_module.graph.nodes if n.op == "placeholder"), captured.input_names):
         value = node.meta["val"]
-        specs.append(InputSpec(name, tuple(d if isinstance(d, int) else None for d in value.shape), value.dtype))
+        limits = (signature.vocabulary(module), signature.positions(module)) if name == "input_ids" else (None, None)
+        specs.append(InputSpec(name, tuple(d if isinstance(d, int) else None for d in value.shape), value.dtype, *limits))
     return specs
 
 
-def _calibration_data(captured: Captured, loaded: LoadedModel, calibration: Any, samples: int, batch_size: int,
-                      seed: int) -> CalibrationSet:
-    return load_calibration(calibration, input_specs(captured), preprocessing=loaded.preprocessing, samples=samples,
-                            batch_size=batch_size, seed=seed, example_inputs=loaded.example_inputs if loaded.inputs_are_data else None)
+def _calibration_data(captured: Captured, loaded: LoadedModel, calibration: Any, samples: int | None, batch_size: int, seed: int,
+                      seq_len: int | None, tokenizer: Any) -> CalibrationSet:
+    specs = input_specs(captured, loaded.module)
+    text = _tokenization(loaded, seq_len, tokenizer)
+    if samples is None:
+        samples = TEXT_SAMPLES if text is not None else IMAGE_SAMPLES
+    return load_calibration(calibration, specs, preprocessing=loaded.preprocessing, samples=samples, batch_size=batch_size, seed=seed,
+                            example_inputs=loaded.example_inputs if loaded.inputs_are_data else None, text=text)
+
+
+def _tokenization(loaded: LoadedModel, seq_len: int | None, tokenizer: Any) -> Tokenization | None:
+    """How text becomes the model's inputs; None for a model that takes no token ids."""
+    ids = next((t for t in loaded.example_inputs if t.ndim == 2 and t.dtype in (torch.int64, torch.int32)), None)
+    if ids is None:
+        if seq_len is not None or tokenizer is not None:
+            raise InputError(f"{'a sequence length' if seq_len is not None else 'a tokenizer'} was given, but {loaded.source} takes no token ids")
+        return None
+    longest = signature.positions(loaded.module)
+    if seq_len is not None and not 1 <= seq_len <= (longest or seq_len):
+        raise InputError(f"--seq-len {seq_len}: expected 1 to {longest} tokens" if longest else f"--seq-len {seq_len}: expected at least 1 token")
+    if isinstance(tokenizer, (str, Path)):
+        tokenizer = huggingface.load_tokenizer(huggingface.find_directory(str(tokenizer)))
+    return Tokenization(tokenizer if tokenizer is not None else loaded.tokenizer, seq_len or int(ids.shape[1]), loaded.task == "causal-lm")
 
 
 def dynamic_shapes(graph_module: GraphModule) -> tuple[dict[int, Any] | None, ...] | None:
@@ -188,13 +218,17 @@ def dynamic_shapes(graph_module: GraphModule) -> tuple[dict[int, Any] | None, ..
     dims: dict[str, Any] = {}
     shapes: list[dict[int, Any] | None] = []
     for node in graph_module.graph.nodes:
-        if node.op != "placeholder":
-            continue
-        free = {}
-        for axis, name in node.meta[AXES].items():
-            symbol = node.meta["val"].shape[axis].node
-            bounds = symbol.shape_env.bound_sympy(symbol.expr)
-            most = int(bounds.upper) if bounds.upper.is_finite and bounds.upper < 1 << 31 else None
-            free[axis] = dims.setdefault(name, torch.export.Dim(name, min=1, max=most))
-        shapes.append(free or None)
+        if node.op == "placeholder":
+            sizes = node.meta["val"].shape
+            free = {axis: dims.setdefault(name, torch.export.Dim(name, min=1, max=_largest(sizes[axis])))
+                    for axis, name in node.meta[AXES].items()}
+            shapes.append(free or None)
     return tuple(shapes) if dims else None
+
+
+def _largest(size: torch.SymInt) -> int | None:
+    """The largest value that the graph allows for a symbolic size, where it has a limit such as a table of positions."""
+    environment = size.node.shape_env
+    assert environment is not None  # a symbol without one is no symbol of an export
+    upper = environment.bound_sympy(size.node.expr).upper
+    return int(upper) if upper.is_Integer else None

@@ -6,7 +6,6 @@ and the prefix never runs again, so cost grows linearly with depth and memory is
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -18,13 +17,16 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from repquant_fx.errors import CalibrationError
-from repquant_fx.passes.base import run_passes
+from repquant_fx.passes.absorb_scales import AbsorbScales, channel_rows, find_absorbable
+from repquant_fx.passes.base import run_passes, shared_copy
 from repquant_fx.passes.calibrate_activations import CalibrateActivations, slot_module
+from repquant_fx.passes.insert_observers import CHANNEL_SAMPLE
 from repquant_fx.passes.match_sites import Group, Plan, Site
 from repquant_fx.passes.quantize_weights import QuantizeWeights
 from repquant_fx.passes.reparameterize_norms import ReparameterizeNorms
 from repquant_fx.passes.reparameterize_softmax import ReparameterizeSoftmax
 from repquant_fx.progress import progress
+from repquant_fx.quantizers.clipping import search_bounds
 from repquant_fx.quantizers.correction import Moments
 from repquant_fx.quantizers.gptq import QuantizedWeight
 from repquant_fx.quantizers.observers import Observer
@@ -59,6 +61,42 @@ class Quantized:
     errors: dict[Node, tuple[float, float]] = field(default_factory=dict)
     node_executions: int = 0
     segments: int = 0
+
+
+def absorb_scales(graph_module: GraphModule, plan: Plan, batches: Sequence[tuple[Tensor, ...]], recipe: Recipe) -> bool:
+    """Level channels between layers (see `passes.absorb_scales`), by one run of the float model over the calibration data.
+
+    Call before observers are inserted. Returns whether anything was rewritten.
+    """
+    if not recipe.absorb or not batches:
+        return False
+    absorbable = find_absorbable(graph_module, plan, recipe.absorb)
+    sites = {site.name: site for group in plan.groups for site in group.sites if site.name in absorbable.sites}
+    if not sites:
+        return False
+    observers = {name: Observer(True, CHANNEL_SAMPLE) for name in sites}
+    wanted: dict[Node, list[str]] = {}
+    for name, site in sites.items():
+        observers[name].start(len(batches))
+        wanted.setdefault(site.value, []).append(name)
+
+    class Record(Interpreter):
+        def run_node(self, n: Node) -> Any:
+            value = super().run_node(n)
+            for name in wanted.get(n, ()):
+                observers[name](channel_rows(value, absorbable.sites[name]))
+            return value
+
+    recorder = Record(graph_module)
+    with torch.no_grad():
+        for batch in progress(batches, total=len(batches), description="absorb"):
+            recorder.run(*batch)
+    bounds = {name: search_bounds(observers[name].sample(), site.bits) for name, site in sites.items()}
+    for name, bound in bounds.items():
+        if not bool(torch.isfinite(bound.low).all() and torch.isfinite(bound.up).all()):
+            raise CalibrationError(f"the activation at {name} is not finite on the calibration data; check the data and the model's weights")
+    run_passes(graph_module, [AbsorbScales(absorbable, bounds)])
+    return True
 
 
 class SegmentRunner:
@@ -157,7 +195,7 @@ def _quantize_group(runner: SegmentRunner, reference: Reference | None, segment:
                 raise CalibrationError(f"the activation at {site.name} is not finite on the calibration data; "
                                        "check the data and the model's weights")
     passes: list[Any] = [CalibrateActivations(group, recipe)]
-    if recipe.norm == "reparameterize":
+    if recipe.norm in ("reparameterize", "smooth"):
         passes.append(ReparameterizeNorms(group))
     passes.append(ReparameterizeSoftmax(group))
     run_passes(graph_module, passes)
@@ -233,7 +271,7 @@ class Reference:
     """The float model, run beside the quantized one segment by segment: what each layer should give."""
 
     def __init__(self, graph_module: GraphModule, batches: Sequence[tuple[Tensor, ...]]) -> None:
-        self.graph_module = copy.deepcopy(graph_module)
+        self.graph_module = shared_copy(graph_module)
         self.runner = SegmentRunner(self.graph_module, batches)
         self.twin = dict(zip(graph_module.graph.nodes, self.graph_module.graph.nodes))
 

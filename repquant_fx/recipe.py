@@ -12,13 +12,14 @@ from typing import Any
 from repquant_fx.errors import RecipeError
 
 CHOICES = {
-    "norm": ("reparameterize", "layerwise", "channelwise"),
+    "norm": ("reparameterize", "layerwise", "channelwise", "smooth"),
     "softmax": ("log", "log_sqrt2", "log2", "uniform"),
     "softmax_scale": ("output", "percentile"),
     "clipping": ("search", "adam", "none"),
     "activations": ("mse", "percentile", "minmax"),
     "weights": ("mse", "minmax"),
 }
+ABSORB = ("values", "query_key", "linear")
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Recipe:
     Attributes:
         wbits, abits: bits of weights and activations, 2 to 8.
         input_bits: bits of the model input where a layer reads it directly (the patch embedding), 8 in the paper's code.
-        norm: norm activations per channel and reparameterized (the method), `layerwise` (one scale, no rewriting) or
-            `channelwise` (per-channel scales kept in the file: a reference, slow).
+        norm: norm activations per channel and reparameterized (the method), `layerwise` (one scale, no rewriting),
+            `channelwise` (per-channel scales kept in the file: a reference, slow) or `smooth` (SmoothQuant's factors instead).
         softmax: logarithmic, reparameterized to shifts: `log_sqrt2` with two codes an octave is the published method, `log` (the
             default) chooses 1, 2, 4 or 8 by the error; plain `log2`; or `uniform`.
         softmax_scale: `output` minimises the error of the MatMul's result on a sample, `percentile` that of the values
@@ -60,6 +61,8 @@ class Recipe:
         percentile: the percentile used where asked for.
         weights: weight range by `mse` search or `minmax`.
         correction: least-squares correction of weights and biases towards the float model's outputs (beyond the paper).
+        absorb: where else per-channel scales move into constants, exactly (beyond the paper): `values` of attention, `query_key`, and
+            `linear` to linear through ReLU or a gate. Empty for none.
         gptq: error-compensating rounding; else round to nearest.
         gptq_damping, gptq_block, gptq_activation_order: see `quantizers.gptq`.
         layers: overrides by module path.
@@ -84,6 +87,7 @@ class Recipe:
     percentile: float = 99.99
     weights: str = "mse"
     correction: bool = True
+    absorb: tuple[str, ...] = ("values", "query_key", "linear")
     gptq: bool = True
     gptq_damping: float = 0.01
     gptq_block: int = 128
@@ -97,6 +101,9 @@ class Recipe:
             value = getattr(self, name)
             if value not in allowed:
                 raise RecipeError(f"{name} must be one of {', '.join(allowed)}; found {value!r}{_nearest(value, allowed)}")
+        if isinstance(self.absorb, str) or not all(kind in ABSORB for kind in self.absorb):
+            raise RecipeError(f"absorb must be a list of {', '.join(ABSORB)}, or empty; found {self.absorb!r}")
+        object.__setattr__(self, "absorb", tuple(self.absorb))
         for name in ("correction", "gptq", "gptq_activation_order"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"{name} must be true or false; found {getattr(self, name)!r}")
@@ -126,6 +133,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` reads back to an equal recipe."""
         data = asdict(self)
+        data["absorb"] = list(self.absorb)
         data["layers"] = [{k: v for k, v in asdict(rule).items() if v is not None} for rule in self.layers]
         return data
 
@@ -179,12 +187,24 @@ class Recipe:
 
 def repq_vit(wbits: int, abits: int, **changes: Any) -> Recipe:
     """The predecessor (arXiv 2212.08254) in our terms: reparameterization and log-sqrt2, no clipping, no GPTQ, percentiles."""
-    settings: dict[str, Any] = {"clipping": "none", "correction": False, "gptq": False, "activations": "percentile", "softmax": "log_sqrt2",
-                                "softmax_scale": "percentile"}
+    settings: dict[str, Any] = {"clipping": "none", "correction": False, "absorb": (), "gptq": False, "activations": "percentile",
+                                "softmax": "log_sqrt2", "softmax_scale": "percentile"}
     return Recipe(wbits=wbits, abits=abits, **{**settings, **changes})
 
 
-PRESETS = {"repquant": Recipe, "repq-vit": repq_vit}
+def smoothquant(wbits: int, abits: int, **changes: Any) -> Recipe:
+    """SmoothQuant (arXiv 2211.10438) with static per-tensor activations: smoothed norms, min-max everywhere, nearest rounding."""
+    return rtn(wbits, abits, **{"norm": "smooth", **changes})
+
+
+def rtn(wbits: int, abits: int, **changes: Any) -> Recipe:
+    """What common tools do: one min-max scale a tensor, uniform everywhere, weights rounded to nearest."""
+    settings: dict[str, Any] = {"norm": "layerwise", "softmax": "uniform", "clipping": "none", "activations": "minmax", "weights": "minmax",
+                                "correction": False, "absorb": (), "gptq": False}
+    return Recipe(wbits=wbits, abits=abits, **{**settings, **changes})
+
+
+PRESETS = {"repquant": Recipe, "repq-vit": repq_vit, "smoothquant": smoothquant, "rtn": rtn}
 
 
 def _parse(text: str, suffix: str) -> Any:

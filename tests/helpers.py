@@ -128,8 +128,8 @@ class PostNorm(nn.Module):
         return self.last(h + self.fc2(torch.relu(self.fc1(h))))
 
 
-def images(count: int = 8, seed: int = 1) -> Tensor:
-    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+def images(count: int = 8, seed: int = 1, size: int = 16) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
 def sequences(count: int = 32, tokens: int = 6, width: int = 8, seed: int = 1) -> Tensor:

@@ -1,4 +1,4 @@
-"""Calibration data: from an image folder, a file of arrays, user code or the model file, to checked batches in input order.
+"""Calibration data: an image folder, a file of arrays or text, user code or the model file, to checked batches in input order.
 
 Everything that goes in is checked against the model's inputs (`InputSpec`) before a pass sees it: number, shape, dtype,
 finiteness. Samples are chosen by a seed, so the same call gives the same batches.
@@ -35,6 +35,7 @@ from repquant_fx.calibration.images import (
     stack,
     unreadable_error,
 )
+from repquant_fx.calibration.text import TEXT_SUFFIXES, Tokenization, encode
 from repquant_fx.errors import CalibrationError, RepQuantWarning
 from repquant_fx.progress import progress
 
@@ -57,11 +58,15 @@ class InputSpec:
         name: of the forward argument or the graph input.
         shape: batch first; None where the dimension is free.
         dtype: what the model wants.
+        below: integers must lie in [0, below), a vocabulary; None where any will do.
+        longest: the largest size of dimension 1 that the model was built for, in tokens; None where it has no limit.
     """
 
     name: str
     shape: tuple[int | None, ...]
     dtype: torch.dtype
+    below: int | None = None
+    longest: int | None = None
 
 
 @dataclass
@@ -152,20 +157,21 @@ def plan_batches(order: Sequence[int], batch_size: int, fixed: bool = False) -> 
 def load_calibration(
     spec: str | Path | Callable[[], Any] | Array | Mapping[str, Array] | Iterable[Any] | None, inputs: Sequence[InputSpec], *,
     preprocessing: Mapping[str, Any] | None, samples: int = 1024, batch_size: int = 32, seed: int = 0,
-    example_inputs: Sequence[Tensor] | None = None,
+    example_inputs: Sequence[Tensor] | None = None, text: Tokenization | None = None,
 ) -> CalibrationSet:
     """Load, check and batch calibration data.
 
     Args:
-        spec: an image folder; a .npy, .npz, .pt or .safetensors file; `module:callable`; a tensor, batches or a callable; or
+        spec: an image folder; a .npy, .npz, .pt or .safetensors file; a .txt or .jsonl; `module:callable`; a tensor, batches or a callable; or
             None for the example inputs of the model file and, failing those, synthesised inputs. A callable returns or yields
-            a tensor, tuple or dict: all samples at once, or batches.
+            a tensor, tuple or dict: all samples at once, or batches. Names are those of the inputs; a mask that is left out is ones.
         inputs: the model's inputs. A batch dimension that is not None fixes the batch size.
         preprocessing: timm data config of the model, used for image folders only.
         samples: how many to use at most. Of files and arrays a seeded random choice; of an iterator, the first.
         batch_size: samples a batch. The last batch may differ.
         seed: of the choice and the order.
         example_inputs: one tensor an input, batch first.
+        text: how a .txt or .jsonl is read, and the length of sequences that are made up.
 
     Returns:
         Batches with the shapes and dtypes of `inputs`; float tensors are finite.
@@ -179,7 +185,7 @@ def load_calibration(
     if not inputs:
         raise CalibrationError("the model has no inputs to calibrate with")
     own = next((s.shape[0] for s in inputs if s.shape and s.shape[0] is not None), None)
-    loader = _Loader(list(inputs), preprocessing or None, samples, own or batch_size, bool(own), seed)
+    loader = _Loader(list(inputs), preprocessing or None, samples, own or batch_size, bool(own), seed, text)
     if spec is None:
         return loader.from_examples(example_inputs) if example_inputs else loader.synthesise()
     if isinstance(spec, (str, Path)):
@@ -205,6 +211,7 @@ class _Loader:
     batch_size: int
     fixed: bool
     seed: int
+    text: Tokenization | None = None
 
     def from_text(self, text: str) -> CalibrationSet:
         path = Path(text).expanduser()
@@ -212,13 +219,26 @@ class _Loader:
             raise CalibrationError("the path of the calibration data is empty")
         if path.is_dir():
             return self.from_folder(path)
+        if path.exists() and path.suffix.lower() in TEXT_SUFFIXES:
+            return self.from_text_file(path)
         if path.exists():
             return self.from_arrays(read_arrays(path), str(path), ordered=path.suffix.lower() != ".safetensors")
         if _MODULE_CALLABLE.fullmatch(text):
             with _working_directory_importable():
                 return self.from_value(_call(_import(text), text), f"callable {text}")
         raise CalibrationError(f"calibration data {text} does not exist: give an image folder, a file "
-                               f"({', '.join(ARRAY_SUFFIXES)}) or module:callable")
+                               f"({', '.join(ARRAY_SUFFIXES + TEXT_SUFFIXES)}) or module:callable")
+
+    def from_text_file(self, path: Path) -> CalibrationSet:
+        """Text through the model's tokenizer."""
+        ids = next((spec for spec in self.inputs if not _is_mask(spec) and not spec.dtype.is_floating_point), None)
+        if self.text is None or ids is None:
+            raise CalibrationError(f"calibration text {path} feeds a model that takes token ids; this one takes "
+                                   + ", ".join(f"{s.name} {_dtype_text(s.dtype)}" for s in self.inputs))
+        encoded = encode(path, self.text, self.samples, self.seed)
+        if ids.name != "input_ids":
+            encoded[ids.name] = encoded.pop("input_ids")
+        return self.from_arrays(encoded, f"{path}, {'windows' if self.text.causal else 'lines'} of at most {self.text.length} tokens")
 
     def from_folder(self, folder: Path) -> CalibrationSet:
         """Images, chosen and shuffled by the seed."""
@@ -298,9 +318,10 @@ class _Loader:
     def synthesise(self) -> CalibrationSet:
         """Made-up inputs: standard normal, or small integers; masks are all ones."""
         warnings.warn("no calibration data: the ranges come from random inputs, and accuracy will suffer; "
-                      "give an image folder, a file of arrays or module:callable", RepQuantWarning, stacklevel=3)
+                      "give an image folder, a file of arrays or text, or module:callable", RepQuantWarning, stacklevel=3)
         generator = torch.Generator().manual_seed(self.seed)
-        columns = [_synthetic(spec, self.samples, self.preprocessing, generator) for spec in self.inputs]
+        length = self.text.length if self.text is not None else _SYNTHETIC_LENGTH
+        columns = [_synthetic(spec, self.samples, self.preprocessing, generator, length) for spec in self.inputs]
         result = self._build(columns, range(self.samples), "random inputs (no calibration data was given)")
         result.synthetic = True
         return result
@@ -317,6 +338,8 @@ class _Loader:
         """The arrays of one value in the order of the inputs, shapes and dtypes checked."""
         if isinstance(value, (Tensor, np.ndarray)):
             value = (value,)
+        if isinstance(value, (tuple, list)) and len(value) == 1 and isinstance(value[0], (Tensor, np.ndarray)):
+            value = _with_masks(value[0], self.inputs) or value
         if isinstance(value, Mapping):
             value = _by_name(value, self.inputs, origin, ordered)
         if not isinstance(value, (tuple, list)) or not all(isinstance(v, (Tensor, np.ndarray)) for v in value):
@@ -391,6 +414,8 @@ def check_array(array: Array, spec: InputSpec, where: str) -> None:
         raise CalibrationError(f"{where}: input {spec.name} expects shape {wanted}, found {shape_text(shape)}{hint}")
     if not shape:
         raise CalibrationError(f"{where}: input {spec.name} has no batch dimension")
+    if spec.longest is not None and len(shape) > 1 and shape[1] > spec.longest:
+        raise CalibrationError(f"{where}: input {spec.name} has sequences of {shape[1]} tokens, the model takes at most {spec.longest}")
     if isinstance(array, Tensor) and array.layout != torch.strided:
         raise CalibrationError(f"{where}: input {spec.name} must be a dense tensor, found {array.layout}")
     _check_dtype(_dtype_of(array, where), spec, len(shape), where)
@@ -429,6 +454,10 @@ def to_rows(array: Array, rows: Sequence[int], spec: InputSpec, where: str) -> T
         limits, values = torch.iinfo(spec.dtype), taken.to(torch.int64)
         if values.numel() and (int(values.min()) < limits.min or int(values.max()) > limits.max):
             raise CalibrationError(f"{where}: input {spec.name} has integers that do not fit {_dtype_text(spec.dtype)}")
+        if spec.below is not None and values.numel() and (int(values.min()) < 0 or int(values.max()) >= spec.below):
+            wrong = int(values.min()) if int(values.min()) < 0 else int(values.max())
+            raise CalibrationError(f"{where}: input {spec.name} has the id {wrong}, the model's vocabulary ends at {spec.below - 1}; "
+                                   "the ids come from another tokenizer")
     return taken.to(spec.dtype).contiguous()
 
 
@@ -472,8 +501,15 @@ def _dtype_text(dtype: torch.dtype) -> str:
 
 
 def _by_name(arrays: Mapping[str, Any], inputs: Sequence[InputSpec], origin: str, ordered: bool) -> tuple[Any, ...]:
-    """Arrays in the order of the inputs: by name, else in the order given, labels left out."""
+    """Arrays in the order of the inputs: by name, else in the order given, labels left out. A mask that is missing is ones."""
     names = [spec.name for spec in inputs]
+    required = [spec.name for spec in inputs if not _is_mask(spec)]
+    if not any("mask" in str(name).lower() and name not in names for name in arrays):
+        if len(required) == 1 and len(arrays) == 1:
+            return _with_masks(next(iter(arrays.values())), inputs) or tuple(arrays.values())
+        if all(name in arrays for name in required):
+            first = next((arrays[s.name] for s in inputs if s.name in required and not s.dtype.is_floating_point), None)
+            arrays = {**arrays, **{name: _ones(first) for name in names if name not in arrays and first is not None}}
     if all(name in arrays for name in names):
         return tuple(arrays[name] for name in names)
     rest = {name: array for name, array in arrays.items() if str(name).lower() not in _LABEL_NAMES} or dict(arrays)
@@ -484,6 +520,21 @@ def _by_name(arrays: Mapping[str, Any], inputs: Sequence[InputSpec], origin: str
         missing = [name for name in names if name not in arrays]
         raise CalibrationError(f"{origin}: no array for the inputs {', '.join(missing)}; found {', '.join(map(str, arrays))}")
     return tuple(rest.values())
+
+
+def _is_mask(spec: InputSpec) -> bool:
+    return "mask" in spec.name.lower() and not spec.dtype.is_floating_point
+
+
+def _with_masks(array: Array, inputs: Sequence[InputSpec]) -> tuple[Array, ...] | None:
+    """Ids, and masks of ones beside them; None where the model takes more than ids and masks."""
+    if len(inputs) == 1 or sum(not _is_mask(spec) for spec in inputs) != 1:
+        return None
+    return tuple(_ones(array) if _is_mask(spec) else array for spec in inputs)
+
+
+def _ones(array: Array) -> Array:
+    return torch.ones(tuple(array.shape), dtype=torch.int64)
 
 
 def _join(parts: Sequence[Tensor], spec: InputSpec, origin: str) -> Tensor:
@@ -565,19 +616,20 @@ def _described(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _synthetic(spec: InputSpec, samples: int, preprocessing: Mapping[str, Any] | None, generator: torch.Generator) -> Tensor:
-    """Random samples of one input; free dimensions get the side of an image, or a short length."""
+def _synthetic(spec: InputSpec, samples: int, preprocessing: Mapping[str, Any] | None, generator: torch.Generator,
+               length: int) -> Tensor:
+    """Random samples of one input; free dimensions get the side of an image, or `length`; ids are spread over the vocabulary."""
     if not spec.shape:
         raise CalibrationError(f"input {spec.name} has no batch dimension, so no inputs can be made up for it")
     size: Sequence[int | None] = spec.shape[1:]
     if len(spec.shape) == 4 and spec.dtype.is_floating_point and None in size:
         stored = (preprocessing or {}).get("input_size") or (3, DEFAULT_SIDE, DEFAULT_SIDE)
         size = [own if own is not None else int(other) for own, other in zip(size, stored)]
-    shape = [samples, *(d if d is not None else _SYNTHETIC_LENGTH for d in size)]
+    shape = [samples, *(d if d is not None else length for d in size)]
     if spec.dtype.is_floating_point:
         return torch.randn(shape, generator=generator).to(spec.dtype)
     if spec.dtype == torch.bool or "mask" in spec.name.lower():
         return torch.ones(shape, dtype=spec.dtype)
     if "type" in spec.name.lower():
         return torch.zeros(shape, dtype=spec.dtype)
-    return torch.randint(0, _SYNTHETIC_IDS, shape, generator=generator).to(spec.dtype)
+    return torch.randint(0, spec.below or _SYNTHETIC_IDS, shape, generator=generator).to(spec.dtype)

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from repquant_fx.errors import InputError, ModelFileError
 
 BATCH = 2  # torch.export takes a dimension of 1 for a constant
-TEXT_LENGTH = 64
 _SEED = 0
 # Arguments of timm.create_model that read other files or the hub.
 _FORBIDDEN = ("checkpoint_path", "pretrained_cfg", "cache_dir")
@@ -100,11 +99,11 @@ def build(architecture: Architecture) -> nn.Module:
 
 
 def example_inputs(module: nn.Module, input_shape: Sequence[int] | None = None) -> tuple[Tensor, ...]:
-    """Deterministic inputs with batch 2: normal floats for images, integer ids below the vocabulary size for text.
+    """Deterministic inputs with batch 2, one normal float tensor. (`signature` makes those of transformers models.)
 
     Args:
-        module: a timm module, a transformers model (image, text, or both), or any module where `input_shape` is given.
-        input_shape: WITHOUT the batch dimension: (C, H, W) for images, (length,) for text. Overrides what the model says.
+        module: a timm or torchvision module, or any module where `input_shape` is given.
+        input_shape: WITHOUT the batch dimension, such as (C, H, W). Overrides what the model says.
 
     Raises:
         InputError: the shape is malformed, or neither the module nor `input_shape` tells it.
@@ -114,14 +113,7 @@ def example_inputs(module: nn.Module, input_shape: Sequence[int] | None = None) 
                          "such as 3 224 224")
     given = None if input_shape is None else tuple(int(size) for size in input_shape)
     generator = torch.Generator().manual_seed(_SEED)
-    inputs = []
-    for kind in _input_kinds(module):
-        if kind == "input_ids":
-            shape, vocabulary = _text_shape(module, given)
-            inputs.append(torch.randint(0, vocabulary, (BATCH, *shape), generator=generator))
-        else:
-            inputs.append(torch.randn(BATCH, *_image_shape(module, given), generator=generator))
-    return tuple(inputs)
+    return (torch.randn(BATCH, *(given or _image_shape(module)), generator=generator),)
 
 
 def preprocessing(module: nn.Module) -> dict[str, Any] | None:
@@ -134,7 +126,7 @@ def preprocessing(module: nn.Module) -> dict[str, Any] | None:
 
         config = resolve_data_config({"input_size": _timm_shape(module)}, model=module)
         return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
-    shape = _config_image_shape(module)
+    shape = config_image_shape(module)
     if shape is None:
         return None
     half = [0.5] * shape[0]
@@ -218,35 +210,10 @@ def _unknown_keyword(error: TypeError) -> str:
     return f"the model takes no option {match.group(1)!r}" if match else ""
 
 
-def _input_kinds(module: nn.Module) -> list[str]:
-    """The leading parameters of forward that are ids or images, in order; a module of no known library takes one image."""
-    kinds = []
-    if hasattr(module, "config"):
-        for name in inspect.signature(module.forward).parameters:
-            if name not in ("input_ids", "pixel_values"):
-                break
-            kinds.append(name)
-    return kinds or ["pixel_values"]
-
-
-def _text_shape(module: nn.Module, given: tuple[int, ...] | None) -> tuple[tuple[int, ...], int]:
-    config: Any = getattr(module, "config", None)
-    config = getattr(config, "text_config", None) or config
-    vocabulary = getattr(config, "vocab_size", None)
-    if not isinstance(vocabulary, int) or vocabulary < 1:
-        raise InputError(f"{type(module).__name__} takes input_ids but its configuration has no vocab_size")
-    if given is not None and len(given) == 1:
-        return given, vocabulary
-    positions = getattr(config, "max_position_embeddings", None)
-    return (min(TEXT_LENGTH, positions) if isinstance(positions, int) and positions > 0 else TEXT_LENGTH,), vocabulary
-
-
-def _image_shape(module: nn.Module, given: tuple[int, ...] | None) -> tuple[int, ...]:
-    if given is not None and (len(given) == 3 or "input_ids" not in _input_kinds(module)):
-        return given
+def _image_shape(module: nn.Module) -> tuple[int, ...]:
     if isinstance(getattr(module, "pretrained_cfg", None), dict):
         return _timm_shape(module)
-    shape = _config_image_shape(module)
+    shape = config_image_shape(module)
     if shape is None:
         raise InputError(f"{type(module).__name__} does not say what input it takes; pass --input-shape without the batch "
                          "dimension, such as 3 224 224")
@@ -267,7 +234,8 @@ def _timm_shape(module: nn.Module) -> tuple[int, int, int]:
     return int(channels), int(height), int(width)
 
 
-def _config_image_shape(module: nn.Module) -> tuple[int, int, int] | None:
+def config_image_shape(module: nn.Module) -> tuple[int, int, int] | None:
+    """(C, H, W) that a transformers configuration or a torchvision module names; None where it names none."""
     config: Any = getattr(module, "config", None)
     config = getattr(config, "vision_config", None) or config
     size = getattr(config, "image_size", None)

@@ -1,4 +1,4 @@
-"""Sources of models: `timm:NAME`, a `.pt2` program, a pickled module, or weights for a named architecture.
+"""Sources of models: `timm:NAME`, a transformers directory or `hf:`, a `.pt2`, a pickled module, or weights for an architecture.
 
 The content of a file decides what it is, not its suffix. A file's bytes are read once, and what was screened is what is loaded.
 """
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from repquant_fx.errors import InputError, ModelFileError
-from repquant_fx.frontends import architectures
+from repquant_fx.frontends import architectures, huggingface, signature
 from repquant_fx.frontends.exported import load_exported
 from repquant_fx.frontends.pickled import first_line, load_pickled, refuse_bomb
+from repquant_fx.frontends.tasks import check_task
 
 _TORCH_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # the pickled magic number that opens a file of torch before 1.6
 _CONTAINERS = ("state_dict", "model", "module", "model_state_dict", "model_ema", "state_dict_ema")
@@ -34,10 +35,16 @@ class LoadedModel:
     Attributes:
         module: in eval mode, on the CPU, half precision raised to float32; transformers' `use_cache` is switched off.
         exported: a program as saved; where its batch dimension is static, it stays so.
-        example_inputs: positional; batch 2 unless a program with a static batch says otherwise.
+        example_inputs: one tensor an input; batch 2 at least, unless a program with a static batch says otherwise.
         inputs_are_data: the inputs were stored in the `.pt2` by the user, so they can serve for calibration.
         preprocessing: of images; see `architectures.preprocessing`. None where nothing is known.
         source: what was loaded, in words.
+        input_names: the keywords under which `forward` takes `example_inputs`; None where they are positional.
+        dynamic_axes: the free axes of each input and their names, such as {0: "batch", 1: "sequence"}; None for the batch only.
+        outputs: names of the outputs to keep; None for all.
+        tokenizer: the transformers tokenizer that lies beside the model, if one does.
+        task: one of `tasks.TASKS`; None where it is not known.
+        float_modules: globs of module paths that stay float unless a recipe says otherwise.
     """
 
     module: nn.Module | None
@@ -46,44 +53,58 @@ class LoadedModel:
     inputs_are_data: bool
     preprocessing: dict[str, Any] | None
     source: str
+    input_names: tuple[str, ...] | None = None
+    dynamic_axes: tuple[dict[int, str], ...] | None = None
+    outputs: tuple[str, ...] | None = None
+    tokenizer: Any | None = None
+    task: str | None = None
+    float_modules: tuple[str, ...] = ()
 
 
 def load_model(
-    source: str | Path, *, arch: str | None = None, allow_pickle: bool = False, input_shape: Sequence[int] | None = None
+    source: str | Path, *, arch: str | None = None, allow_pickle: bool = False, input_shape: Sequence[int] | None = None,
+    task: str | None = None,
 ) -> LoadedModel:
     """Load a model without executing what its file says, unless `allow_pickle`.
 
     Args:
-        source: `timm:NAME,key=value,...[,pretrained]`, `torchvision:NAME,...`, or a file: `.pt2` of torch.export.save, a module
-            or state dict of torch.save, or safetensors.
+        source: `timm:NAME,key=value,...[,pretrained]`, `torchvision:NAME,...`; a transformers directory, or `hf:` with a directory
+            or a hub id (which is downloaded); or a file: `.pt2` of torch.export.save, a module or state dict of torch.save, or
+            safetensors.
         arch: the architecture of a state dict, `timm:NAME,...`. Safetensors may carry it in their metadata under `arch`.
         allow_pickle: the user trusts the file; it may execute code.
         input_shape: of one example, ALWAYS without the batch dimension: (C, H, W) or (length,). Needed where the model does
             not tell; otherwise overrides it.
+        task: of a transformers model, one of `tasks.TASKS`. A directory is built for it; of any other model it chooses the outputs
+            and how text is read. Deduced where None.
 
     Raises:
         ModelFileError: not a model, damaged, unsafe, or at odds with the architecture.
-        InputError: `arch` with a source that is a whole model; an unknown or malformed input shape.
+        InputError: `arch` with a source that is a whole model; an unknown or malformed input shape; an unknown task.
     """
     text = str(source)
+    check_task(task)
     if architectures.is_architecture(text):
         _no_architecture_wanted(arch, text)
         named = architectures.parse_architecture(text)
-        return _loaded(architectures.build(named), str(named), input_shape)
+        return _loaded(architectures.build(named), str(named), input_shape, task)
+    if huggingface.is_huggingface(text):
+        _no_architecture_wanted(arch, text)
+        return _from_directory(text, task, input_shape)
     data = _read(Path(source))
     kind = _kind(data, text)
     if kind == "safetensors":
         weights, stored = _safetensors(data, text)
-        return _from_weights(weights, arch or stored, text, input_shape)
+        return _from_weights(weights, arch or stored, text, input_shape, task)
     if kind == "pt2":
         _no_architecture_wanted(arch, text)
-        return _from_program(data, text, allow_pickle, input_shape)
+        return _from_program(data, text, allow_pickle, input_shape, task)
     found = load_pickled(data, text, allow_pickle=allow_pickle)
     module = _module_in(found)
     if module is not None:
         _no_architecture_wanted(arch, text)
-        return _loaded(module, f"{type(module).__name__} pickled in {text}", input_shape)
-    return _from_weights(_weights_in(found, text), arch, text, input_shape)
+        return _loaded(module, f"{type(module).__name__} pickled in {text}", input_shape, task)
+    return _from_weights(_weights_in(found, text), arch, text, input_shape, task)
 
 
 def _no_architecture_wanted(arch: str | None, source: str) -> None:
@@ -93,7 +114,7 @@ def _no_architecture_wanted(arch: str | None, source: str) -> None:
 
 def _read(path: Path) -> bytes:
     if path.is_dir():
-        raise ModelFileError(f"not a model file: {path} is a directory; give the file in it")
+        raise ModelFileError(f"not a model file: {path} is a directory without config.json; give a transformers directory or the file in it")
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:
@@ -162,7 +183,25 @@ def _zip_kind(data: bytes, where: str) -> str:
     raise ModelFileError(f"not a model file: {where} is a zip archive without a model; it holds {shown}")
 
 
-def _loaded(module: nn.Module, source: str, input_shape: Sequence[int] | None) -> LoadedModel:
+def ready(module: nn.Module, source: str, input_shape: Sequence[int] | None = None, task: str | None = None,
+          preprocessing: dict[str, Any] | None = None, tokenizer: Any | None = None) -> LoadedModel:
+    """A module with the inputs that it implies.
+
+    Raises:
+        InputError: it does not tell what it takes.
+    """
+    if not signature.is_transformers(module):
+        return LoadedModel(module, None, architectures.example_inputs(module, input_shape), False, architectures.preprocessing(module),
+                           source, task=task)
+    module = signature.stateless(module)
+    found = signature.read_signature(module, input_shape=input_shape, task=task,
+                                     image_size=preprocessing["input_size"] if preprocessing else None)
+    return LoadedModel(module, None, found.example_inputs, False, preprocessing or architectures.preprocessing(module), source,
+                       input_names=found.input_names, dynamic_axes=found.dynamic_axes, outputs=found.outputs, tokenizer=tokenizer,
+                       task=found.task, float_modules=found.float_modules)
+
+
+def _loaded(module: nn.Module, source: str, input_shape: Sequence[int] | None, task: str | None, **about: Any) -> LoadedModel:
     if isinstance(module, nn.DataParallel):
         module = module.module
     try:
@@ -172,21 +211,25 @@ def _loaded(module: nn.Module, source: str, input_shape: Sequence[int] | None) -
         check_finite(module.named_parameters(), module.named_buffers(), source)
     except (AttributeError, RuntimeError, TypeError) as error:  # a file may hold any state; RecursionError is among these
         raise ModelFileError(f"{source} holds a module that is not whole: {first_line(error)}") from error
-    config = getattr(module, "config", None)
-    if getattr(config, "use_cache", False):
-        config.use_cache = False  # type: ignore[union-attr]  # a cache object is no output that a graph can have
-    inputs = architectures.example_inputs(module, input_shape)
-    return LoadedModel(module, None, inputs, False, architectures.preprocessing(module), source)
+    return ready(module, source, input_shape, task, **about)
 
 
-def _from_program(data: bytes, where: str, allow_pickle: bool, input_shape: Sequence[int] | None) -> LoadedModel:
+def _from_directory(source: str, task: str | None, input_shape: Sequence[int] | None) -> LoadedModel:
+    folder = huggingface.find_directory(source)
+    module, task = huggingface.load_directory(folder, task)
+    preprocessing = huggingface.load_preprocessing(folder, architectures.config_image_shape(module))
+    tokenizer = huggingface.load_tokenizer(folder) if huggingface.has_tokenizer(folder) else None
+    return _loaded(module, f"{type(module).__name__} of {source}", input_shape, task, preprocessing=preprocessing, tokenizer=tokenizer)
+
+
+def _from_program(data: bytes, where: str, allow_pickle: bool, input_shape: Sequence[int] | None, task: str | None) -> LoadedModel:
     if input_shape is not None:
         raise InputError(f"--input-shape was given, but {where} is an exported program, which fixes the shapes of its inputs")
     program, inputs, stored = load_exported(data, where, allow_pickle=allow_pickle)
     parameters = [(name, tensor) for name, tensor in program.state_dict.items() if isinstance(tensor, nn.Parameter)]
     buffers = [(name, tensor) for name, tensor in program.state_dict.items() if not isinstance(tensor, nn.Parameter)]
     check_finite(parameters, buffers, where)
-    return LoadedModel(None, program, inputs, stored, None, f"program exported in {where}")
+    return LoadedModel(None, program, inputs, stored, None, f"program exported in {where}", task=task)
 
 
 def check_finite(parameters: Iterable[tuple[str, Tensor]], buffers: Iterable[tuple[str, Tensor]], where: str) -> None:
@@ -234,7 +277,8 @@ def _safetensors(data: bytes, where: str) -> tuple[dict[str, Tensor], str | None
     return weights, stored
 
 
-def _from_weights(weights: dict[str, Tensor], arch: str | None, where: str, input_shape: Sequence[int] | None) -> LoadedModel:
+def _from_weights(weights: dict[str, Tensor], arch: str | None, where: str, input_shape: Sequence[int] | None,
+                  task: str | None) -> LoadedModel:
     if not arch:
         raise ModelFileError(f"{where} holds a state dict with {len(weights)} tensors ({_listed(list(weights))}) "
                              "but no architecture; pass --arch timm:NAME")
@@ -250,7 +294,7 @@ def _from_weights(weights: dict[str, Tensor], arch: str | None, where: str, inpu
         module.load_state_dict(weights)
     except Exception as error:
         raise ModelFileError(f"the weights of {where} do not fit {named}: {first_line(error)}") from error
-    return _loaded(module, f"{named} with the weights of {where}", input_shape)
+    return _loaded(module, f"{named} with the weights of {where}", input_shape, task)
 
 
 def _check_fit(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], complaint: str) -> None:

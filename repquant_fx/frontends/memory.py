@@ -2,42 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from repquant_fx.errors import InputError
 from repquant_fx.frontends import architectures
-from repquant_fx.frontends.loading import LoadedModel, check_finite
+from repquant_fx.frontends.loading import LoadedModel, check_finite, ready
+from repquant_fx.frontends.signature import free_axes, is_transformers, stateless
 
 
 def from_memory(
-    model: nn.Module | torch.export.ExportedProgram, *, example_inputs: Sequence[Tensor] | None = None,
-    input_shape: Sequence[int] | None = None,
+    model: nn.Module | torch.export.ExportedProgram, *, example_inputs: Sequence[Tensor] | Mapping[str, Tensor] | None = None,
+    input_shape: Sequence[int] | None = None, task: str | None = None,
 ) -> LoadedModel:
     """Wrap a module or an exported program.
 
     Args:
         model: not mutated, but a module is put in eval mode.
-        example_inputs: positional. A module's may be left out where its configuration tells them; a program has its own.
+        example_inputs: positional, or by name. A module's may be left out where its configuration tells them; a program has its own.
+        input_shape, task: see `loading.load_model`.
 
     Raises:
         InputError: neither a module nor a program; no example inputs and no way to tell them.
         ModelFileError: weights that are not finite.
     """
     if isinstance(model, torch.export.ExportedProgram):
-        inputs = tuple(example_inputs) if example_inputs is not None else _stored(model)
+        inputs = tuple(_values(example_inputs)) if example_inputs is not None else _stored(model)
         check_finite([(n, t) for n, t in model.state_dict.items() if isinstance(t, nn.Parameter)],
                      [(n, t) for n, t in model.state_dict.items() if not isinstance(t, nn.Parameter)], "the program")
-        return LoadedModel(None, model, inputs, True, None, "an exported program in memory")
+        return LoadedModel(None, model, inputs, True, None, "an exported program in memory", task=task)
     if not isinstance(model, nn.Module):
         raise InputError(f"a model is a torch.nn.Module, an ExportedProgram, a file or timm:NAME; found {type(model).__name__}")
     name = type(model).__name__
     check_finite(model.named_parameters(), model.named_buffers(), name)
     model.eval()
-    inputs = tuple(example_inputs) if example_inputs is not None else architectures.example_inputs(model, input_shape)
-    return LoadedModel(model, None, inputs, False, architectures.preprocessing(model), f"{name} in memory")
+    source = f"{name} in memory"
+    if example_inputs is None:
+        return ready(model, source, input_shape, task)
+    named = tuple(example_inputs) if isinstance(example_inputs, Mapping) else None
+    axes = tuple(free_axes(name) for name in named) if named is not None else None
+    return LoadedModel(stateless(model) if is_transformers(model) else model, None, tuple(_values(example_inputs)), False,
+                       architectures.preprocessing(model), source, input_names=named, dynamic_axes=axes, task=task)
+
+
+def _values(inputs: Sequence[Tensor] | Mapping[str, Tensor]) -> Sequence[Tensor]:
+    return list(inputs.values()) if isinstance(inputs, Mapping) else inputs
 
 
 def _stored(program: torch.export.ExportedProgram) -> tuple[Tensor, ...]:

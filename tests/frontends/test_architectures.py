@@ -75,17 +75,10 @@ def test_input_shape_has_no_batch_and_overrides() -> None:
     assert arch.preprocessing(module) is None
 
 
-def test_transformers_inputs() -> None:
+def test_preprocessing_of_a_transformers_model_without_an_image_processor() -> None:
     import transformers as t
 
     width = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    vision = {**width, "image_size": 32, "patch_size": 16}
-    text = {**width, "vocab_size": 9, "max_position_embeddings": 20, "eos_token_id": 2, "bos_token_id": 1}
-    clip = t.CLIPModel(t.CLIPConfig(text_config=text, vision_config=vision))
-    ids, images = arch.example_inputs(clip)
-    assert ids.shape == (2, 20) and ids.dtype == torch.int64 and int(ids.max()) < 9 and images.shape == (2, 3, 32, 32)
-    llama = t.LlamaForCausalLM(t.LlamaConfig(**text))
-    assert arch.example_inputs(llama, (5,))[0].shape == (2, 5)
-    found = arch.preprocessing(t.ViTModel(t.ViTConfig(**vision)))
+    found = arch.preprocessing(t.ViTModel(t.ViTConfig(**width, image_size=32, patch_size=16)))
     assert found is not None and found["input_size"] == [3, 32, 32] and found["mean"] == [0.5, 0.5, 0.5]
-    assert arch.preprocessing(llama) is None
+    assert arch.preprocessing(t.LlamaForCausalLM(t.LlamaConfig(**width, vocab_size=9))) is None

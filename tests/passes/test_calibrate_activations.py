@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import canonical, images, norm_groups, observed, quantized, redraw, sequences
+from helpers import canonical, images, norm_groups, observed, output, quantized, redraw, relative, sequences, values_at
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from repquant_fx.errors import PassError
-from repquant_fx.passes.base import run_passes
+from repquant_fx.passes.base import attribute, run_passes
 from repquant_fx.passes.calibrate_activations import CalibrateActivations, observer, slot_module
 from repquant_fx.passes.insert_observers import InsertObservers
 from repquant_fx.passes.match_sites import MatchSites, Plan
+from repquant_fx.passes.reparameterize_norms import ReparameterizeNorms
 from repquant_fx.quantizers.observers import LogQuantizer, UniformQuantizer
 from repquant_fx.recipe import Recipe
 
@@ -26,7 +27,7 @@ def calibrated(graph_module: GraphModule, recipe: Recipe, x: Tensor) -> tuple[Pl
 
 
 RECIPES = [{}, {"clipping": "adam"}, {"clipping": "none"}, {"norm": "layerwise"}, {"norm": "channelwise"}, {"softmax": "log2"},
-           {"softmax": "uniform"}, {"softmax_scale": "percentile"}, {"activations": "percentile"}, {"activations": "minmax"}]
+           {"softmax": "uniform"}, {"softmax_scale": "percentile"}, {"activations": "percentile"}, {"activations": "minmax"}, {"norm": "smooth"}]
 
 
 @pytest.mark.parametrize("changes", RECIPES, ids=str)
@@ -153,3 +154,23 @@ def test_mistakes_in_order_are_named(vit_graph) -> None:
     run_passes(graph_module, [CalibrateActivations(group, recipe)])
     with pytest.raises(PassError, match=r"patch_embed\.proj/input holds a UniformQuantizer, not an observer"):
         run_passes(graph_module, [CalibrateActivations(group, recipe)])
+
+
+def test_smoothing_shares_the_spread_between_activations_and_weights() -> None:
+    """SmoothQuant: afterwards `max|X_j|` and `max|W_j|` are equal up to one factor for all channels."""
+    model = redraw(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 3)))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.exp(torch.linspace(-3, 3, 8)))
+    graph_module, x = canonical(model, sequences()), sequences(64)
+    recipe = Recipe(norm="smooth", activations="minmax")
+    plan, _ = calibrated(graph_module, recipe, x)
+    (group,) = norm_groups(plan)
+    module = slot_module(graph_module, group.sites[0])
+    assert isinstance(module, UniformQuantizer) and len(module.zero_point.unique()) == 1
+    before = output(graph_module, x)
+    run_passes(graph_module, [ReparameterizeNorms(group)])
+    (value,) = values_at(graph_module, [group.sites[0].value], x)
+    weight = attribute(graph_module, group.consumers[0].args[1])  # type: ignore[arg-type]
+    ratio = value.reshape(-1, 8).abs().amax(0) / weight.abs().amax(0)
+    torch.testing.assert_close(ratio / ratio.mean(), torch.ones(8), rtol=1e-4, atol=0)
+    assert relative(output(graph_module, x), before) < 1e-5

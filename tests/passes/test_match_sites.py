@@ -63,8 +63,9 @@ def test_swin_whose_windows_pad_after_the_norm() -> None:
     graph_module = canonical(model, torch.randn(2, 3, 12, 12))
     plan = match(graph_module)
     assert_complete(graph_module, plan)
-    padded = [item for item in plan.left_alone if "zero padding" in item.reason]
-    assert [item.path for item in padded] and all(item.path.endswith("norm1") for item in padded)
+    assert [item.path for item in plan.left_alone] == ["patch_embed.norm"]  # the residual stream and another norm read it, no Linear
+    padded = [group for group in plan.groups if group.padded]
+    assert padded and all(group.path.endswith("norm1") for group in padded)
 
 
 @pytest.mark.parametrize("options", [{"global_pool": "avg", "fc_norm": False}, {"global_pool": "avg", "fc_norm": True},

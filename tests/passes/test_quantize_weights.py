@@ -6,12 +6,26 @@ import pytest
 import torch
 from helpers import canonical, images, quantized, redraw, sequences, vit
 from torch import Tensor, nn
+from torch.fx import GraphModule, Node
 
-from repquant_fx.passes.base import attribute
+from repquant_fx.passes.base import attribute, shared_copy
 from repquant_fx.quantizers.gptq import symmetric_range
 from repquant_fx.recipe import LayerRule, Recipe
 
 PLAIN = {"correction": False}
+
+
+def name_of(consumer: Node) -> str:
+    """Name of the weight whose codes `consumer` reads."""
+    return str(consumer.args[1].args[0].target).removesuffix("_quantized")  # type: ignore[union-attr]
+
+
+def value_of(graph_module: GraphModule, consumer: Node) -> Tensor:
+    """The weight that `consumer` computes with."""
+    dequantize = consumer.args[1]
+    assert isinstance(dequantize, Node) and dequantize.target is torch.ops.repquant_fx.dequantize.default
+    codes, scale = (attribute(graph_module, n) for n in dequantize.args[:2])  # type: ignore[arg-type]
+    return dequantize.target(codes, scale, *dequantize.args[2:])
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -20,7 +34,7 @@ def test_codes_times_scale_is_the_weight_in_the_graph(encoder_graph, bits: int) 
     consumers = [c for g in run.plan.groups if g.kind != "matmul" for c in g.consumers]
     assert set(run.result.weights) == set(consumers) and len(consumers) == 8
     for consumer, weight in run.result.weights.items():
-        found = attribute(run.graph_module, consumer.args[1])  # type: ignore[arg-type]
+        found = value_of(run.graph_module, consumer)
         assert weight.codes.dtype == torch.int8 and weight.scale.dtype == found.dtype == torch.float32
         assert torch.equal(found, weight.codes.float() * weight.scale[:, None])
         rows = weight.codes.int()
@@ -41,7 +55,7 @@ def test_gptq_is_never_worse_than_nearest(vit_graph) -> None:
 def test_without_gptq_the_codes_are_the_nearest(encoder_graph) -> None:
     run = quantized(encoder_graph(), Recipe(wbits=4, abits=8, gptq=False, norm="layerwise", **PLAIN), list(sequences().split(8)))
     for consumer, weight in run.result.weights.items():
-        name = str(consumer.args[1].target)  # type: ignore[union-attr]
+        name = name_of(consumer)
         original = run.reference.get_parameter(name).detach()
         codes = torch.round(original / weight.scale[:, None]).clamp(-8, 7)
         assert torch.equal(codes, weight.codes.float()), name
@@ -53,7 +67,7 @@ def test_rules_by_layer(encoder_graph) -> None:
     run = quantized(encoder_graph(), Recipe(wbits=4, abits=8, layers=rules, **PLAIN), list(sequences().split(8)))
     spans, same = {}, {}
     for consumer, weight in run.result.weights.items():
-        name = str(consumer.args[1].target).removesuffix(".weight")  # type: ignore[union-attr]
+        name = name_of(consumer).removesuffix(".weight")
         spans[name] = int((weight.codes.int().amax(1) - weight.codes.int().amin(1)).max())
         if consumer in run.result.errors:
             same[name] = run.result.errors[consumer][0] == run.result.errors[consumer][1]
@@ -64,7 +78,7 @@ def test_rules_by_layer(encoder_graph) -> None:
 def test_a_skipped_layer_keeps_its_weight(encoder_graph) -> None:
     run = quantized(encoder_graph(), Recipe(wbits=3, layers=(LayerRule("blocks.0.fc2", skip=True),)), [sequences()])
     assert torch.equal(run.graph_module.get_parameter("blocks.0.fc2.weight"), run.reference.get_parameter("blocks.0.fc2.weight"))
-    assert "blocks.0.fc2.weight" not in {str(c.args[1].target) for c in run.result.weights}  # type: ignore[union-attr]
+    assert "blocks.0.fc2.weight" not in {name_of(c) for c in run.result.weights}
 
 
 def test_convolutions() -> None:
@@ -80,7 +94,7 @@ def test_convolutions() -> None:
     shapes = {tuple(w.codes.shape) for w in run.result.weights.values()}
     assert shapes == {(8, 3, 3, 3), (8, 1, 3, 3), (3, 8)}
     for consumer, weight in run.result.weights.items():
-        found = attribute(run.graph_module, consumer.args[1])  # type: ignore[arg-type]
+        found = value_of(run.graph_module, consumer)
         assert torch.equal(found, weight.codes.float() * weight.scale.reshape(-1, *[1] * (found.ndim - 1)))
 
 
@@ -133,5 +147,15 @@ def test_dead_inputs_and_dead_rows() -> None:
 
 def test_weights_keep_their_names() -> None:
     run = quantized(canonical(vit(1), images()), Recipe(), [images()])
-    names = {str(c.args[1].target) for c in run.result.weights}  # type: ignore[union-attr]
+    names = {name_of(c) for c in run.result.weights}
     assert {"blocks.0.attn.qkv.weight", "blocks.0.mlp.fc2.weight", "head.weight"} <= names
+
+
+def test_no_float_copy_of_a_quantized_weight_is_kept(encoder_graph) -> None:
+    run = quantized(encoder_graph(), Recipe(), list(sequences().split(8)))
+    kept = {n: t for n, t in run.graph_module.state_dict().items() if t.ndim == 2}
+    assert kept and all(t.dtype == torch.int8 for n, t in kept.items()), list(kept)
+    with pytest.raises(AttributeError):
+        run.graph_module.get_parameter("blocks.0.fc1.weight")
+    shared = shared_copy(run.reference)
+    assert all(a is b for a, b in zip(shared.parameters(), run.reference.parameters())) and shared.graph is not run.reference.graph

@@ -51,6 +51,25 @@ class Pooled(nn.Module):
         return self.a(h.mean(1)), self.b(h[:, 1:]), h
 
 
+class Padded(nn.Module):
+    """Zeros are put in between a norm and its Linears: at one of them, or at both."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.a, self.b = norm, nn.Linear(8, 3), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        h = self.norm(x)
+        return self.a(nn.functional.pad(h, (0, 0, 1, 2))), self.b(torch.roll(h, 1, 1))
+
+
+def padded_swin() -> nn.Module:
+    import timm
+
+    return redraw(timm.create_model("swin_tiny_patch4_window7_224", img_size=12, patch_size=2, window_size=4, embed_dim=16,
+                                    depths=(1, 1), num_heads=(1, 2), num_classes=5))
+
+
 class Shared(nn.Module):
     """Two norms share one Linear's weight, and two Linears share one norm's."""
 
@@ -107,6 +126,9 @@ MODELS = {
     "separate qkv": (lambda: redraw(Encoder()), sequences), "rms": (lambda: redraw(Encoder(norm="rms")), sequences),
     "no bias": (lambda: redraw(Encoder(bias=False)), sequences), "no affine": (lambda: redraw(Encoder(norm="plain")), sequences),
     "rms, no affine, no bias": (lambda: redraw(Encoder(norm="rms_plain", bias=False)), sequences),
+    "padded": (lambda: redraw(Padded(nn.LayerNorm(8))), sequences), "padded, rms": (lambda: redraw(Padded(nn.RMSNorm(8))), sequences),
+    "padded, no affine": (lambda: redraw(Padded(nn.LayerNorm(8, elementwise_affine=False))), sequences),
+    "padded windows": (padded_swin, lambda: images(size=12)),
     "several sites": (lambda: redraw(Pooled()), sequences), "tied": (lambda: redraw(Shared()), sequences),
 }
 

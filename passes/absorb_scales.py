@@ -1,0 +1,199 @@
+"""Absorb per-channel scales (and shifts) past the norm: into the rows of one layer and, undone, the columns of the next.
+
+An exact rewriting of the float model, done before anything is quantized, so that one scale per tensor fits all channels:
+
+- the values of attention: rows of the value projection, undone in the columns of the output projection. Rows of a Softmax
+  sum to 1, so a shift passes too, into the output projection's bias;
+- queries and keys: opposite factors, and the keys' mean, which a Softmax cannot see;
+- a layer that reads another one's output through ReLU or as one factor of a gated product (`act(gate) * up`).
+
+Which constants can take part follows from `channel_flow`, whatever the model; with rotary embedding, for instance, it finds that
+the two channels of a rotated pair must share a factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from repquant_fx.passes.base import Pass, aten, attribute, is_constant, replace_constant, shape_of
+from repquant_fx.passes.channel_flow import FIXED, PADDING, ChannelFlow, leads_to_softmax
+from repquant_fx.passes.match_sites import NORMS, Plan
+from repquant_fx.quantizers.clipping import Bounds
+from repquant_fx.recipe import ABSORB
+
+LARGEST = 1e4  # a dead channel gets no factor beyond this
+
+
+@dataclass
+class Absorbable:
+    """What the constants of a graph can absorb. Labels name channels; each has one factor and one shift.
+
+    Attributes:
+        rows: label of each output channel, by the Linear or norm that makes it.
+        columns: label of each input channel, by the Linear that reads it.
+        sites: label of each element of a site's value, by the site's name; one entry along axes where they do not change.
+        signed: (label, sign): a label's factor is that of its representative to the power of the sign; by label.
+        shiftable: labels whose shift can be absorbed too.
+    """
+
+    rows: dict[Node, Tensor] = field(default_factory=dict)
+    columns: dict[Node, Tensor] = field(default_factory=dict)
+    sites: dict[str, Tensor] = field(default_factory=dict)
+    signed: dict[int, tuple[int, int]] = field(default_factory=dict)
+    shiftable: set[int] = field(default_factory=set)
+
+
+def find_absorbable(graph_module: GraphModule, plan: Plan, kinds: tuple[str, ...] = ABSORB) -> Absorbable:
+    """Follow every layer's output channels to what reads them, and keep the factors that everything they meet allows."""
+    matched = {group.norm for group in plan.groups}
+    found, sources, start = Absorbable(), {}, 1
+    for node in graph_module.graph.nodes:
+        if _is_source(node) and node not in matched:
+            size = shape_of(node)[-1]
+            if isinstance(size, int):
+                sources[node] = torch.arange(start, start + size, dtype=torch.int32)
+                start += size
+    flow = ChannelFlow(graph_module, sources)
+    kind_of: dict[int, str] = dict.fromkeys(flow.averaged, "values")
+    unshifted: set[int] = set()
+    for product in flow.products:
+        keys = torch.unique(product.right).tolist() if product.shifted and leads_to_softmax(product.node) else []
+        kind_of.update(dict.fromkeys(torch.unique(product.left).tolist() + torch.unique(product.right).tolist(), "query_key"))
+        unshifted.update(set(torch.unique(torch.stack([product.left, product.right])).tolist()) - set(keys))
+        unshifted.update(torch.unique(product.left).tolist())
+    for reader in flow.readers:
+        columns = reader.columns
+        linear = reader.node.target is aten.linear.default and reader.node.args[0] is reader.value and is_constant(reader.node.args[1])
+        if not linear or columns is None:
+            flow.ties.fix(reader.labels)
+            continue
+        found.columns[reader.node] = columns
+        if not reader.shifted or reader.padded:
+            unshifted.update(torch.unique(columns).tolist())
+    for labels in sources.values():
+        for label in labels.tolist():
+            if kind_of.get(label, "linear") not in kinds:
+                flow.ties.tie(label, FIXED)
+    for labels in sources.values():
+        for label in labels.tolist():
+            root, sign = flow.ties.find(label)
+            if root != FIXED:
+                found.signed[label] = (root, sign)
+    _keep_what_is_free(found, flow, sources, plan)
+    found.shiftable = set(found.signed) - unshifted
+    return found
+
+
+def _keep_what_is_free(found: Absorbable, flow: ChannelFlow, sources: Mapping[Node, Tensor], plan: Plan) -> None:
+    """Layers and sites with at least one channel whose factor is free; the others' labels become FIXED."""
+    free = torch.tensor(sorted(found.signed), dtype=torch.int32)
+
+    def only_free(labels: Tensor) -> Tensor:
+        return torch.where(torch.isin(labels, free), labels, torch.zeros_like(labels))
+
+    found.rows = {n: only_free(labels) for n, labels in sources.items() if bool(torch.isin(labels, free).any())}
+    found.columns = {n: only_free(labels) for n, labels in found.columns.items() if bool(torch.isin(labels, free).any())}
+    for group in plan.groups:
+        for site in group.sites:
+            pattern = flow.pattern(site.value) if site.role == "value" else None
+            if pattern is not None and bool(torch.isin(pattern, free).any()):
+                found.sites[site.name] = only_free(pattern)
+
+
+def _is_source(node: Node) -> bool:
+    if node.op != "call_function" or not node.args:
+        return False
+    if node.target in NORMS:
+        return len(node.args[1]) == 1 and len(node.args) > 2 and is_constant(node.args[2])  # type: ignore[arg-type]
+    return node.target is aten.linear.default and is_constant(node.args[1])
+
+
+def channel_rows(value: Tensor, pattern: Tensor) -> Tensor:
+    """A site's value as rows of its channels, shape (rows, channels): the order of `pattern.reshape(-1)`."""
+    rest = [axis for axis in range(value.ndim) if axis >= pattern.ndim or pattern.shape[axis] == 1]
+    kept = [axis for axis in range(value.ndim) if axis not in rest]
+    return value.permute(*rest, *kept).reshape(-1, pattern.numel())
+
+
+class AbsorbScales(Pass):
+    """`bounds`: the clipping bounds of every channel of every absorbable site, in the order of its pattern."""
+
+    name = "absorb scales"
+    needs = "a matched float graph and the bounds of its activations' channels"
+    guarantees = "the same outputs; the channels of activations between two layers have like ranges"
+
+    def __init__(self, absorbable: Absorbable, bounds: Mapping[str, Bounds]) -> None:
+        super().__init__()
+        self.absorbable, self.bounds = absorbable, bounds
+        self.factors: dict[int, float] = {}
+        self.shifts: dict[int, float] = {}
+
+    def run(self, graph_module: GraphModule) -> bool:
+        self._choose()
+        for linear, labels in self.absorbable.columns.items():
+            self._rewrite_columns(graph_module, linear, labels)
+        for node, labels in self.absorbable.rows.items():
+            self._rewrite_rows(graph_module, node, labels)
+        return bool(self.absorbable.rows)
+
+    def _choose(self) -> None:
+        """Factors that level the channels' ranges: the geometric mean over the sites that a factor reaches, each relative to its own mean."""
+        wishes: dict[int, list[float]] = {}
+        centres: dict[int, list[float]] = {}
+        for name, pattern in self.absorbable.sites.items():
+            labels, bound = pattern.reshape(-1).tolist(), self.bounds[name]
+            low, up = bound.low.double(), bound.up.double()
+            shiftable = torch.tensor([label in self.absorbable.shiftable for label in labels])
+            reach = torch.where(shiftable, (up - low) / 2, torch.maximum(low.abs(), up.abs()))
+            reach = reach.clamp(min=max(float(reach.max()) / LARGEST, 1e-12)).log()
+            reach = reach - reach.mean()
+            for label, wish, a, b in zip(labels, reach.tolist(), low.tolist(), up.tolist()):
+                if label > 0:
+                    root, sign = self.absorbable.signed[label]
+                    wishes.setdefault(root, []).append(sign * wish)
+                    centres.setdefault(label, []).append((a + b) / 2)
+        factor = {root: sum(w) / len(w) for root, w in wishes.items()}
+        for label, (root, sign) in self.absorbable.signed.items():
+            self.factors[label] = float(torch.exp(torch.tensor(sign * factor.get(root, 0.0), dtype=torch.float64)))
+            if label in self.absorbable.shiftable and label in centres:
+                self.shifts[label] = sum(centres[label]) / len(centres[label])
+
+    def _of(self, values: Mapping[int, float], labels: Tensor, default: float) -> Tensor:
+        return torch.tensor([values.get(label, default) if label not in (FIXED, PADDING) else default for label in labels.tolist()],
+                            dtype=torch.float64)
+
+    def _rewrite_rows(self, graph_module: GraphModule, node: Node, labels: Tensor) -> None:
+        """`x -> (x - shift) / factor` for each output channel."""
+        factor, shift = self._of(self.factors, labels, 1.0), self._of(self.shifts, labels, 0.0)
+        at, bias_at = (1, 2) if node.target is aten.linear.default else (2, 3)
+        weight_node = node.args[at]
+        assert isinstance(weight_node, Node)
+        name, weight = str(weight_node.target), attribute(graph_module, weight_node).double()
+        replace_constant(graph_module, node, at, (weight / (factor[:, None] if weight.ndim == 2 else factor)).float(), name)
+        if node.target is aten.rms_norm.default:
+            return
+        bias_node = node.args[bias_at] if len(node.args) > bias_at else None
+        bias = attribute(graph_module, bias_node).double() if isinstance(bias_node, Node) else None
+        if bias is None and not bool(shift.any()):
+            return
+        bias = (-shift if bias is None else bias - shift) / factor
+        replace_constant(graph_module, node, bias_at, bias.float(), name.removesuffix("weight") + "bias")
+
+    def _rewrite_columns(self, graph_module: GraphModule, linear: Node, labels: Tensor) -> None:
+        """Undo both for each input channel."""
+        factor, shift = self._of(self.factors, labels, 1.0), self._of(self.shifts, labels, 0.0)
+        weight_node = linear.args[1]
+        assert isinstance(weight_node, Node)
+        name, weight = str(weight_node.target), attribute(graph_module, weight_node).double()
+        if bool(shift.any()):
+            bias_node = linear.args[2] if len(linear.args) > 2 else None
+            bias = weight @ shift
+            if isinstance(bias_node, Node):
+                bias = bias + attribute(graph_module, bias_node).double()
+            replace_constant(graph_module, linear, 2, bias.float(), name.removesuffix("weight") + "bias")
+        replace_constant(graph_module, linear, 1, (weight * factor).float(), name)

@@ -1,0 +1,141 @@
+"""Text as calibration data: a `.txt` or `.jsonl` file and a tokenizer become input_ids and attention_mask.
+
+A causal language model reads running text, cut into windows of equal length; any other model reads one line at a time, padded.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from repquant_fx.errors import CalibrationError
+
+TEXT_SUFFIXES = (".txt", ".jsonl")
+TEXT_SAMPLES = 128  # sequences, as in the paper
+Text: TypeAlias = str | tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Tokenization:
+    """How text becomes ids.
+
+    Attributes:
+        tokenizer: of transformers; None where the model brings none.
+        length: tokens of a window, and the most that a line may have.
+        causal: running text in windows, instead of lines.
+    """
+
+    tokenizer: Any | None
+    length: int
+    causal: bool
+
+
+def read_text(path: Path) -> list[Text]:
+    """The texts of a file: the lines of a `.txt`; of a `.jsonl` the field `text` (and `text_pair`), or a string or a pair a line.
+
+    Empty lines are left out.
+
+    Raises:
+        CalibrationError: unreadable, not UTF-8, a line without text, or no text at all; with the number of the line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"calibration text {path} cannot be read as UTF-8: {error}") from error
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    texts: list[Text] = []
+    if path.suffix.lower() == ".jsonl":
+        texts = [_from_json(line, f"{path}, line {number}") for number, line in numbered]
+    else:
+        texts = [line for _, line in numbered]
+    if not texts:
+        raise CalibrationError(f"calibration text {path} is empty")
+    return texts
+
+
+def encode(path: Path, how: Tokenization, samples: int, seed: int) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` of a text file, both int64 (sequences, length).
+
+    Args:
+        path: see `read_text`.
+        how: the tokenizer, and windows or lines.
+        samples: lines to use at most, chosen by the seed. Windows are all returned, for the caller to choose from.
+        seed: of the choice.
+
+    Raises:
+        CalibrationError: no tokenizer, no text, a text shorter than one window, pairs for a causal model.
+    """
+    if how.tokenizer is None:
+        raise CalibrationError(f"calibration text {path} needs the model's tokenizer, and there is none: give --tokenizer DIR, or "
+                               "tensors with input_ids and attention_mask (.npz, .pt, .safetensors)")
+    if how.length < 1:
+        raise CalibrationError(f"a sequence has at least 1 token, not {how.length}")
+    if how.causal:
+        ids = _windows(path, how)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    texts = read_text(path)
+    chosen = random.Random(seed).sample(texts, min(samples, len(texts)))
+    return _padded([_tokenize(how.tokenizer, text, path, truncation=True, max_length=how.length) for text in chosen], how.tokenizer)
+
+
+def _windows(path: Path, how: Tokenization) -> Tensor:
+    """All whole windows of the running text, side by side: none shares a token with another."""
+    if path.suffix.lower() == ".txt":
+        read_text(path)  # names what is wrong with it
+        whole: Text = path.read_text(encoding="utf-8-sig")
+    else:
+        texts = read_text(path)
+        pair = next((text for text in texts if not isinstance(text, str)), None)
+        if pair is not None:
+            raise CalibrationError(f"calibration text {path} holds pairs, which a causal language model does not read: {str(pair)[:60]}")
+        whole = "\n\n".join(text for text in texts if isinstance(text, str))
+    ids = _tokenize(how.tokenizer, whole, path)
+    count = len(ids) // how.length
+    if not count:
+        raise CalibrationError(f"calibration text {path} has {len(ids)} tokens, less than one sequence of {how.length}; "
+                               "give more text or a smaller --seq-len")
+    return torch.tensor(ids[:count * how.length], dtype=torch.int64).reshape(count, how.length)
+
+
+def _tokenize(tokenizer: Any, text: Text, path: Path, **options: Any) -> list[int]:
+    try:
+        first, second = text if isinstance(text, tuple) else (text, None)
+        return list(tokenizer(first, second, verbose=False, **options)["input_ids"])
+    except Exception as error:
+        raise CalibrationError(f"the tokenizer fails on calibration text {path}, {str(text)[:40]!r}: "
+                               f"{type(error).__name__}: {error}") from error
+
+
+def _padded(rows: Sequence[list[int]], tokenizer: Any) -> dict[str, Tensor]:
+    """Rows padded to the longest, on the tokenizer's side; what the mask leaves out needs no token of its own."""
+    longest = max(1, *(len(row) for row in rows))
+    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    ids = torch.full((len(rows), longest), filler, dtype=torch.int64)
+    mask = torch.zeros(len(rows), longest, dtype=torch.int64)
+    for index, row in enumerate(rows):
+        start = longest - len(row) if tokenizer.padding_side == "left" else 0
+        ids[index, start:start + len(row)] = torch.tensor(row, dtype=torch.int64)
+        mask[index, start:start + len(row)] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _from_json(line: str, where: str) -> Text:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise CalibrationError(f"calibration text {where}: not valid JSON: {error}") from error
+    if isinstance(value, dict):
+        value = [value[key] for key in ("text", "text_pair") if key in value]
+        value = value[0] if len(value) == 1 else value
+    if isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value):
+        return value[0], value[1]
+    if isinstance(value, str):
+        return value
+    raise CalibrationError(f'calibration text {where}: expected {{"text": "..."}}, a string or a pair of strings; found {line[:60]}')
