@@ -18,7 +18,7 @@ from repquant_fx.exporters.naming import name_axes, name_by_module
 from repquant_fx.exporters.packing import PACKED_BITS, pack_weights
 from repquant_fx.exporters.simplify import simplify
 from repquant_fx.exporters.translations import translation_table
-from repquant_fx.frontends.capture import quiet_torch
+from repquant_fx.frontends.capture import AXES, quiet_torch
 from repquant_fx.passes.base import attribute
 from repquant_fx.passes.lower_to_qdq import DEQUANTIZE
 
@@ -33,7 +33,6 @@ class ExportError(RepQuantError):
 def export_onnx(
     graph_module: GraphModule, example_inputs: Sequence[Tensor], *, input_names: Sequence[str], output_names: Sequence[str],
     dynamic_shapes: object = None, metadata: Mapping[str, str] | None = None,
-    axis_names: Sequence[Mapping[int, str]] = (),
 ) -> onnx.ModelProto:
     """An ONNX model, opset 21, that computes what the lowered graph computes.
 
@@ -42,7 +41,6 @@ def export_onnx(
         example_inputs: positional, batch at least 2 where the batch is dynamic.
         dynamic_shapes: as for torch.export.
         metadata: written into the model's metadata_props.
-        axis_names: names for the symbolic axes of each input.
 
     Returns:
         a proto that passes `onnx.checker` in full mode. The same graph gives the same bytes.
@@ -54,7 +52,7 @@ def export_onnx(
     model = _translate(graph_module, tuple(example_inputs), input_names, output_names, dynamic_shapes)
     simplify(model)
     name_by_module(model)
-    name_axes(model, axis_names)
+    name_axes(model, [node.meta.get(AXES, {}) for node in graph_module.graph.find_nodes(op="placeholder")])
     pack_weights(model, packed)
     used = {node.op_type for node in model.graph if node.domain == functions.DOMAIN}
     for name in sorted(used):

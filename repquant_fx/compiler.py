@@ -27,7 +27,7 @@ from repquant_fx.exporters.metadata import describe
 from repquant_fx.exporters.onnx_qdq import export_onnx
 from repquant_fx.files import check_writable, write_atomically
 from repquant_fx.frontends import huggingface, signature
-from repquant_fx.frontends.capture import Captured, capture, tensors_in
+from repquant_fx.frontends.capture import AXES, Captured, capture, tensors_in
 from repquant_fx.frontends.loading import LoadedModel, load_model
 from repquant_fx.frontends.memory import from_memory
 from repquant_fx.passes.base import run_passes, shared_copy
@@ -143,8 +143,7 @@ def compile(
     lowering = LowerToQDQ(plan, quantized.weights)
     run_passes(graph_module, [lowering])
     proto = export_onnx(graph_module, loaded.example_inputs, input_names=captured.input_names, output_names=captured.output_names,
-                        dynamic_shapes=dynamic_shapes(graph_module), metadata=describe(recipe, loaded.preprocessing),
-                        axis_names=loaded.dynamic_axes or [{0: "batch"}] * len(captured.input_names))
+                        dynamic_shapes=dynamic_shapes(graph_module), metadata=describe(recipe, loaded.preprocessing))
     probe = [torch.cat(tensors) for tensors in zip(*held_back.batches)] if captured.dynamic_batch else list(held_back.batches[0])
     sqnr = reports.layer_sqnr(reference, graph_module, [e["node"] for e in layers], probe)
     with torch.no_grad():
@@ -215,19 +214,15 @@ def _tokenization(loaded: LoadedModel, seq_len: int | None, tokenizer: Any) -> T
 
 
 def dynamic_shapes(graph_module: GraphModule) -> tuple[dict[int, Any] | None, ...] | None:
-    """What torch.export needs to keep the symbolic dimensions of a graph symbolic."""
+    """What torch.export needs to keep the symbolic dimensions of a captured graph symbolic, under the names they were given."""
     dims: dict[str, Any] = {}
     shapes: list[dict[int, Any] | None] = []
     for node in graph_module.graph.nodes:
-        if node.op != "placeholder":
-            continue
-        free = {}
-        for axis, size in enumerate(node.meta["val"].shape):
-            if not isinstance(size, int):
-                name = str(size)
-                label = "batch" if axis == 0 and "batch" not in [d.__name__ for d in dims.values()] else f"size_{len(dims)}"
-                free[axis] = dims.setdefault(name, torch.export.Dim(label, min=1, max=_largest(size)))
-        shapes.append(free or None)
+        if node.op == "placeholder":
+            sizes = node.meta["val"].shape
+            free = {axis: dims.setdefault(name, torch.export.Dim(name, min=1, max=_largest(sizes[axis])))
+                    for axis, name in node.meta[AXES].items()}
+            shapes.append(free or None)
     return tuple(shapes) if dims else None
 
 

@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
+import inspect
 import io
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
+from torch.fx import GraphModule, Node
+from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from repquant_fx.errors import CaptureError, RepQuantWarning
 
 aten = torch.ops.aten
+AXES = "dynamic_axes"  # in the meta of an input: axis to name
 
 
 @dataclass
@@ -32,8 +37,8 @@ class Captured:
 
     Attributes:
         graph_module: ATen-level; owns its parameters (the caller's model is never mutated).
-        input_names: names of the forward arguments, in order.
-        output_names: one a flattened output tensor.
+        input_names: names of the forward arguments, in order; the graph takes them by position.
+        output_names: one an output tensor (see `name_outputs`); the graph gives a flat tuple, or the one tensor.
         eager_difference: largest absolute difference between the graph's and the model's outputs on the example inputs,
             divided by the largest absolute output.
         dynamic_batch: whether the batch dimension is symbolic.
@@ -73,63 +78,61 @@ def decompose_attention(
 
 def capture(
     module: nn.Module | torch.export.ExportedProgram, example_inputs: Sequence[Tensor], *, dynamic_batch: bool = True,
-    input_names: Sequence[str] | None = None, dynamic_axes: Sequence[dict[int, str]] | None = None, outputs: Sequence[str] | None = None,
+    input_names: Sequence[str] | None = None, dynamic_axes: Sequence[Mapping[int, str]] | None = None,
+    outputs: Sequence[str] | None = None,
 ) -> Captured:
     """Capture a model and check the graph against it.
 
     Args:
         module: a module (put in eval mode, not mutated), or an ExportedProgram.
-        example_inputs: positional inputs; the batch is dimension 0 of each and must be at least 2 to become dynamic.
+        example_inputs: one tensor an input; an axis must be at least 2 long to become dynamic.
         dynamic_batch: make dimension 0 of every input symbolic. Falls back to static, with a warning, where the model
             does not allow it.
+        input_names: keyword names under which the example inputs are passed to the module; by position where None.
+        dynamic_axes: for each input, axis to name (`batch`, `sequence`); axes of one name have one size. The batch alone where
+            None. Falls back, with a warning, to the batch alone and then to none. An ExportedProgram keeps its own.
+        outputs: the outputs to keep, by name (`logits`) or prefix (`hidden_states` for all of them); all where None.
 
     Raises:
-        CaptureError: control flow that depends on values, unsupported inputs, or a graph that does not equal the model.
+        CaptureError: control flow that depends on values, unsupported inputs, an unknown output, or a graph that does not equal
+            the model.
     """
     inputs = tuple(example_inputs)
     reference: nn.Module
     if isinstance(module, torch.export.ExportedProgram):
         program, reference = module, module.module(check_guards=False)
-        dynamic = _has_dynamic_batch(program)
+        args, kwargs = _call_arguments(program, inputs)
     else:
         reference = module.eval()
-        program, dynamic = _export(reference, inputs, dynamic_batch, dynamic_axes, input_names)
+        args, kwargs = (inputs, {}) if input_names is None else ((), dict(zip(input_names, inputs, strict=True)))
+        program, axes = _export(reference, args, kwargs, _wanted_axes(inputs, dynamic_axes, dynamic_batch))
     try:
         unlifted = program.run_decompositions({aten.scaled_dot_product_attention.default: decompose_attention}).module(
             check_guards=False)
     except Exception as error:
         raise CaptureError(f"cannot decompose the attention of the captured model: {_first_line(error)}") from error
     graph_module = cast(GraphModule, copy.deepcopy(unlifted))  # it shares storage with the caller's parameters
-    _keep_nothing_but_the_graph(graph_module)
+    names = _keep_nothing_but_the_graph(graph_module, input_names)
+    if isinstance(module, torch.export.ExportedProgram):
+        axes = _symbolic_axes(graph_module)
+        given = dict(zip([str(n.target) for n in _placeholders(cast(GraphModule, unlifted))], inputs))
+        inputs = tuple(given[name] for name in names)
+    for node, named in zip(_placeholders(graph_module), axes, strict=True):
+        node.meta[AXES] = dict(named)
     with torch.no_grad():
-        if input_names is not None:
-            graph_module.graph.set_codegen(torch.fx.graph.CodeGen())
-            result = reference(**dict(zip(input_names, inputs)))
-            node = graph_module.graph.output_node()
-            flat = pytree.tree_leaves(result)
-            keep = [next(i for i, t in enumerate(flat) if t is result[k]) for k in outputs] if outputs else list(range(len(flat)))
-            node.args = (tuple(pytree.tree_leaves(node.args[0])[i] for i in keep),)
-            graph_module.graph.eliminate_dead_code()
-            graph_module.recompile()
-            expected = [flat[i] for i in keep]
-        else:
-            expected = tensors_in(reference(*inputs))
+        result = reference(*args, **kwargs)
+    expected, labels = tensors_in(result), name_outputs(result)
+    if outputs is not None:
+        kept = _select(labels, outputs)
+        _keep_outputs(graph_module, kept)
+        expected, labels = [expected[i] for i in kept], [labels[i] for i in kept]
+    with torch.no_grad():
         found = tensors_in(graph_module(*inputs))
-    difference = 0.0
-    for e, f in zip(expected, found, strict=True):
-        if e.numel() and e.is_floating_point():
-            difference = max(difference, float((e - f).abs().max() / e.abs().max().clamp(min=1e-12)))
+    difference = max((_difference(e, f) for e, f in zip(expected, found, strict=True)), default=0.0)
     if not difference < 1e-3:
         raise CaptureError(f"the captured graph does not equal the model: relative difference {difference:.3g}; "
                            "the model may be in training mode, draw random numbers or depend on input values")
-    names = [node.name for node in graph_module.graph.nodes if node.op == "placeholder"]
-    if input_names is not None:
-        names = list(input_names)
-        for node, name in zip([n for n in graph_module.graph.nodes if n.op == "placeholder"], names):
-            node.target = node.name = name
-        graph_module.recompile()
-    given = list(outputs) if outputs is not None else ["output"] if len(found) == 1 else [f"output_{i}" for i in range(len(found))]
-    return Captured(graph_module, names, given, difference, dynamic)
+    return Captured(graph_module, names, labels, difference, any(0 in named for named in axes))
 
 
 def tensors_in(result: Any) -> list[Tensor]:
@@ -137,33 +140,101 @@ def tensors_in(result: Any) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
 
 
-def _export(module: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool,
-            axes: Sequence[dict[int, str]] | None = None, names: Sequence[str] | None = None) -> tuple[torch.export.ExportedProgram, bool]:
-    attempts: list[tuple[Any, bool]] = []
-    if dynamic_batch and all(t.ndim and t.shape[0] >= 2 for t in inputs):
-        batch = torch.export.Dim("batch", min=1)
-        attempts.append((tuple({0: batch} for _ in inputs), True))
-    if axes is not None:
-        attempts = [(tuple({i: torch.export.Dim.DYNAMIC for i in a} for a in axes), True)]
-    attempts.append((None, False))
+def name_outputs(result: Any) -> list[str]:
+    """Names of `tensors_in(result)`: field names and keys joined by dots, numbers for the items of a sequence.
+
+    One tensor is `output`; the items of a plain tuple `output_0`, `output_1`.
+    """
+    named: dict[int, list[str]] = {}
+
+    def visit(value: Any, path: tuple[str, ...]) -> None:
+        if isinstance(value, Tensor):
+            named.setdefault(id(value), []).append(".".join(path))
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                visit(item, (*path, str(key)))
+        elif dataclasses.is_dataclass(value) or hasattr(value, "_fields"):
+            keys = getattr(value, "_fields", None) or [f.name for f in dataclasses.fields(value)]
+            for key in keys:
+                visit(getattr(value, key), (*path, key))
+        elif isinstance(value, (list, tuple)):
+            for index, item in enumerate(value):
+                visit(item, (*path, str(index)) if path else (f"output_{index}",))
+
+    tensors = tensors_in(result)
+    if len(tensors) == 1 and isinstance(result, (Tensor, list, tuple)) and not hasattr(result, "_fields"):
+        return ["output"]
+    visit(result, ())
+    return [named[id(t)].pop(0) if named.get(id(t)) else f"output_{i}" for i, t in enumerate(tensors)]
+
+
+def _difference(expected: Tensor, found: Tensor) -> float:
+    """Largest difference relative to the largest value; of numbers that are not floating point, 0 or infinity."""
+    if expected.shape != found.shape:
+        return math.inf
+    if not expected.is_floating_point():
+        return 0.0 if torch.equal(expected, found) else math.inf
+    if not expected.numel() or torch.equal(expected, found):
+        return 0.0
+    return float((expected - found).abs().max() / expected.abs().max().clamp(min=1e-12))
+
+
+Axes = tuple[Mapping[int, str], ...]
+
+
+def _wanted_axes(inputs: Sequence[Tensor], dynamic_axes: Sequence[Mapping[int, str]] | None, dynamic_batch: bool) -> list[Axes]:
+    """What to try, most dynamic first, nothing dynamic last."""
+    attempts: list[Axes] = []
+    if dynamic_axes is not None:
+        wanted = [{axis % t.ndim: name for axis, name in named.items()} for t, named in zip(inputs, dynamic_axes, strict=True)]
+        short = {named[axis] for t, named in zip(inputs, wanted) for axis in named if t.shape[axis] < 2}
+        if not dynamic_batch:
+            short |= {named[0] for named in wanted if 0 in named}
+        wanted = [{axis: name for axis, name in named.items() if name not in short} for named in wanted]
+        attempts += [tuple(wanted), tuple({a: n for a, n in named.items() if a == 0} for named in wanted)]
+    elif dynamic_batch and all(t.ndim and t.shape[0] >= 2 for t in inputs):
+        attempts.append(tuple({0: "batch"} for _ in inputs))
+    attempts.append(tuple({} for _ in inputs))
+    return list({tuple(tuple(sorted(named.items())) for named in axes): axes for axes in attempts}.values())
+
+
+def _export(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor],
+            attempts: Sequence[Axes]) -> tuple[torch.export.ExportedProgram, Axes]:
     problem: Exception | None = None
-    for shapes, dynamic in attempts:
+    for axes in attempts:
+        dims = {name: torch.export.Dim(name, min=1) for named in axes for name in named.values()}
+        shapes = _per_parameter(module, list(kwargs), [{axis: dims[n] for axis, n in named.items()} for named in axes])
         try:
-            with warnings.catch_warnings(), torch.no_grad(), quiet_torch():
-                warnings.simplefilter("ignore")
-                program = torch.export.export(
-                    module, () if names else inputs, dict(zip(names, inputs)) if names else None, strict=False,
-                    dynamic_shapes=_per_parameter(module, inputs, shapes) if not names else dict(zip(names, shapes)) if shapes else None)
+            program = _export_once(module, args, kwargs, shapes if dims else None)
         except Exception as error:
             problem = problem or error
             continue
-        if dynamic_batch and not dynamic and problem is not None:
-            warnings.warn(f"the model does not allow a dynamic batch; captured with batch {inputs[0].shape[0]} "
-                          f"({_first_line(problem)})", RepQuantWarning, stacklevel=3)
-        return program, dynamic
+        if problem is not None:
+            missing = sorted({n for named in attempts[0] for n in named.values()} - set(dims))
+            kept = f"with a dynamic {', '.join(sorted(dims))} only" if dims else f"with batch {next(iter([*args, *kwargs.values()])).shape[0]}"
+            warnings.warn(f"the model does not allow a dynamic {', '.join(missing)}; captured {kept} ({_first_line(problem)})",
+                          RepQuantWarning, stacklevel=3)
+        return program, axes
     assert problem is not None
     raise CaptureError(f"torch.export cannot capture the model: {_first_line(problem)}{_user_line(problem)}. "
                        "Control flow that depends on tensor values must become torch.where or torch.cond") from problem
+
+
+def _export_once(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], shapes: Any) -> torch.export.ExportedProgram:
+    """Export; once more with the bounds that torch asks for, such as the number of positions that are embedded."""
+    for last in (False, True):
+        try:
+            with warnings.catch_warnings(), torch.no_grad(), quiet_torch():
+                warnings.simplefilter("ignore")
+                return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
+        except Exception as error:
+            if last or "Suggested fixes" not in str(error):
+                raise
+            refined = refine_dynamic_shapes_from_suggested_fixes(str(error), shapes)
+            if any(isinstance(leaf, int) for leaf in pytree.tree_leaves(refined)):
+                raise  # a dimension that torch wants constant is not dynamic
+            shapes = refined
+    raise AssertionError
 
 
 @contextlib.contextmanager
@@ -181,33 +252,90 @@ def quiet_torch() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _per_parameter(module: nn.Module, inputs: tuple[Tensor, ...], shapes: tuple[object, ...] | None) -> object:
-    """dynamic_shapes in the form export expects: a `*args` forward takes its inputs as one tuple."""
-    import inspect
-
-    if shapes is None:
-        return None
-    kinds = [p.kind for p in inspect.signature(module.forward).parameters.values()]
-    if kinds and kinds[0] == inspect.Parameter.VAR_POSITIONAL:
-        return (shapes,)
-    return shapes
-
-
-def _has_dynamic_batch(program: torch.export.ExportedProgram) -> bool:
-    users = set(program.graph_signature.user_inputs)
-    for node in program.graph.nodes:
-        if node.op == "placeholder" and node.name in users and isinstance(node.meta.get("val"), Tensor):
-            return isinstance(node.meta["val"].shape[0], torch.SymInt)
-    return False
+def _per_parameter(module: nn.Module, names: Sequence[str], shapes: Sequence[Mapping[int, Any]]) -> object:
+    """dynamic_shapes in the form export expects: by parameter name, those that `*args` and `**kwargs` take together."""
+    parameters = inspect.signature(module.forward).parameters
+    kinds = {p.kind: name for name, p in parameters.items()}
+    if names:
+        extra = {n: s for n, s in zip(names, shapes) if n not in parameters}
+        known: dict[str, Any] = {n: s for n, s in zip(names, shapes) if n in parameters}
+        return {**known, kinds.get(inspect.Parameter.VAR_KEYWORD, "kwargs"): extra} if extra else known
+    first = next(iter(parameters.values()), None)
+    return (tuple(shapes),) if first is not None and first.kind == inspect.Parameter.VAR_POSITIONAL else tuple(shapes)
 
 
-def _keep_nothing_but_the_graph(graph_module: GraphModule) -> None:
-    """Unlift leaves input guards and pytree hooks behind; later passes want the plain graph."""
-    for node in list(graph_module.graph.nodes):
+def _call_arguments(program: torch.export.ExportedProgram, inputs: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of a program, from its inputs in flat order."""
+    spec = program.call_spec.in_spec
+    if spec is None or spec.num_leaves != len(inputs):
+        return inputs, {}
+    args, kwargs = pytree.tree_unflatten(inputs, spec)
+    return tuple(args), dict(kwargs)
+
+
+def _placeholders(graph_module: GraphModule) -> list[Node]:
+    return [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+
+
+def _symbolic_axes(graph_module: GraphModule) -> Axes:
+    """Names for the symbolic axes of a graph's inputs: `batch` for the first input's first axis, numbers for others."""
+    names: dict[str, str] = {}
+    found = []
+    for node in _placeholders(graph_module):
+        named = {}
+        for axis, size in enumerate(node.meta["val"].shape):
+            if not isinstance(size, int):
+                label = "batch" if axis == 0 and "batch" not in names.values() else f"size_{len(names)}"
+                named[axis] = names.setdefault(str(size), label)
+        found.append(named)
+    return tuple(found)
+
+
+def _keep_nothing_but_the_graph(graph_module: GraphModule, order: Sequence[str] | None) -> list[str]:
+    """Make it a plain function of tensors in the given order (unlift leaves input guards and pytree hooks behind).
+
+    Returns:
+        the names of the inputs.
+    """
+    graph = graph_module.graph
+    for node in list(graph.nodes):
         if node.op == "call_module" and "guard" in str(node.target):
-            graph_module.graph.erase_node(node)
+            graph.erase_node(node)
+        elif node.op == "output":
+            kept = [n for n in pytree.tree_leaves(node.args) if isinstance(n, Node) and isinstance(n.meta.get("val"), Tensor)]
+            node.args = (kept[0] if len(kept) == 1 else tuple(kept),)
+    graph.set_codegen(CodeGen())
+    placeholders = {str(node.target): node for node in _placeholders(graph_module)}
+    names = list(placeholders)
+    if order is not None and set(order) == set(names):
+        names = list(order)
+        first = next(iter(graph.nodes))
+        for name in names:
+            first.prepend(placeholders[name])
     for parameter in graph_module.parameters():
         parameter.requires_grad_(False)
+    graph_module.recompile()
+    return names
+
+
+def _select(labels: Sequence[str], wanted: Sequence[str]) -> list[int]:
+    """Positions of the outputs called `wanted`, or below such a name."""
+    chosen = []
+    for name in wanted:
+        found = [i for i, label in enumerate(labels) if label == name or label.startswith(f"{name}.")]
+        if not found:
+            raise CaptureError(f"the model has no output {name!r}; it has {', '.join(labels)}")
+        chosen += [i for i in found if i not in chosen]
+    return chosen
+
+
+def _keep_outputs(graph_module: GraphModule, positions: Sequence[int]) -> None:
+    """Keep these outputs, and what they need."""
+    node = graph_module.graph.output_node()
+    every = pytree.tree_leaves(node.args)
+    kept = [every[i] for i in positions]
+    node.args = (kept[0] if len(kept) == 1 else tuple(kept),)
+    graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
 
 
