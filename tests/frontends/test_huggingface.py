@@ -89,6 +89,12 @@ def test_examples_of_text_are_in_the_vocabulary_padded_and_no_longer_than_the_mo
     assert from_memory(make("opt"), input_shape=(9,)).example_inputs[0].shape == (2, 9)
 
 
+def test_a_table_of_positions_that_counts_from_behind_its_padding_takes_fewer_tokens() -> None:
+    config = transformers.RobertaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8,
+                                        max_position_embeddings=20)
+    assert from_memory(transformers.RobertaForMaskedLM(config).eval()).example_inputs[0].shape == (2, 18)
+
+
 def test_outputs_by_task_have_no_cache_among_them() -> None:
     model = make("llama")
     assert model.config.use_cache is True
