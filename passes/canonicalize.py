@@ -6,6 +6,7 @@ convolution whose windows tile its input (a patch embedding) becomes a Linear ov
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -119,7 +120,9 @@ def refresh_metadata(graph_module: GraphModule) -> None:
     if not modes:
         raise PassError("the graph's inputs carry no fake tensors; capture it with repquant_fx.frontends.capture")
     mode = modes[0]
-    with torch._subclasses.fake_tensor.unset_fake_temporarily():
+    # an operator that compares a symbolic size must not make it a constant here: the export has settled what is dynamic
+    frozen = mode.shape_env.suppress_guards() if mode.shape_env is not None else contextlib.nullcontext()
+    with torch._subclasses.fake_tensor.unset_fake_temporarily(), frozen:
         mode.allow_non_fake_inputs = True
         FakeTensorProp(graph_module, mode=mode).propagate_dont_convert_inputs(*inputs)
 

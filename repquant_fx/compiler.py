@@ -30,7 +30,7 @@ from repquant_fx.frontends import huggingface, signature
 from repquant_fx.frontends.capture import AXES, Captured, capture, tensors_in
 from repquant_fx.frontends.loading import LoadedModel, load_model
 from repquant_fx.frontends.memory import from_memory
-from repquant_fx.passes.base import run_passes, shared_copy
+from repquant_fx.passes.base import own_tensors, run_passes, shared_copy
 from repquant_fx.passes.insert_observers import InsertObservers
 from repquant_fx.passes.lower_to_qdq import LowerToQDQ
 from repquant_fx.passes.match_sites import MatchSites
@@ -160,6 +160,8 @@ def compile(
         })
     if parity is not None:
         parity.raise_on_problems()
+    if not isinstance(model, (str, Path)):
+        own_tensors(graph_module)  # the caller may go on training
     return CompiledModel(proto, report, graph_module, lowering.quantizers, parity)
 
 
