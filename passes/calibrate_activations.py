@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 
 from repquant_fx.errors import PassError
 from repquant_fx.passes.base import Pass, attribute
+from repquant_fx.passes.insert_observers import WHOLE_ELEMENTS
 from repquant_fx.passes.match_sites import Group, Site
 from repquant_fx.quantizers import clipping, logarithmic
 from repquant_fx.quantizers.observers import LogQuantizer, Observer, UniformQuantizer
@@ -99,7 +100,9 @@ class CalibrateActivations(Pass):
             scales = sorted(c for c in picks if c > 0)
         else:
             other = next(s for s in self.group.sites if s is not site)
-            a, v = recorded[site.name].whole(), slot_module(graph_module, other)(recorded[other.name].whole())
+            a, v = recorded[site.name].whole(), recorded[other.name].whole()
+            enough = -(-a.numel() // WHOLE_ELEMENTS)  # sequences may be longer than those the observer's share was reckoned with
+            a, v = a[::enough], slot_module(graph_module, other)(v[::enough])
             right = site.consumers[0].args[0] is not site.slot  # the probabilities are the right operand
             product = (lambda p: torch.matmul(v, p)) if right else (lambda p: torch.matmul(p, v))
             scales = []

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import nn
 from torch.fx import GraphModule
 
 from repquant_fx.passes.base import Pass, copy_meta
+from repquant_fx.passes.channel_flow import hinted
 from repquant_fx.passes.match_sites import Group, Plan, Site, slot_name
 from repquant_fx.quantizers.observers import Observer
 
 CHANNEL_SAMPLE = 4096  # tokens kept a norm group
 TENSOR_SAMPLE = 1 << 17  # values kept a per-tensor site
-WHOLE_ELEMENTS = 1 << 21  # attention probabilities kept a site, to calibrate their scale by the product's output
+WHOLE_ELEMENTS = 1 << 19  # attention probabilities kept a site, to calibrate their scale by the product's output
 SLOTS = "quantizers"  # the submodule that holds observers, then quantizers
 
 
@@ -45,15 +48,7 @@ class InsertObservers(Pass):
             return Observer(True, CHANNEL_SAMPLE)
         if any(s.role == "softmax" for s in group.sites):
             probabilities = next(s for s in group.sites if s.role == "softmax")
-            shape = [int(d) if isinstance(d, int) else 32 for d in probabilities.value.meta["val"].shape[1:]]
-            per_slice = max(1, int(_product(shape)))
+            per_slice = max(1, math.prod(hinted(probabilities.value)[1:]))
             leading = max(1, WHOLE_ELEMENTS // (per_slice * self.batches))
             return Observer(False, TENSOR_SAMPLE, leading=min(leading, max(1, 64 // self.batches)))
         return Observer(False, TENSOR_SAMPLE)
-
-
-def _product(values: list[int]) -> int:
-    result = 1
-    for value in values:
-        result *= value
-    return result

@@ -24,13 +24,15 @@ from repquant_fx.passes.lower_to_qdq import QUANTIZE
 from repquant_fx.quantizers.logarithmic import zero_code
 from repquant_fx.runtime import run, session
 
+TIE = 1e-3  # of a step: this near to the midpoint of two codes either is right; products of quantized values often lie exactly there
 SHARE_LIMIT = 0.005  # of codes that may flip by one at one quantizer, on equal inputs
 OUTPUT_LIMIT = 1e-3  # of the largest output, on equal codes
 
 
 @dataclass(frozen=True)
 class CodeDifference:
-    """Codes of one quantizer: `share` that differ in a free run, `share_step` and `largest_step` on equal inputs."""
+    """Codes of one quantizer: `share` that differ in a free run; on equal inputs, `share_step` that differ where the value is no tie, and
+    `largest_step` anywhere."""
 
     share: float
     share_step: float
@@ -106,7 +108,7 @@ def compare(
         apart = (step.seen[name] - theirs).abs()
         differences[name] = CodeDifference(
             share=float((free.seen[name] != theirs).double().mean()),
-            share_step=float((apart > 0).double().mean()), largest_step=int(apart.max()) if apart.numel() else 0)
+            share_step=float(((apart > 0) & ~step.ties[name]).double().mean()), largest_step=int(apart.max()) if apart.numel() else 0)
     step_difference = max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-12)) for a, b in zip(exposed_values[:outputs], forced))
     return Parity(len(inputs[0]), min(sqnr(a, b) for a, b in zip(found, expected)), step_difference, differences)
 
@@ -156,6 +158,7 @@ class _Recorder(Interpreter):
         self.names = {node: name for name, node in quantizers.items()}
         self.given = given
         self.seen: dict[str, Tensor] = {}
+        self.ties: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def run_node(self, n: Node) -> Any:
@@ -164,4 +167,11 @@ class _Recorder(Interpreter):
         if name is None:
             return result
         self.seen[name] = codes(result, n, self.module)  # type: ignore[arg-type]
+        self.ties[name] = self._ties(n) if n.target is QUANTIZE else torch.zeros_like(self.seen[name], dtype=torch.bool)
         return self.given.get(name, result)
+
+    def _ties(self, node: Node) -> Tensor:
+        """Where the value to quantize lies midway between two codes."""
+        (x, scale), axis = self.fetch_args_kwargs_from_env(node)[0][:2], node.args[4]
+        steps = x.double() / (scale.double() if scale.ndim == 0 else scale.double().reshape([-1 if a == axis else 1 for a in range(x.ndim)]))
+        return (steps - steps.floor() - 0.5).abs() <= TIE
