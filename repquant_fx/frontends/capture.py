@@ -230,7 +230,8 @@ def _export_once(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, 
         except Exception as error:
             if last or "Suggested fixes" not in str(error):
                 raise
-            refined = refine_dynamic_shapes_from_suggested_fixes(str(error), shapes)
+            fixes = "Suggested fixes:" + str(error).split("Suggested fixes:")[1].split("\n\n")[0]
+            refined = refine_dynamic_shapes_from_suggested_fixes(fixes, shapes)
             if any(isinstance(leaf, int) for leaf in pytree.tree_leaves(refined)):
                 raise  # a dimension that torch wants constant is not dynamic
             shapes = refined

@@ -76,7 +76,7 @@ SCALE = {
     "gate": lambda x: x * torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(6, 4, 1).sigmoid(),
     "division": lambda x: x / 3.0,
     "rows of a matrix": lambda x: torch.ones(3, 6, dtype=torch.float64) @ x.transpose(1, 2),
-    "columns of a matrix": lambda x: x.transpose(2, 3) @ torch.ones(4, 2, dtype=torch.float64),
+    "columns of a matrix": lambda x: x.transpose(2, 3) @ torch.ones(1, 4, 2, dtype=torch.float64),
     "residual of itself": lambda x: x + x.flip(1),
     "rotary": lambda x: x * COS.double() + torch.cat([-x[..., 2:4], x[..., :2], x[..., 4:]], -1) * SIN.double(),
     "average pool": lambda x: nn.functional.avg_pool2d(x.permute(0, 3, 1, 2), 2, padding=1),
