@@ -34,8 +34,8 @@ from repquant_fx.frontends.capture import capture
 from repquant_fx.frontends.loading import LoadedModel, load_model
 from repquant_fx.parity import sqnr
 from repquant_fx.passes.base import run_passes
-from repquant_fx.passes.canonicalize import Canonicalize
 from repquant_fx.passes.match_sites import MatchSites
+from repquant_fx.passes.normal_form import normalize as normal_form
 
 HERE = Path(__file__).parent
 MODELS = {"ViT": HERE / "weights/vit_cifar10.safetensors", "Swin": HERE / "weights/swin_cifar10.safetensors"}
@@ -137,7 +137,7 @@ def plant_variation(loaded: LoadedModel, ratio: float = 30.0, seed: int = 0) -> 
 
     assert loaded.module is not None
     module = copy.deepcopy(loaded.module)
-    graph = run_passes(capture(module, loaded.example_inputs).graph_module, [Canonicalize()])
+    graph = normal_form(capture(module, loaded.example_inputs).graph_module)
     matching = MatchSites(Recipe())
     run_passes(graph, [matching])
     state, generator = module.state_dict(), torch.Generator().manual_seed(seed)

@@ -14,18 +14,19 @@ the two channels of a rotated pair must share a factor.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from repquant_fx.passes.base import Pass, aten, attribute, is_constant, replace_constant, shape_of
+from repquant_fx.passes.base import Pass, aten, attribute, is_constant, module_path, replace_constant, shape_of
 from repquant_fx.passes.channel_flow import FIXED, PADDING, ChannelFlow, leads_to_softmax
 from repquant_fx.passes.match_sites import NORMS, Plan
 from repquant_fx.quantizers.clipping import Bounds
 from repquant_fx.recipe import ABSORB
 
+LEVELLED = "its channels share a scale with what they are multiplied by"
 LARGEST = 1e4  # a dead channel gets no factor beyond this
 
 
@@ -127,8 +128,9 @@ class AbsorbScales(Pass):
     needs = "a matched float graph and the bounds of its activations' channels"
     guarantees = "the same outputs; the channels of activations between two layers have like ranges"
 
-    def __init__(self, absorbable: Absorbable, bounds: Mapping[str, Bounds]) -> None:
+    def __init__(self, plan: Plan, absorbable: Absorbable, bounds: Mapping[str, Bounds]) -> None:
         super().__init__()
+        self.plan = plan
         self.absorbable, self.bounds = absorbable, bounds
         self.factors: dict[int, float] = {}
         self.shifts: dict[int, float] = {}
@@ -139,7 +141,15 @@ class AbsorbScales(Pass):
             self._rewrite_columns(graph_module, linear, labels)
         for node, labels in self.absorbable.rows.items():
             self._rewrite_rows(graph_module, node, labels)
+        self._tell()
         return bool(self.absorbable.rows)
+
+    def _tell(self) -> None:
+        """In the report a norm whose channels were levelled here was not left alone for want of a Linear."""
+        norms = {module_path(n) or n.name for n in self.absorbable.rows if n.target in NORMS}
+        for index, item in enumerate(self.plan.left_alone):
+            if item.path in norms:
+                self.plan.left_alone[index] = replace(item, reason=f"{LEVELLED}; {item.reason}")
 
     def _choose(self) -> None:
         """Factors that level the channels' ranges: the geometric mean over the sites that a factor reaches, each relative to its own mean."""

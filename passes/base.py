@@ -171,6 +171,15 @@ def shared_copy(graph_module: GraphModule) -> GraphModule:
     return copy.deepcopy(graph_module, memo)
 
 
+def own_tensors(graph_module: GraphModule) -> None:
+    """Give a graph its own copies of all tensors."""
+    for module in graph_module.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module._buffers[name] = buffer.detach().clone()
+
+
 def copy_meta(source: Node, target: Node, value: Tensor | None = None) -> Node:
     """Give a new node the module path of the node it derives from."""
     for key in ("nn_module_stack", "module_path"):

@@ -2,7 +2,7 @@
 
 Identities left behind by export disappear; views become reshapes; a matrix product with a parameter becomes a Linear, other ways
 to write a product a MatMul; a convolution whose windows tile its input (a patch embedding) becomes a Linear over unfolded patches,
-which is what it is; what is computed from parameters alone is folded; a norm that is written out becomes one operator.
+which is what it is.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from repquant_fx.errors import PassError
 from repquant_fx.passes.base import Pass, aten, attribute, constant_node, copy_meta, is_constant, is_tensor, shape_of
-from repquant_fx.passes.fold_constants import drop_unread, fold_constants
-from repquant_fx.passes.fuse_norms import fuse_norms
 
 IDENTITIES = {
     aten.clone.default, aten.alias.default, aten.detach.default, aten.detach_.default, aten.contiguous.default,
@@ -30,17 +28,15 @@ VIEWS = {aten.view.default, aten._unsafe_view.default}
 class Canonicalize(Pass):
     name = "canonicalize"
     needs = "a captured ATen graph with tensor metadata"
-    guarantees = "no identities; reshape, linear, norms and softmax in one spelling; the outputs are unchanged"
+    guarantees = "no identities; reshape, linear and softmax in one spelling; the outputs are unchanged"
 
     def run(self, graph_module: GraphModule) -> bool:
-        modified = fold_constants(graph_module)
+        modified = False
         for node in list(graph_module.graph.nodes):
             if node.op == "call_function":
                 modified |= self._rewrite(graph_module, node)
-        modified |= fuse_norms(graph_module)
         if modified:
             graph_module.graph.eliminate_dead_code()
-            drop_unread(graph_module)
             refresh_metadata(graph_module)
         return modified
 
@@ -180,9 +176,9 @@ def refresh_metadata(graph_module: GraphModule) -> None:
     if not modes:
         raise PassError("the graph's inputs carry no fake tensors; capture it with repquant_fx.frontends.capture")
     mode = modes[0]
-    # a run on symbolic sizes may ask about them; what it learns must not make them constant
-    guards = mode.shape_env.suppress_guards() if mode.shape_env is not None else contextlib.nullcontext()
-    with torch._subclasses.fake_tensor.unset_fake_temporarily(), guards:
+    # an operator that compares a symbolic size must not make it a constant here: the export has settled what is dynamic
+    frozen = mode.shape_env.suppress_guards() if mode.shape_env is not None else contextlib.nullcontext()
+    with torch._subclasses.fake_tensor.unset_fake_temporarily(), frozen:
         mode.allow_non_fake_inputs = True
         FakeTensorProp(graph_module, mode=mode).propagate_dont_convert_inputs(*inputs)
 

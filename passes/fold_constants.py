@@ -1,79 +1,107 @@
-"""Fold what is computed from parameters alone: the norm weight `1 + w`, a bias made of parts, a small network over coordinates.
+"""Fold: what is computed from parameters and buffers alone becomes a constant, so that matchers see constants.
 
-What would grow is left to be computed (a table gathered into a large bias stays a table), so that files stay small.
+A bias put together from parts (BEiT's q and v biases around zeros), `1 + weight` of an RMS norm, a relative position bias looked up
+in its table: each is one tensor afterwards, under the name of what it came from where that is one tensor.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import operator
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from repquant_fx.passes.base import attribute, constant_node, copy_meta, is_tensor, module_path
-from repquant_fx.passes.channel_flow import SOFTMAX
+from repquant_fx.passes.base import Pass, add_tensor, attribute, copy_meta, drop_constant, module_path
 
-SMALL = 4096  # elements that a result may always have
-
-
-def fold_constants(graph_module: GraphModule) -> bool:
-    """Replace such values by constants; returns whether there were any."""
-    leaves = _constant_leaves(graph_module)
-    folded = {node for node, read in leaves.items() if node.op == "call_function" and is_tensor(node)
-              and node.meta["val"].numel() <= max(SMALL, sum(leaf.meta["val"].numel() for leaf in read))}
-    values: dict[Node, Any] = {}
-    wanted = [node for node in folded if any(user not in folded for user in node.users)]
-    for node in wanted:
-        value = _evaluate(graph_module, node, values)
-        new = constant_node(graph_module, _name(node, leaves[node]), value, node)
-        copy_meta(node, new)
-        node.replace_all_uses_with(new)
-    if wanted:
-        graph_module.graph.eliminate_dead_code()
-    return bool(wanted)
+GROWTH = 4  # a folded tensor may be this many times larger than all it came from...
+SMALL = 1 << 16  # ...or this many elements
 
 
-def drop_unread(graph_module: GraphModule) -> None:
-    """Delete parameters and buffers that no node reads."""
-    read = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
-    named = [*graph_module.named_parameters(remove_duplicate=False), *graph_module.named_buffers(remove_duplicate=False)]
-    for name in [name for name, _ in named if name not in read]:
-        owner, _, leaf = name.rpartition(".")
-        delattr(graph_module.get_submodule(owner), leaf)
+class FoldConstants(Pass):
+    name = "fold constants"
+    needs = "an ATen graph whose constants nothing writes into"
+    guarantees = "no operator reads constants alone, but for some that would make much larger ones; the outputs are unchanged"
+
+    def run(self, graph_module: GraphModule) -> bool:
+        constant = {n for n in graph_module.graph.nodes if n.op == "get_attr" and _is_tensor_at(graph_module, n)}
+        for node in graph_module.graph.nodes:
+            if _pure(node) and all(p in constant for p in node.all_input_nodes) and not any(_writes(u) for u in node.users):
+                constant.add(node)
+        frontier = [n for n in constant if n.op != "get_attr" and any(u not in constant for u in n.users)]
+        order = {node: index for index, node in enumerate(graph_module.graph.nodes)}
+        folded = [self._fold(graph_module, n) for n in sorted(frontier, key=order.__getitem__)]
+        return any(folded)
+
+    def _fold(self, graph_module: GraphModule, node: Node) -> bool:
+        values: dict[Node, Any] = {}
+        with torch.no_grad():
+            value = _evaluate(graph_module, node, values)
+        sources = [n for n in values if n.op == "get_attr"]
+        if not isinstance(value, Tensor) or value.numel() > max(SMALL, GROWTH * sum(values[n].numel() for n in sources)):
+            return False
+        graph = graph_module.graph
+        path = str(sources[0].target) if len(sources) == 1 else ".".join(filter(None, (module_path(node), node.name)))
+        with graph.inserting_before(node):
+            new = graph.create_node("get_attr", "")
+        node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        pending = [node]
+        while pending:  # what only this read goes, so that its name is free
+            last = pending.pop()
+            if last.users:
+                continue
+            parents = list(last.all_input_nodes)
+            if last.op == "get_attr":
+                drop_constant(graph_module, last)
+            else:
+                graph.erase_node(last)
+            pending.extend(p for p in parents if not p.users and p not in pending)
+        new.target = add_tensor(graph_module, path, value.contiguous())
+        copy_meta(node, new, value)
+        new.meta["val"] = node.meta.get("val", value)
+        return True
 
 
-def _constant_leaves(graph_module: GraphModule) -> dict[Node, dict[Node, None]]:
-    """The parameters that each constant node is computed from, in the order they are read."""
-    leaves: dict[Node, dict[Node, None]] = {}
-    for node in graph_module.graph.nodes:
-        if node.op == "get_attr":
-            leaves[node] = {node: None}
-        elif node.op == "call_function" and all(p in leaves for p in node.all_input_nodes) and _foldable(node):
-            leaves[node] = {leaf: None for p in node.all_input_nodes for leaf in leaves[p]}
-    return leaves
-
-
-def _foldable(node: Node) -> bool:
-    """Whether it gives tensors, the same each time; a Softmax stays in sight, for it tells that its rows sum to 1."""
-    return (isinstance(node.meta.get("val"), (Tensor, list, tuple)) and node.target not in SOFTMAX
-            and torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()))
-
-
-@torch.no_grad()
 def _evaluate(graph_module: GraphModule, node: Node, values: dict[Node, Any]) -> Any:
-    if node not in values:
-        if node.op == "get_attr":
-            return attribute(graph_module, node)
-        args, kwargs = map_arg((node.args, node.kwargs), lambda parent: _evaluate(graph_module, parent, values))
-        values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    pending = [node]
+    while pending:
+        current = pending[-1]
+        missing = [p for p in current.all_input_nodes if p not in values]
+        if missing:
+            pending.extend(missing)
+            continue
+        pending.pop()
+        if current in values:
+            continue
+        if current.op == "get_attr":
+            values[current] = attribute(graph_module, current).detach()
+        else:
+            args, kwargs = map_arg((current.args, current.kwargs), values.__getitem__)
+            values[current] = cast(Any, current.target)(*args, **kwargs)
     return values[node]
 
 
-def _name(node: Node, leaves: dict[Node, None]) -> str:
-    """`attn.q_bias_cat` for the concatenation of `attn.q_bias` with others."""
-    operator = str(node.target).split(".")[1] if "." in str(node.target) else node.name
-    path = module_path(node)
-    stem = str(max(leaves, key=lambda leaf: leaf.meta["val"].numel()).target) if leaves else f"{path}.constant" if path else "constant"
-    return f"{stem}_{operator}"
+def _pure(node: Node) -> bool:
+    """Whether a node's result follows from its arguments: no draw of random numbers, nothing written."""
+    if node.op != "call_function":
+        return False
+    if node.target is operator.getitem:
+        return True
+    value = node.meta.get("val")
+    tensors = value if isinstance(value, (list, tuple)) else [value]
+    if not isinstance(node.target, torch._ops.OpOverload) or not all(isinstance(t, Tensor) for t in tensors):
+        return False
+    return not _writes(node) and torch.Tag.nondeterministic_seeded not in node.target.tags
+
+
+def _writes(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _is_tensor_at(graph_module: GraphModule, node: Node) -> bool:
+    owner: object = graph_module
+    for part in str(node.target).split("."):
+        owner = getattr(owner, part, None)
+    return isinstance(owner, Tensor)

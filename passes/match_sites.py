@@ -124,10 +124,11 @@ class MatchSites(Pass):
             elif node.target in MATMULS and node in self._live:
                 self._match_matmul(node)
         for value, consumers in by_value.items():
-            for conv in (False, True):
-                chosen = [c for c in consumers if (c.target in CONVOLUTIONS) == conv]
-                if chosen:
-                    self._match_weighted(value, chosen, "conv" if conv else "linear")
+            alike: dict[object, list[Node]] = {}
+            for consumer in consumers:
+                alike.setdefault(_geometry(consumer), []).append(consumer)
+            for chosen in alike.values():
+                self._match_weighted(value, chosen, "conv" if chosen[0].target in CONVOLUTIONS else "linear")
         matched = {group.softmax for group in self.plan.groups}
         for node in nodes:
             if node.op == "call_function" and node.target in SOFTMAX and node not in matched and node not in self._left:
@@ -229,6 +230,13 @@ class MatchSites(Pass):
     def _leave(self, node: Node, reason: str) -> None:
         self._left.add(node)
         self.plan.left_alone.append(LeftAlone(module_path(node) or node.name, str(node.target).split(".")[1], reason))
+
+
+def _geometry(consumer: Node) -> object:
+    """What layers that read one value must have in common to share a site: convolutions see the same patches of it."""
+    if consumer.target not in CONVOLUTIONS:
+        return None
+    return consumer.target, tuple(shape_of(consumer.args[1])[1:]), str(consumer.args[3:])  # type: ignore[arg-type]
 
 
 def slot_name(site: Site) -> str:

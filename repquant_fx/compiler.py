@@ -30,11 +30,11 @@ from repquant_fx.frontends import huggingface, signature
 from repquant_fx.frontends.capture import AXES, Captured, capture, tensors_in
 from repquant_fx.frontends.loading import LoadedModel, load_model
 from repquant_fx.frontends.memory import from_memory
-from repquant_fx.passes.base import run_passes, shared_copy
-from repquant_fx.passes.canonicalize import Canonicalize
+from repquant_fx.passes.base import own_tensors, run_passes, shared_copy
 from repquant_fx.passes.insert_observers import InsertObservers
 from repquant_fx.passes.lower_to_qdq import LowerToQDQ
 from repquant_fx.passes.match_sites import MatchSites
+from repquant_fx.passes.normal_form import normalize
 from repquant_fx.pipeline import absorb_scales, quantize_sequentially
 from repquant_fx.recipe import LayerRule, Recipe
 from repquant_fx.version import VERSION
@@ -124,7 +124,7 @@ def compile(
     if loaded.float_modules:  # the recipe's own rules come later, so they win
         recipe = replace(recipe, layers=(*(LayerRule(glob, skip=True) for glob in loaded.float_modules), *recipe.layers))
     captured = _capture(loaded)
-    graph_module = run_passes(captured.graph_module, [Canonicalize()])
+    graph_module = normalize(captured.graph_module)
     matching = MatchSites(recipe)
     run_passes(graph_module, [matching])
     plan = matching.plan
@@ -160,6 +160,8 @@ def compile(
         })
     if parity is not None:
         parity.raise_on_problems()
+    if not isinstance(model, (str, Path)):
+        own_tensors(graph_module)  # the caller may go on training
     return CompiledModel(proto, report, graph_module, lowering.quantizers, parity)
 
 

@@ -95,7 +95,7 @@ def absorb_scales(graph_module: GraphModule, plan: Plan, batches: Sequence[tuple
     for name, bound in bounds.items():
         if not bool(torch.isfinite(bound.low).all() and torch.isfinite(bound.up).all()):
             raise CalibrationError(f"the activation at {name} is not finite on the calibration data; check the data and the model's weights")
-    run_passes(graph_module, [AbsorbScales(absorbable, bounds)])
+    run_passes(graph_module, [AbsorbScales(plan, absorbable, bounds)])
     return True
 
 

@@ -13,9 +13,9 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from repquant_fx.frontends.capture import capture
 from repquant_fx.passes.base import run_passes
-from repquant_fx.passes.canonicalize import Canonicalize
 from repquant_fx.passes.insert_observers import InsertObservers
 from repquant_fx.passes.match_sites import Group, MatchSites, Plan
+from repquant_fx.passes.normal_form import normalize
 from repquant_fx.pipeline import Quantized, quantize_sequentially
 from repquant_fx.quantizers.observers import Observer, Passthrough
 from repquant_fx.recipe import Recipe
@@ -137,7 +137,7 @@ def sequences(count: int = 32, tokens: int = 6, width: int = 8, seed: int = 1) -
 
 
 def canonical(model: nn.Module, *inputs: Tensor) -> GraphModule:
-    return run_passes(capture(model, [t[:2] for t in inputs]).graph_module, [Canonicalize()])
+    return normalize(capture(model, [t[:2] for t in inputs]).graph_module)
 
 
 def match(graph_module: GraphModule, recipe: Recipe | None = None) -> Plan:

@@ -516,6 +516,8 @@ def _by_name(arrays: Mapping[str, Any], inputs: Sequence[InputSpec], origin: str
     if len(names) == 1 and len(rest) > 1:
         rest = {name: array for name, array in rest.items() if str(name).lower() in _IMAGE_NAMES} or rest
     some = [name for name in names if name in arrays]
+    if len(required) < len(names) and not all(re.fullmatch(r"arr_\d+", str(name)) for name in rest):
+        ordered = False  # ids and masks look alike: foreign names do not tell which is which
     if some or (len(names) > 1 and (not ordered or len(rest) != len(names))):
         missing = [name for name in names if name not in arrays]
         raise CalibrationError(f"{origin}: no array for the inputs {', '.join(missing)}; found {', '.join(map(str, arrays))}")

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
 from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from repquant_fx.errors import CaptureError, RepQuantWarning
@@ -76,6 +77,18 @@ def decompose_attention(
     return torch.matmul(torch.softmax(logits, -1), value)
 
 
+class _VisibleAttention(TorchFunctionMode):
+    """Runs a model with `decompose_attention`: it differs from torch's in rows that are masked whole, which is padding.
+
+    There torch gives zeros, the decomposition a mean; nothing reads either. The graph is judged on everything else.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return decompose_attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
 def capture(
     module: nn.Module | torch.export.ExportedProgram, example_inputs: Sequence[Tensor], *, dynamic_batch: bool = True,
     input_names: Sequence[str] | None = None, dynamic_axes: Sequence[Mapping[int, str]] | None = None,
@@ -111,7 +124,9 @@ def capture(
             check_guards=False)
     except Exception as error:
         raise CaptureError(f"cannot decompose the attention of the captured model: {_first_line(error)}") from error
-    graph_module = cast(GraphModule, copy.deepcopy(unlifted))  # it shares storage with the caller's parameters
+    # its own graph, but the caller's tensors: passes replace constants and never write into them
+    tensors = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in unlifted.parameters()} | {id(b): b for b in unlifted.buffers()}
+    graph_module = cast(GraphModule, copy.deepcopy(unlifted, cast(Any, tensors)))
     names = _keep_nothing_but_the_graph(graph_module, input_names)
     if isinstance(module, torch.export.ExportedProgram):
         axes = _symbolic_axes(graph_module)
@@ -119,7 +134,7 @@ def capture(
         inputs = tuple(given[name] for name in names)
     for node, named in zip(_placeholders(graph_module), axes, strict=True):
         node.meta[AXES] = dict(named)
-    with torch.no_grad():
+    with torch.no_grad(), _VisibleAttention():
         result = reference(*args, **kwargs)
     expected, labels = tensors_in(result), name_outputs(result)
     if outputs is not None:
@@ -230,8 +245,8 @@ def _export_once(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, 
         except Exception as error:
             if last or "Suggested fixes" not in str(error):
                 raise
-            fixes = "Suggested fixes:" + str(error).split("Suggested fixes:")[1].split("\n\n")[0]
-            refined = refine_dynamic_shapes_from_suggested_fixes(fixes, shapes)
+            head, _, fixes = str(error).partition("Suggested fixes")
+            refined = refine_dynamic_shapes_from_suggested_fixes(head + "Suggested fixes" + fixes.partition("\n\n")[0], shapes)
             if any(isinstance(leaf, int) for leaf in pytree.tree_leaves(refined)):
                 raise  # a dimension that torch wants constant is not dynamic
             shapes = refined
@@ -313,8 +328,6 @@ def _keep_nothing_but_the_graph(graph_module: GraphModule, order: Sequence[str] 
         first = next(iter(graph.nodes))
         for name in names:
             first.prepend(placeholders[name])
-    for parameter in graph_module.parameters():
-        parameter.requires_grad_(False)
     graph_module.recompile()
     return names
 

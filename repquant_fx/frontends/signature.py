@@ -10,7 +10,7 @@ import inspect
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,12 @@ def vocabulary(module: object) -> int | None:
 def positions(module: object) -> int | None:
     """Longest sequence that a transformers text model was built for, in tokens; None where it does not say."""
     size = getattr(_text_config(module), "max_position_embeddings", None) if is_transformers(module) else None
-    return size if isinstance(size, int) and size > 0 else None
+    if not isinstance(size, int) or size < 1:
+        return None
+    for name, table in cast(nn.Module, module).named_modules():  # one with a padding entry begins to count after it
+        if isinstance(table, nn.Embedding) and "position" in name and table.num_embeddings == size and table.padding_idx is not None:
+            return size - table.padding_idx - 1
+    return size
 
 
 def read_signature(model: nn.Module, *, input_shape: Sequence[int] | None = None, task: str | None = None,

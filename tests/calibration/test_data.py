@@ -151,7 +151,7 @@ def test_files_give_a_seeded_subset(tmp_path, suffix):
 def test_several_inputs_by_name_by_order_and_without_labels(tmp_path):
     ids, mask = torch.arange(24).reshape(6, 4), torch.ones(6, 4, dtype=torch.int64)
     np.savez(tmp_path / "named.npz", attention_mask=mask, input_ids=ids, other=np.zeros(3))
-    np.savez(tmp_path / "ordered.npz", a=ids, b=mask, labels=np.zeros(6))
+    np.savez(tmp_path / "ordered.npz", ids, mask, labels=np.zeros(6))
     torch.save([ids, mask], tmp_path / "list.pt")
     torch.save({"attention_mask": mask, "input_ids": ids}, tmp_path / "dict.pt")
     for name in ("named.npz", "ordered.npz", "list.pt", "dict.pt"):
@@ -159,8 +159,10 @@ def test_several_inputs_by_name_by_order_and_without_labels(tmp_path):
         assert sizes(found) == [4, 2]
         assert sorted(rows(found)[:, 0].tolist()) == list(range(0, 24, 4)) and bool((rows(found, 1) == 1).all())
     save_file({"b": ids, "a": mask}, tmp_path / "unnamed.safetensors")
-    with pytest.raises(CalibrationError, match="input_ids, attention_mask"):
-        load(tmp_path / "unnamed.safetensors", [IDS, MASK])
+    np.savez(tmp_path / "foreign.npz", a=ids, b=mask)
+    for name in ("unnamed.safetensors", "foreign.npz"):
+        with pytest.raises(CalibrationError, match="input_ids, attention_mask"):
+            load(tmp_path / name, [IDS, MASK])
     np.savez(tmp_path / "half.npz", input_ids=ids, mask=mask)
     with pytest.raises(CalibrationError, match="attention_mask; found input_ids, mask"):
         load(tmp_path / "half.npz", [IDS, MASK])

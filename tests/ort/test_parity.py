@@ -66,7 +66,7 @@ def end_to_end(result: CompiledModel, x: Tensor) -> None:
         assert values[name].max() <= 2 ** bits[name.removesuffix("_quantized")] - 1
         assert len(np.unique(codes)) > 1
         apart = np.abs(codes.astype(int) - values[name].astype(int))
-        assert (apart > 0).mean() <= 0.005, name  # a flip on a rounding boundary moves what follows
+        assert (apart > 0).mean() <= 0.02, name  # a flip on a rounding boundary moves the whole token in what follows
     for name in logarithmic:
         theirs, ours = values[name], expected[name].numpy()
         assert len(np.unique(theirs)) <= 2 ** bits[name.removesuffix("_dequantized")]

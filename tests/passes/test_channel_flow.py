@@ -10,6 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from repquant_fx.frontends.capture import capture
+from repquant_fx.passes.base import run_passes
+from repquant_fx.passes.canonicalize import Canonicalize
 from repquant_fx.passes.channel_flow import (
     FIXED,
     MATMULS,
@@ -76,7 +79,7 @@ SCALE = {
     "gate": lambda x: x * torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(6, 4, 1).sigmoid(),
     "division": lambda x: x / 3.0,
     "rows of a matrix": lambda x: torch.ones(3, 6, dtype=torch.float64) @ x.transpose(1, 2),
-    "columns of a matrix": lambda x: x.transpose(2, 3) @ torch.ones(1, 4, 2, dtype=torch.float64),
+    "columns of a matrix": lambda x: x.transpose(2, 3) @ torch.ones(4, 2, dtype=torch.float64),
     "residual of itself": lambda x: x + x.flip(1),
     "rotary": lambda x: x * COS.double() + torch.cat([-x[..., 2:4], x[..., :2], x[..., 4:]], -1) * SIN.double(),
     "average pool": lambda x: nn.functional.avg_pool2d(x.permute(0, 3, 1, 2), 2, padding=1),
@@ -103,7 +106,8 @@ def data() -> Tensor:
 
 def flow_of(function, affine: bool) -> tuple[ChannelFlow, GraphModule, Node]:
     """The flow from a (batch, 6, 4, 5) value, and the node that the model gives."""
-    graph_module = canonical(Function(lambda x: function(x * 1.0)), data())
+    graph_module = capture(Function(lambda x: function(x * 1.0)), [data()]).graph_module
+    run_passes(graph_module, [Canonicalize()])  # constants are not folded here: matrices remain matrices
     source = next(n for n in graph_module.graph.nodes if n.target is aten.mul.Tensor)
     flow = ChannelFlow(graph_module, {source: torch.arange(1, 6)}, affine=affine)
     return flow, graph_module, next(n for n in graph_module.graph.nodes if n.op == "output").all_input_nodes[0]
