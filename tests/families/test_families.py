@@ -124,12 +124,7 @@ def test_norms_and_softmaxes_are_matched(name: str) -> None:
     assert softmaxes and norms
     rewritten = sum(g.norm is not None for g in plan.groups), sum(g.softmax is not None for g in plan.groups)
     assert sum(rewritten) + len(plan.left_alone) == norms + softmaxes
-    if not family_norms_left(name):
-        assert rewritten[0] == norms
-
-
-def family_norms_left(name: str) -> bool:
-    return bool(FAMILIES[name].left)
+    assert expected or rewritten == (norms, softmaxes)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -154,7 +149,7 @@ def test_rewriting_is_an_identity(name: str) -> None:
     inputs = FAMILIES[name].inputs(3, 5, 4).values()
     with torch.no_grad():
         for found, expected in zip(tensors_in(graph_module(*inputs)), tensors_in(reference(*inputs)), strict=True):
-            assert relative(found, expected) < 1e-5
+            assert relative(found, expected) < (FAMILIES[name].inexact or 1e-5)
 
 
 @pytest.mark.parametrize("name", CASES)
