@@ -1,7 +1,8 @@
 """Canonicalize: one spelling for each operation, so that matchers need to know one.
 
-Identities left behind by export disappear; views become reshapes; a matrix product with a parameter becomes a Linear; a
-convolution whose windows tile its input (a patch embedding) becomes a Linear over unfolded patches, which is what it is.
+Identities left behind by export disappear; views become reshapes; a matrix product with a parameter becomes a Linear, other ways
+to write a product a MatMul; a convolution whose windows tile its input (a patch embedding) becomes a Linear over unfolded patches,
+which is what it is.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ IDENTITIES = {
     aten.clone.default, aten.alias.default, aten.detach.default, aten.detach_.default, aten.contiguous.default,
     aten.dropout.default, aten.lift_fresh_copy.default, aten.feature_dropout.default,
 }
+POOLS = {aten.adaptive_avg_pool1d.default: [-1], aten.adaptive_avg_pool2d.default: [-2, -1]}  # to one value: a mean over these axes
 VIEWS = {aten.view.default, aten._unsafe_view.default}
 
 
@@ -54,6 +56,13 @@ class Canonicalize(Pass):
             self._to_linear(graph_module, node, _n(node.args[1]), _n(node.args[2]), _n(node.args[0]))
         elif target is aten.conv2d.default and _tiles(node):
             self._patches_to_linear(graph_module, node)
+        elif target in (aten.addmm.default, aten.baddbmm.default) and not node.kwargs:
+            self._to_matmul(graph_module, node)
+        elif target is aten.einsum.default:
+            return _einsum_to_matmul(graph_module, node)
+        elif target in POOLS and all(size == 1 for size in node.args[1]):  # type: ignore[union-attr]
+            node.target = aten.mean.dim
+            node.args = (node.args[0], POOLS[target], True)  # type: ignore[index]
         else:
             return False
         return True
@@ -90,6 +99,15 @@ class Canonicalize(Pass):
         node.replace_all_uses_with(linear)
         graph_module.graph.erase_node(node)
 
+    def _to_matmul(self, graph_module: GraphModule, node: Node) -> None:
+        with graph_module.graph.inserting_before(node):
+            product = graph_module.graph.call_function(aten.matmul.default, node.args[1:3])
+            total = graph_module.graph.call_function(aten.add.Tensor, (product, node.args[0]))
+        copy_meta(node, product, node.meta["val"])
+        copy_meta(node, total, node.meta["val"])
+        node.replace_all_uses_with(total)
+        graph_module.graph.erase_node(node)
+
     def _patches_to_linear(self, graph_module: GraphModule, node: Node) -> None:
         graph = graph_module.graph
         x, weight = _n(node.args[0]), _n(node.args[1])
@@ -111,6 +129,44 @@ class Canonicalize(Pass):
             copy_meta(node, new)
         node.replace_all_uses_with(result)
         graph.erase_node(node)
+
+
+def _einsum_to_matmul(graph_module: GraphModule, node: Node) -> bool:
+    """A sum over one index of a product of two tensors, as a MatMul that broadcasts; what is no such sum stays.
+
+    `bhwc,hkc->bhwk`: h is in both and the result, so it goes first; (h, b, w, c) @ (h, 1, c, k) gives (h, b, w, k).
+    """
+    equation = str(node.args[0]).replace(" ", "")
+    inputs, _, output = equation.partition("->")
+    terms, tensors = inputs.split(","), node.args[1]
+    if len(terms) != 2 or not equation.isascii() or "." in equation or not output or any(len(set(t)) < len(t) for t in (*terms, output)):
+        return False
+    summed = [i for i in terms[0] if i in terms[1] and i not in output]
+    shared = [i for i in output if i in terms[0] and i in terms[1]]
+    own = [[i for i in output if i in term and i not in shared] for term in terms]
+    if len(summed) != 1 or len(shared) + 1 + len(own[0]) != len(terms[0]) or len(shared) + 1 + len(own[1]) != len(terms[1]):
+        return False
+    (left, rows), (right, columns) = zip(tensors, own, strict=True)  # type: ignore[arg-type]
+    names = list(terms)
+    if len(columns) != 1:
+        left, rows, right, columns, names = right, columns, left, rows, names[::-1]
+    if len(columns) != 1 or not rows:
+        return False
+    graph = graph_module.graph
+    with graph.inserting_before(node):
+        a = graph.call_function(aten.permute.default, (left, [names[0].index(i) for i in (*shared, *rows, *summed)]))
+        b = graph.call_function(aten.permute.default, (right, [names[1].index(i) for i in (*shared, *summed, *columns)]))
+        new = [a, b]
+        for _ in rows[1:]:
+            new.append(graph.call_function(aten.unsqueeze.default, (new[-1], len(shared))))
+        new.append(graph.call_function(aten.matmul.default, (a, new[-1])))
+        order = [*shared, *rows, *columns]
+        new.append(graph.call_function(aten.permute.default, (new[-1], [order.index(i) for i in output])))
+    for each in new:
+        copy_meta(node, each)
+    node.replace_all_uses_with(new[-1])
+    graph.erase_node(node)
+    return True
 
 
 def refresh_metadata(graph_module: GraphModule) -> None:

@@ -269,13 +269,13 @@ def quiet_torch() -> Iterator[None]:
 
 
 def _per_parameter(module: nn.Module, names: Sequence[str], shapes: Sequence[Mapping[int, Any]]) -> object:
-    """dynamic_shapes in the form export expects: by parameter name, those that `*args` and `**kwargs` take together."""
+    """dynamic_shapes in the form export expects: by parameter name, or one a position, those that `*args` takes together."""
     parameters = inspect.signature(module.forward).parameters
-    kinds = {p.kind: name for name, p in parameters.items()}
+    for name in names:
+        if name not in parameters:
+            raise CaptureError(f"{type(module).__name__} takes no input called {name!r}; it takes {', '.join(parameters)}")
     if names:
-        extra = {n: s for n, s in zip(names, shapes) if n not in parameters}
-        known: dict[str, Any] = {n: s for n, s in zip(names, shapes) if n in parameters}
-        return {**known, kinds.get(inspect.Parameter.VAR_KEYWORD, "kwargs"): extra} if extra else known
+        return dict(zip(names, shapes, strict=True))
     first = next(iter(parameters.values()), None)
     return (tuple(shapes),) if first is not None and first.kind == inspect.Parameter.VAR_POSITIONAL else tuple(shapes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 
 import pytest
@@ -10,7 +11,7 @@ from helpers import Block, Encoder, count, images, output, redraw, relative, seq
 from torch import Tensor, nn
 
 from repquant_fx.errors import CaptureError, RepQuantWarning
-from repquant_fx.frontends.capture import capture, decompose_attention
+from repquant_fx.frontends.capture import AXES, capture, decompose_attention
 from repquant_fx.passes.normal_form import normalize
 
 aten = torch.ops.aten
@@ -145,3 +146,77 @@ def test_several_outputs_are_numbered() -> None:
 
     captured = capture(Two(), [torch.ones(2, 3), torch.ones(2, 3)])
     assert captured.output_names == ["output_0", "output_1"] and captured.input_names == ["x", "scale"]
+
+
+@dataclasses.dataclass
+class Answer:
+    logits: Tensor
+    hidden: tuple[Tensor, ...] = ()
+    note: str | None = None
+
+
+torch.export.register_dataclass(Answer, serialized_type_name="tests.Answer")
+
+
+class Named(nn.Module):
+    """Inputs by name, in an order of the caller's; outputs in fields; a table of 9 positions bounds the length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.position = nn.Embedding(10, 4), nn.Embedding(9, 4)
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None, extra: Tensor | None = None) -> Answer:
+        h = self.embed(ids) + self.position(torch.arange(ids.shape[1]))
+        h = h if mask is None else h * mask[..., None]
+        return Answer(h.sum(-1) + extra[:, None], (h, ids.sum(1)))
+
+
+def named(batch: int, length: int) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(length)
+    return {"mask": torch.rand(batch, length, generator=g), "extra": torch.rand(batch, generator=g),
+            "ids": torch.randint(0, 10, (batch, length), generator=g)}
+
+
+AXES_OF_NAMED = ({0: "batch", 1: "sequence"}, {0: "batch"}, {0: "batch", 1: "sequence"})
+
+
+def test_inputs_by_name() -> None:
+    model, example = redraw(Named()), named(2, 5)
+    captured = capture(model, list(example.values()), input_names=list(example), dynamic_axes=AXES_OF_NAMED)
+    assert captured.input_names == ["mask", "extra", "ids"] and captured.output_names == ["logits", "hidden.0", "hidden.1"]
+    placeholders = captured.graph_module.graph.find_nodes(op="placeholder")
+    assert [node.target for node in placeholders] == captured.input_names
+    assert tuple(node.meta[AXES] for node in placeholders) == AXES_OF_NAMED
+    for size in ((1, 1), (3, 9), (4, 2)):
+        inputs = named(*size)
+        found, expected = captured.graph_module(*inputs.values()), model(**inputs)
+        assert isinstance(found, tuple) and relative(found[0], expected.logits) < 1e-6
+        assert relative(found[1], expected.hidden[0]) < 1e-6 and torch.equal(found[2], expected.hidden[1])
+
+
+@pytest.mark.parametrize("wanted, names", [
+    (["logits"], ["logits"]), (["hidden"], ["hidden.0", "hidden.1"]), (["hidden.1", "logits"], ["hidden.1", "logits"])])
+def test_outputs_are_chosen(wanted: list[str], names: list[str]) -> None:
+    model, example = redraw(Named()), named(2, 5)
+    captured = capture(model, list(example.values()), input_names=list(example), outputs=wanted)
+    assert captured.output_names == names and captured.input_names == ["mask", "extra", "ids"]
+    if wanted == ["logits"]:
+        assert isinstance(captured.graph_module(*example.values()), Tensor)
+    with pytest.raises(CaptureError, match=r"no output 'scores'; it has logits, hidden\.0, hidden\.1"):
+        capture(model, list(example.values()), input_names=list(example), outputs=["scores"])
+
+
+def test_a_name_that_forward_does_not_take() -> None:
+    with pytest.raises(CaptureError, match="Named takes no input called 'idz'; it takes ids, mask, extra"):
+        capture(Named(), [torch.ones(2, 3)], input_names=["idz"])
+
+
+def test_an_axis_that_cannot_be_free_is_named() -> None:
+    class Three(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ torch.ones(3, 2)
+
+    with pytest.warns(RepQuantWarning, match="does not allow a dynamic sequence; captured with a dynamic batch only"):
+        captured = capture(Three(), [torch.ones(4, 3)], dynamic_axes=[{0: "batch", 1: "sequence"}])
+    assert captured.graph_module.graph.find_nodes(op="placeholder")[0].meta[AXES] == {0: "batch"}
+    assert captured.dynamic_batch and captured.graph_module(torch.ones(7, 3)).shape == (7, 2)

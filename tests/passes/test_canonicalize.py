@@ -173,3 +173,46 @@ def test_failures_name_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Canonicalize, "run", lambda *_: 1 / 0)
     with pytest.raises(PassError, match="'canonicalize' failed after no other pass: ZeroDivisionError"):
         run_passes(graph_module, [Canonicalize()])
+
+
+class Einsum(nn.Module):
+    def __init__(self, equation: str, *sizes: int) -> None:
+        super().__init__()
+        self.equation, self.table = equation, nn.Parameter(torch.zeros(sizes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum(self.equation, x.reshape(-1, 4, 2, 4), self.table)
+
+
+@pytest.mark.parametrize("equation, sizes", [
+    ("bhwc,hkc->bhwk", (4, 3, 4)), ("bhwc,wkc->bhwk", (2, 3, 4)), ("bhwc,kc->bkhw", (3, 4)), ("bhwc,bhkc->bhwk", (1, 4, 3, 4)),
+    ("bhwc, cd -> bhdw", (4, 5)), ("bhwc,hdwc->bhwd", (4, 5, 2, 4)), ("bwhc,kch->wkbc", (3, 4, 2))])
+def test_einsum_becomes_a_product(equation: str, sizes: tuple[int, ...]) -> None:
+    graph_module = canonicalized(Einsum(equation, *sizes), tokens())
+    assert count(graph_module, aten.einsum.default) == 0 and count(graph_module, aten.matmul.default, aten.linear.default) == 1
+
+
+@pytest.mark.parametrize("equation, sizes", [
+    ("bhwc,hc->bhw", (4, 4)), ("bhwc,kd->bhwckd", (3, 2)), ("bhwc,kwc->bhk", (3, 2, 4)), ("...c,kc->...k", (3, 4)), ("bhwc,hkd->bk", (4, 3, 2))])
+def test_other_einsums_stay(equation: str, sizes: tuple[int, ...]) -> None:
+    assert count(canonicalized(Einsum(equation, *sizes), tokens()), aten.einsum.default) == 1
+
+
+def test_products_with_a_sum_are_both() -> None:
+    def attention(x: Tensor) -> Tensor:
+        logits = torch.baddbmm(x[:, :, :4], x, x.transpose(1, 2))
+        return torch.addmm(logits[0], logits[1], logits[0])
+
+    graph_module = canonicalized(Function(attention), tokens())
+    assert count(graph_module, aten.baddbmm.default, aten.addmm.default) == 0
+    assert count(graph_module, aten.matmul.default) == 2 and count(graph_module, aten.add.Tensor) == 2
+
+
+def test_pooling_to_one_value_is_a_mean() -> None:
+    def pool(x: Tensor) -> Tensor:
+        return nn.functional.adaptive_avg_pool1d(x, 1) + nn.functional.adaptive_avg_pool2d(x[:, None], 1)[:, 0]
+
+    graph_module = canonicalized(Function(pool), tokens())
+    assert count(graph_module, aten.mean.dim) == 2 and count(graph_module, aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default) == 0
+    partly = canonicalized(Function(lambda x: nn.functional.adaptive_avg_pool1d(x, 2)), tokens())
+    assert count(partly, aten.mean.dim) == 0
