@@ -102,8 +102,26 @@ def _keep_what_is_free(found: Absorbable, flow: ChannelFlow, sources: Mapping[No
     for group in plan.groups:
         for site in group.sites:
             pattern = flow.pattern(site.value) if site.role == "value" else None
+            pattern = None if pattern is None else _without_batch(pattern, site.value)
             if pattern is not None and bool(torch.isin(pattern, free).any()):
                 found.sites[site.name] = only_free(pattern)
+
+
+def _without_batch(pattern: Tensor, value: Node) -> Tensor | None:
+    """The pattern, cut to one period along an axis of symbolic size: a batch merged with heads repeats the heads' labels.
+
+    None where the labels do not repeat, so that other sizes would have none.
+    """
+    for axis, size in enumerate(shape_of(value)):
+        count = pattern.shape[axis]
+        if isinstance(size, int) or count == 1:
+            continue
+        periods = [p for p in range(1, count) if count % p == 0 and torch.equal(pattern, pattern.narrow(axis, 0, p).repeat(
+            [count // p if a == axis else 1 for a in range(pattern.ndim)]))]
+        if not periods:
+            return None
+        pattern = pattern.narrow(axis, 0, periods[0])
+    return pattern
 
 
 def _is_source(node: Node) -> bool:
@@ -116,7 +134,11 @@ def _is_source(node: Node) -> bool:
 
 def channel_rows(value: Tensor, pattern: Tensor) -> Tensor:
     """A site's value as rows of its channels, shape (rows, channels): the order of `pattern.reshape(-1)`."""
-    rest = [axis for axis in range(value.ndim) if axis >= pattern.ndim or pattern.shape[axis] == 1]
+    for axis in reversed(range(value.ndim)):
+        if pattern.shape[axis] not in (1, value.shape[axis]):  # a period of this axis
+            value = value.unflatten(axis, (-1, pattern.shape[axis]))
+            pattern = pattern.unsqueeze(axis)
+    rest = [axis for axis in range(value.ndim) if pattern.shape[axis] == 1]
     kept = [axis for axis in range(value.ndim) if axis not in rest]
     return value.permute(*rest, *kept).reshape(-1, pattern.numel())
 

@@ -123,6 +123,25 @@ def test_channels_are_level_afterwards(name: str) -> None:
             assert after[site] < 4, (site, before[site])
 
 
+def test_heads_merged_with_the_batch() -> None:
+    class Merged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.o = nn.Linear(8, 24), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            b, t, _ = x.shape
+            q, k, v = self.qkv(x).reshape(b, t, 3, 2, 4).permute(2, 0, 3, 1, 4).reshape(3, b * 2, t, 4).unbind(0)
+            h = torch.softmax(q @ k.transpose(1, 2), -1) @ v
+            return self.o(h.reshape(b, 2, t, 4).transpose(1, 2).reshape(b, t, 8))
+
+    model = spread_rows(redraw(Merged()), "qkv")
+    graph_module, plan, changed = absorbed(model)  # batches of 16, captured with 2
+    assert changed and relative(output(graph_module, sequences()), output(model, sequences())) < 1e-5
+    found = find_absorbable(graph_module, plan)
+    assert [list(p.shape) for n, p in found.sites.items() if n.endswith("/value")] == [[2, 1, 4]]
+
+
 def test_the_mean_of_keys_and_values_goes_too() -> None:
     model = redraw(Encoder())
     assert isinstance(model, Encoder)
