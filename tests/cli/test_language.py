@@ -55,7 +55,7 @@ def test_a_causal_language_model_from_its_directory_and_a_text(place: Path, tmp_
         (logits,) = runner.run(["logits"], {"input_ids": ids.numpy(), "attention_mask": np.ones((batch, length), np.int64)})
         expected = model(ids).logits.detach()
         assert logits.shape == (batch, length, VOCABULARY)
-        assert float((torch.from_numpy(logits) - expected).norm() / expected.norm()) < 0.1
+        assert float((torch.from_numpy(logits) - expected).norm() / expected.norm()) < 0.2
 
 
 def test_an_encoder_with_the_tokenizer_of_another_directory_and_pairs(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
