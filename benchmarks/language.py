@@ -30,6 +30,7 @@ from torch import Tensor
 
 from repquant_fx import Recipe, compile, repq_vit, rtn, smoothquant
 from repquant_fx.frontends.loading import LoadedModel, load_model
+from repquant_fx.recipe import ABSORB
 
 BITS = [(8, 8), (6, 6), (4, 4)]
 Predict = Callable[[Tensor, Tensor], Tensor]  # input_ids, attention_mask -> first output
@@ -44,8 +45,9 @@ def rows() -> Iterator[tuple[str, Recipe]]:
         yield f"RepQ W{w}A{a}", repq_vit(w, a)
         yield f"RepQuant as published W{w}A{a}", replace(ours, correction=False, absorb=(), softmax="log_sqrt2")
         yield f"RepQuant, no absorption W{w}A{a}", replace(ours, absorb=())
-        for kind in ours.absorb:
+        for kind in ABSORB:
             yield f"RepQuant, absorbing {kind} only W{w}A{a}", replace(ours, absorb=(kind,))
+        yield f"RepQuant, absorbing all W{w}A{a}", replace(ours, absorb=ABSORB)
         yield f"RepQuant W{w}A{a}", ours
 
 

@@ -111,7 +111,7 @@ def _add_compile(command: argparse.ArgumentParser) -> None:
     method.add_argument("--correction", action=argparse.BooleanOptionalAction, default=None,
                         help="least-squares correction towards the float model's outputs (default on)")
     method.add_argument("--absorb", type=_kinds, metavar="KIND,...", help="where else channel scales move into constants: values, query_key, "
-                        "linear, or none (default: all)")
+                        "linear, or none (default: values,linear)")
     method.add_argument("--gptq", action=argparse.BooleanOptionalAction, default=None, help="error-compensating weight rounding (default on)")
     method.add_argument("--gptq-damping", type=float, help="share of the mean diagonal added to the Hessian (default 0.01)")
     method.add_argument("--gptq-block", type=int, help="columns updated at once (default 128)")

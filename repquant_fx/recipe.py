@@ -61,8 +61,8 @@ class Recipe:
         percentile: the percentile used where asked for.
         weights: weight range by `mse` search or `minmax`.
         correction: least-squares correction of weights and biases towards the float model's outputs (beyond the paper).
-        absorb: where else per-channel scales move into constants, exactly (beyond the paper): `values` of attention, `query_key`, and
-            `linear` to linear through ReLU or a gate. Empty for none.
+        absorb: where else per-channel scales move into constants, exactly (beyond the paper): `values` of attention, `linear` to linear
+            through ReLU or a gate, and `query_key`, which gained nothing on the models measured and is off. Empty for none.
         gptq: error-compensating rounding; else round to nearest.
         gptq_damping, gptq_block, gptq_activation_order: see `quantizers.gptq`.
         layers: overrides by module path.
@@ -87,7 +87,7 @@ class Recipe:
     percentile: float = 99.99
     weights: str = "mse"
     correction: bool = True
-    absorb: tuple[str, ...] = ("values", "query_key", "linear")
+    absorb: tuple[str, ...] = ("values", "linear")
     gptq: bool = True
     gptq_damping: float = 0.01
     gptq_block: int = 128

@@ -6,6 +6,8 @@ import json
 import math
 from collections.abc import Callable
 
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
@@ -50,7 +52,7 @@ def case(request: pytest.FixtureRequest) -> tuple[str, int, CompiledModel]:
     return name, bits, compiled(name, bits)
 
 
-def end_to_end(result: CompiledModel, x: Tensor, flips: float = 0.02) -> None:
+def end_to_end(result: CompiledModel, x: Tensor) -> None:
     """Without the product's own comparison: its codes in ONNX Runtime and in FX, each running the whole model by itself."""
     sites = {name.replace("/", "."): node for name, node in result.quantizers.items()}
     uniform = {f"{n}_quantized": node for n, node in sites.items() if node.target is QUANTIZE}
@@ -66,7 +68,7 @@ def end_to_end(result: CompiledModel, x: Tensor, flips: float = 0.02) -> None:
         assert values[name].max() <= 2 ** bits[name.removesuffix("_quantized")] - 1
         assert len(np.unique(codes)) > 1
         apart = np.abs(codes.astype(int) - values[name].astype(int))
-        assert (apart > 0).mean() <= flips, name  # a flip on a rounding boundary moves the whole token in what follows
+        assert (apart > 0).mean() <= 0.02, name  # a flip on a rounding boundary moves the whole token in what follows
     for name in logarithmic:
         theirs, ours = values[name], expected[name].numpy()
         assert len(np.unique(theirs)) <= 2 ** bits[name.removesuffix("_dequantized")]
@@ -89,10 +91,9 @@ def test_codes_equal_end_to_end_with_the_whole_method(name: str, bits: int) -> N
     assert result.parity is not None and not result.parity.problems()
 
 
-@pytest.mark.parametrize("changes", [{"softmax": "uniform"}, {"softmax": "log2"}, {"norm": "channelwise"}], ids=str)
-def test_codes_equal_with_other_quantizers(changes: dict[str, str]) -> None:
-    # products of two uniformly quantized values often lie exactly between two codes, where either is right
-    end_to_end(compiled("vit", 4, **changes), inputs("vit", 5, seed=97), flips=0.05 if changes.get("softmax") == "uniform" else 0.02)
+@pytest.mark.parametrize("changes", [{"softmax": "uniform", "absorb": ()}, {"softmax": "log2"}, {"norm": "channelwise"}], ids=str)
+def test_codes_equal_with_other_quantizers(changes: dict[str, Any]) -> None:
+    end_to_end(compiled("vit", 4, **changes), inputs("vit", 5, seed=97))
 
 
 def test_the_check_agrees(case: tuple[str, int, CompiledModel]) -> None:
