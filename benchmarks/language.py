@@ -18,6 +18,7 @@ import argparse
 import csv
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -116,7 +117,7 @@ def run_all(name: str, bench: Any, path: Path, only: str | None) -> None:
     def row(label: str, run: Callable[[], dict[str, float]]) -> None:
         everything = json.loads(path.read_text()) if path.exists() else {}
         found = everything.setdefault(name, {"metric": bench.metric, "rows": {}})["rows"]
-        if label in found or (only and only not in label):
+        if label in found or (only and not re.search(only, label)):
             return
         found[label] = run()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -168,7 +169,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results/language.json")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", help="rows whose label contains this text")
+    parser.add_argument("--only", help="rows whose label this regular expression finds")
     args = parser.parse_args()
     if args.stories and args.stories_text:
         run_all("stories260K", Stories(load_model(args.stories), args.stories_text, args.samples, args.seed), args.results, args.only)
