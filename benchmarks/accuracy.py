@@ -208,7 +208,8 @@ def run_all(bench: Bench, found: dict[str, Any], args: argparse.Namespace) -> No
         row(section, label, run)
     planted = plant_variation(bench.loaded)
     for w, a in [(6, 6), (4, 4)]:
-        for label, recipe in [("layer-wise", Recipe(wbits=w, abits=a, norm="layerwise", absorb=())), ("RepQuant", Recipe(wbits=w, abits=a, absorb=()))]:
+        base = Recipe(wbits=w, abits=a, absorb=())
+        for label, recipe in [("layer-wise", replace(base, norm="layerwise")), ("RepQuant", base)]:
             row("planted inter-channel variation", f"{label} W{w}A{a}, original", lambda r=recipe: bench.compiled(r))
             row("planted inter-channel variation", f"{label} W{w}A{a}, planted", lambda r=recipe: bench.compiled(r, planted))
 

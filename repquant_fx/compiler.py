@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -156,13 +157,23 @@ def compile(
             "calibration": {"origin": data.origin, "samples": used.samples, "held_back": held_back.samples,
                             "synthetic": data.synthetic, "seed": seed},
             "capture": {"difference_from_eager": captured.eager_difference, "dynamic_batch": captured.dynamic_batch},
-            "file_bytes": proto.ByteSize(),
+            "file_bytes": proto.ByteSize(), "peak_memory_mb": _peak_memory(),
         })
     if parity is not None:
         parity.raise_on_problems()
     if not isinstance(model, (str, Path)):
         own_tensors(graph_module)  # the caller may go on training
     return CompiledModel(proto, report, graph_module, lowering.quantizers, parity)
+
+
+def _peak_memory() -> float | None:
+    """The largest resident memory of this process so far, in MB; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e6 if sys.platform == "darwin" else 1e3)
 
 
 def _load(model: Any, example_inputs: Sequence[Tensor] | Mapping[str, Tensor] | None, arch: str | None,
