@@ -10,7 +10,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from repquant_fx.errors import PassError
 from repquant_fx.passes.base import Pass, attribute
@@ -64,9 +64,24 @@ class CalibrateActivations(Pass):
                 bounds = clipping.learn_bounds(sample, bits)
             else:
                 bounds = clipping.minmax_bounds(sample, bits)
-            scale, zero_point = parameters_from_range(bounds.low.double(), bounds.up.double(), bits, include_zero=False)
+            low, up = bounds.low.double(), bounds.up.double()
+            if self.group.padded and self._keeps_zeros(graph_module):
+                scale, zero_point = _around_zero(low, up, bits)
+            else:
+                scale, zero_point = parameters_from_range(low, up, bits, include_zero=False)
         for site in sites:
             install(graph_module, site, UniformQuantizer(scale, zero_point, bits))
+
+    def _keeps_zeros(self, graph_module: GraphModule) -> bool:
+        """Whether a padded token comes out of a Linear as exact zeros, which a shift would turn into rounding noise.
+
+        What normalises that output afterwards (cosine attention) would blow the noise up.
+        """
+        for consumer in self.group.consumers:
+            bias = consumer.args[2] if len(consumer.args) > 2 else None
+            if not isinstance(bias, Node) or bool((attribute(graph_module, bias) == 0).any()):
+                return True
+        return False
 
     def _smooth(self, graph_module: GraphModule, sample: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         """SmoothQuant (arXiv 2211.10438, Eq. 4): divide channel j by `max|X_j|^a / max|W_j|^(1-a)`, then use one scale for all.
@@ -115,6 +130,13 @@ class CalibrateActivations(Pass):
                 error = float(((values if product is None else product(values)) - exact).square().mean())
                 best = min(best, (error, scale, steps))
         return LogQuantizer(best[1], site.bits, best[2])
+
+
+def _around_zero(low: Tensor, up: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Per-channel scales with the middle code as everyone's zero point: the reparameterization then shifts nothing."""
+    middle, top = float(1 << (bits - 1)), float((1 << bits) - 1)
+    scale = torch.maximum(-low / middle, up / (top - middle)).clamp(min=1e-8)
+    return scale, torch.full_like(scale, middle)
 
 
 def slot_module(graph_module: GraphModule, site: Site) -> torch.nn.Module:

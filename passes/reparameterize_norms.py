@@ -84,10 +84,10 @@ class ReparameterizeNorms(Pass):
             return
         # an RMS norm has no bias, and zeros padded in after a norm must be shifted too: the shift is added where it is needed
         shift = affine.shift / affine.ratio
-        if not bool(shift.any()):
-            return
         if layer_norm and bias is not None:
             replace_constant(graph_module, norm, 3, (new_bias - shift).float(), bias_name)
+        if not bool(shift.any()):
+            return
         for site in self.group.sites:
             self._add_shift(graph_module, site, name.removesuffix("weight") + "shift", shift.float())
 

@@ -27,7 +27,6 @@ class Family:
         axes: free axes by input; an input that is not named has a free batch.
         outputs: outputs to keep, all where None.
         left: what the report says of norms and softmaxes that are left alone: glob of their module paths to part of the reason.
-        inexact: how far rewriting may change the float output beyond rounding; see `PADDED_COSINE`.
     """
 
     build: Callable[[], nn.Module]
@@ -36,7 +35,6 @@ class Family:
     outputs: tuple[str, ...] | None = None
     float_modules: tuple[str, ...] = ()
     left: Mapping[str, str] = field(default_factory=dict)
-    inexact: float = 0.0
 
     def model(self) -> nn.Module:
         model = redraw(self.build())
@@ -113,9 +111,8 @@ HF_VIT: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidde
 SAM: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 4, "window_size": 3,
                        "global_attn_indexes": [1], "output_channels": 16, "mlp_dim": 48, "num_pos_feats": 8}
 HF_SWIN: dict[str, Any] = {"image_size": 20, "patch_size": 2, "embed_dim": 16, "depths": [2, 1], "num_heads": [1, 2], "window_size": 4}
-# Cosine attention normalises keys without bias: those of zero padding are exactly 0 and stay so, but after a shift they are rounding
-# noise, of which normalising makes a unit vector.
-PADDED_COSINE = 0.1
+
+
 # true reasons to leave a norm alone
 RESIDUAL = "read by"  # the residual (or the next norm) reads it, no Linear does
 PRODUCT = "in blocks.0.attn"  # queries and keys are multiplied with each other
@@ -149,12 +146,12 @@ FAMILIES: dict[str, Family] = {
     "swin": vision(timm("swin_tiny_patch4_window7_224", num_classes=5, **SWIN), 20,
              left={"patch_embed.norm": RESIDUAL}),
     "swin_v2": vision(timm("swinv2_tiny_window8_256", num_classes=5, **SWIN), 20,
-             left={"layers.*.norm?": RESIDUAL}, inexact=PADDED_COSINE),
+             left={"layers.*.norm?": RESIDUAL}),
     "swin_v2_even": vision(timm("swinv2_tiny_window8_256", num_classes=5, **{**SWIN, "img_size": 16}), left={"layers.*.norm?": RESIDUAL}),
     "swin_hf": vision(hf("SwinForImageClassification", "SwinConfig", num_labels=5, **HF_SWIN), 20, "pixel_values",
              left={"swin.embeddings.norm": RESIDUAL}),
     "swin_v2_hf": vision(hf("Swinv2ForImageClassification", "Swinv2Config", num_labels=5, **HF_SWIN), 20, "pixel_values",
-             left={"*.layernorm_*": RESIDUAL}, inexact=PADDED_COSINE),
+             left={"*.layernorm_*": RESIDUAL}),
     "swin_features": vision(timm("swin_tiny_patch4_window7_224", features_only=True, **SWIN), 20,
              left={"patch_embed.norm": RESIDUAL}),
     "sam_timm": vision(timm("samvit_base_patch16", img_size=32, patch_size=4, embed_dim=32, depth=2, num_heads=2, window_size=3,

@@ -149,7 +149,7 @@ def test_rewriting_is_an_identity(name: str) -> None:
     inputs = FAMILIES[name].inputs(3, 5, 4).values()
     with torch.no_grad():
         for found, expected in zip(tensors_in(graph_module(*inputs)), tensors_in(reference(*inputs)), strict=True):
-            assert relative(found, expected) < (FAMILIES[name].inexact or 1e-5)
+            assert relative(found, expected) < 1e-5
 
 
 @pytest.mark.parametrize("name", CASES)
