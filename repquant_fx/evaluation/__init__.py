@@ -49,9 +49,9 @@ class Metric:
 
 METRICS = {
     "accuracy": Metric(accuracy, None, 64, ("seed",), True),
-    "perplexity": Metric(perplexity, "causal-lm", 1, ("tokenizer", "seq_len", "stride", "separator"), False),
+    "perplexity": Metric(perplexity, None, 1, ("tokenizer", "seq_len", "stride", "separator"), False),
     "similarity": Metric(similarity, "feature-extraction", 64, ("seed", "tokenizer", "seq_len"), False),
-    "zero-shot": Metric(zero_shot, "zero-shot-image-classification", 64, ("seed", "tokenizer", "seq_len", "prompts"), True),
+    "zero-shot": Metric(zero_shot, None, 64, ("seed", "tokenizer", "seq_len", "prompts"), True),
 }
 _ARRAYS = (".npz", ".safetensors")
 

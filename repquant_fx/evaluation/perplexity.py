@@ -166,8 +166,9 @@ def _logits(runner: Runner, rows: Sequence[Sequence[int]]) -> Tensor:
     """(rows, length, vocabulary) of rows of one length; a file's fixed length is filled up behind them, where a causal model cannot see."""
     ids, mask = padded(rows, fixed_length(runner))
     outputs = runner(text_inputs(runner, ids, mask))
-    found = outputs.get("logits", next((o for o in outputs.values() if o.ndim == 3 and o.shape[1] == ids.shape[1]), None))
-    if found is None or found.ndim != 3 or found.shape[1] != ids.shape[1]:
+    candidates = [outputs["logits"]] if "logits" in outputs else [o for name, o in outputs.items() if name != "last_hidden_state"]
+    found = next((o for o in candidates if o.ndim == 3 and o.shape[1] == ids.shape[1]), None)
+    if found is None:
         shapes = ", ".join(f"{name} {list(o.shape)}" for name, o in outputs.items())
         raise InputError(f"perplexity is of causal language models, with logits (batch, tokens, vocabulary) for tokens {list(ids.shape)}; "
                          f"{runner.source} gives {shapes}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,9 +73,14 @@ def sequence_length(runner: Runner, tokenizer: Any, wanted: int | None) -> int:
 
 
 def tokenizer_limit(tokenizer: Any) -> int | None:
-    """The longest sequence by the tokenizer's description; None where it states none."""
-    stated = getattr(tokenizer, "model_max_length", None)
-    return int(stated) if stated and stated < _UNLIMITED else None
+    """The longest sequence by the description of the tokenizer, or of the model in its directory; None where neither states one."""
+    limits = [getattr(tokenizer, "model_max_length", None)]
+    try:
+        described = json.loads(Path(str(tokenizer.name_or_path), "config.json").read_text(encoding="utf-8"))
+        limits.append(described.get("text_config", described).get("max_position_embeddings"))
+    except (OSError, ValueError, AttributeError):
+        pass  # a tokenizer alone
+    return min((int(size) for size in limits if isinstance(size, int) and 0 < size < _UNLIMITED), default=None)
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], **options: Any) -> list[list[int]]:
