@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"repquant-fx {VERSION}")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=Parser)
     _add_compile(commands.add_parser("compile", help="quantize a model and write it as ONNX"))
-    _add_evaluate(commands.add_parser("evaluate", help="top-1 and top-5 of a model on labelled images"))
+    _add_evaluate(commands.add_parser("evaluate", help="accuracy, perplexity, similarity or zero-shot accuracy of a model or an exported file"))
     return top
 
 
@@ -124,10 +124,18 @@ def _add_compile(command: argparse.ArgumentParser) -> None:
 def _add_evaluate(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=run_evaluate)
     _add_source(command)
-    command.add_argument("--data", required=True, help="folder with one sub-folder of images a class")
-    command.add_argument("--batch-size", type=int, default=64, help="default 64")
-    command.add_argument("--limit", type=int, help="evaluate a random subset of this size")
-    command.add_argument("--threads", type=int, help="threads of ONNX Runtime")
+    command.add_argument("--data", required=True, help="class folders of images, a text, or sentence pairs (.csv, .tsv, .jsonl)")
+    command.add_argument("--metric", choices=("accuracy", "perplexity", "similarity", "zero-shot"), help="deduced from the data by default")
+    command.add_argument("--batch-size", type=int, help="default 64; of windows of text 1")
+    command.add_argument("--limit", type=int, help="evaluate a random subset of this size; of a text, the first windows")
+    command.add_argument("--threads", type=int, help="threads of the runtime")
+    text = command.add_argument_group("text")
+    text.add_argument("--tokenizer", metavar="DIR", help="directory of a transformers tokenizer (default: beside the model)")
+    text.add_argument("--seq-len", type=int, help="tokens of a window, of a sentence or of a prompt (default: as long as the model takes, "
+                      "at most 2048)")
+    text.add_argument("--stride", type=int, help="tokens from one window to the next (default: half a window)")
+    text.add_argument("--separator", metavar="TEXT", help="what stands between the documents of a text, such as '<|endoftext|>'")
+    text.add_argument("--prompts", metavar="FILE|TEMPLATE", help="for zero-shot: JSON {class folder: [prompt, ...]}, or 'a photo of a {}'")
 
 
 def recipe_from(options: argparse.Namespace) -> Any:
@@ -175,14 +183,15 @@ def run_compile(options: argparse.Namespace) -> int:
 
 
 def run_evaluate(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
     from repquant_fx.evaluation import evaluate
 
-    result = evaluate(options.model, options.data, arch=options.arch, allow_pickle=options.allow_pickle, batch_size=options.batch_size,
-                      limit=options.limit, threads=options.threads, seed=options.seed)
-    if options.json:
-        print(json.dumps({"model": options.model, "top1": result.top1, "top5": result.top5, "samples": result.samples}))
-    else:
-        print(f"top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %  ({result.samples} images)")
+    result = evaluate(options.model, options.data, metric=options.metric, arch=options.arch, allow_pickle=options.allow_pickle,
+                      batch_size=options.batch_size, limit=options.limit, threads=options.threads, seed=options.seed,
+                      tokenizer=options.tokenizer, seq_len=options.seq_len, stride=options.stride, separator=options.separator,
+                      prompts=options.prompts)
+    print(json.dumps({"model": options.model, **asdict(result)}) if options.json else result)
     return 0
 
 

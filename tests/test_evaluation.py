@@ -267,12 +267,12 @@ def test_data_that_cannot_be_used(tmp_path, torch_source):
         evaluate_torch(tmp_path / "none")
     (tmp_path / "labels.csv").write_text("1")
     with pytest.raises(InputError, match="expected class folders"):
-        evaluate_torch(tmp_path / "labels.csv")
+        evaluate_torch(tmp_path / "labels.csv", metric="accuracy")
     for options in ({"batch_size": 0}, {"limit": 0}, {"threads": 0}):
         with pytest.raises(InputError, match="at least 1"):
             evaluate_torch(tmp_path, **options)
     torch_source(Colours(), inputs=2)
-    with pytest.raises(InputError, match="one input"):
+    with pytest.raises(InputError, match="one float input"):
         evaluate_torch(tmp_path)
 
 

@@ -1,15 +1,13 @@
-"""Top-1 and top-5 accuracy of image classifiers: float models in torch, quantized and other ONNX files in ONNX Runtime.
+"""Top-1 and top-5 accuracy of image classifiers.
 
 Images are streamed: threads decode the next batches while the model runs, and nothing is kept.
 """
 
 from __future__ import annotations
 
-import json
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,12 +18,11 @@ from torch import Tensor
 
 from repquant_fx.calibration.data import InputSpec, check_array, check_finite, read_arrays, to_rows
 from repquant_fx.calibration.images import ImageReader, Unreadable, find_images, image_size, read_ahead, stack, unreadable_error
-from repquant_fx.errors import InputError, ModelFileError, RepQuantWarning
+from repquant_fx.errors import InputError, RepQuantWarning
+from repquant_fx.evaluation.runners import Runner, first_rows
 from repquant_fx.progress import progress
 
 Predict: TypeAlias = Callable[[Tensor], Tensor]
-PREPROCESSING_KEY = "repquant_fx.preprocessing"
-_ONNX_FLOATS = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(double)": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -43,6 +40,9 @@ class Accuracy:
     top5: float
     samples: int
     classes: int
+
+    def __str__(self) -> str:
+        return f"top-1 {self.top1:.2f} %  top-5 {self.top5:.2f} %  ({self.samples} images)"
 
 
 @dataclass
@@ -113,41 +113,47 @@ class LabelledArrays:
             yield images, self.labels[rows]
 
 
-@dataclass
-class _Classifier:
-    """What evaluation needs of a model: its image input, its preprocessing, and a function from images to outputs."""
-
-    predict: Predict
-    spec: InputSpec
-    preprocessing: Mapping[str, Any] | None
-
-
-def evaluate(
-    source: str, data: str, *, arch: str | None = None, allow_pickle: bool = False, batch_size: int = 64,
-    limit: int | None = None, threads: int | None = None, seed: int = 0,
-) -> Accuracy:
+def accuracy(runner: Runner, data: Path, *, batch_size: int = 64, limit: int | None = None, seed: int = 0) -> Accuracy:
     """Accuracy of a classifier on labelled images.
 
     Args:
-        source: an ONNX file, run by ONNX Runtime; or anything `load_model` takes, run by torch.
         data: class folders of images (the sorted folder names are the labels), or a .npz or .safetensors with `images`
             (preprocessed, N x C x H x W) and `labels` (N integers).
-        arch: architecture of a bare state dict.
-        allow_pickle: the user trusts the file of `source`; it may execute code.
         batch_size: images a batch; a model with a fixed batch overrides it.
         limit: evaluate a seeded random subset of this many samples.
-        threads: of the runtime; None leaves the choice to it.
         seed: of the subset.
 
     Raises:
-        InputError: data or model cannot be used, do not fit together, or the model is no classifier.
+        InputError: data and model do not fit together, or the model is no classifier.
     """
-    if batch_size < 1 or (limit is not None and limit < 1) or (threads is not None and threads < 1):
-        raise InputError("batch size, limit and threads must be at least 1")
-    if Path(source).suffix.lower() == ".onnx":
-        return _measure(_onnx_classifier(source, threads), data, batch_size, limit, seed)
-    with _torch_threads(threads):
-        return _measure(_torch_classifier(source, arch, allow_pickle), data, batch_size, limit, seed)
+    if len(runner.inputs) != 1 or not runner.inputs[0].dtype.is_floating_point:
+        takes = ", ".join(f"{spec.name} {spec.dtype}".replace("torch.", "") for spec in runner.inputs)
+        raise InputError(f"accuracy is of image classifiers with one float input; {runner.source} takes {takes}")
+    spec = runner.inputs[0]
+    size = runner.limit(spec.name, batch_size)
+    batches: LabelledImages | LabelledArrays
+    folder_classes = None
+    if data.is_dir():
+        batches = labelled_folder(data, image_preprocessing(runner), image_size(spec.shape, runner.preprocessing), size, limit, seed,
+                                  dtype=spec.dtype)
+        folder_classes = len(batches.classes)
+    else:
+        batches = _labelled_arrays(data, spec, size, limit, seed)
+
+    def predict(images: Tensor) -> Tensor:
+        outputs = runner({spec.name: images})
+        if not outputs:
+            raise InputError(f"{runner.source} gives no tensor")
+        return first_rows(outputs.get("logits", next(iter(outputs.values()))), len(images))
+
+    return accuracy_of(predict, progress(batches, len(batches), "evaluating"), folder_classes=folder_classes)
+
+
+def image_preprocessing(runner: Runner) -> Mapping[str, Any] | None:
+    """The model's own preprocessing; warns where there is none."""
+    if not runner.preprocessing:
+        warnings.warn("the model carries no image preprocessing; using its input size with ImageNet mean and std", RepQuantWarning, stacklevel=3)
+    return runner.preprocessing
 
 
 def accuracy_of(
@@ -208,62 +214,10 @@ def labelled_folder(
         raise InputError(f"no images in the class folders of {root}")
     sizes = (3, input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
     reader = ImageReader(preprocessing, image_size((None, *sizes), preprocessing))
-    return LabelledImages([files[i] for i in _subset(len(files), limit, seed)], classes, reader, batch_size, dtype)
-
-
-def preprocessing_from_onnx(path: str | Path) -> dict[str, Any] | None:
-    """The timm data config stored in an ONNX file's metadata, or None.
-
-    Raises:
-        ModelFileError: the file is missing or no ONNX model.
-        InputError: the stored text is not a JSON object.
-    """
-    import onnx
-
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-    except FileNotFoundError as error:
-        raise ModelFileError(f"model file {path} does not exist") from error
-    except Exception as error:
-        raise ModelFileError(f"{path} cannot be read as an ONNX model: {type(error).__name__}: {error}") from error
-    stored = next((entry.value for entry in model.metadata_props if entry.key == PREPROCESSING_KEY), None)
-    if stored is None:
-        return None
-    try:
-        config = json.loads(stored)
-    except ValueError as error:
-        raise InputError(f"{path}: the metadata {PREPROCESSING_KEY} is not JSON: {error}") from error
-    if config is not None and not isinstance(config, dict):
-        raise InputError(f"{path}: the metadata {PREPROCESSING_KEY} is not a JSON object")
-    return config or None
+    return LabelledImages([files[i] for i in subset(len(files), limit, seed)], classes, reader, batch_size, dtype)
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------------
-
-
-def _measure(model: _Classifier, data: str, batch_size: int, limit: int | None, seed: int) -> Accuracy:
-    """Read the data the way the model wants it and measure."""
-    fixed = model.spec.shape[0] if model.spec.shape else None
-    size = fixed or batch_size
-    path = Path(data).expanduser()
-    batches: LabelledImages | LabelledArrays
-    folder_classes = None
-    if path.is_dir():
-        if not model.preprocessing:
-            warnings.warn("the model carries no image preprocessing; using its input size with ImageNet mean and std",
-                          RepQuantWarning, stacklevel=3)
-        if not model.spec.dtype.is_floating_point:
-            raise InputError(f"evaluate is for image classifiers; the input {model.spec.name} is {model.spec.dtype}")
-        target = image_size(model.spec.shape, model.preprocessing)
-        batches = labelled_folder(path, model.preprocessing, target, size, limit, seed, dtype=model.spec.dtype)
-        folder_classes = len(batches.classes)
-    elif path.exists():
-        batches = _labelled_arrays(path, model.spec, size, limit, seed)
-    else:
-        raise InputError(f"evaluation data {path} does not exist: give class folders of images, or a .npz or .safetensors "
-                         "with images and labels")
-    predict = _padded(model.predict, fixed) if fixed else model.predict
-    return accuracy_of(predict, progress(batches, len(batches), "evaluating"), folder_classes=folder_classes)
 
 
 def _labelled_arrays(path: Path, spec: InputSpec, batch_size: int, limit: int | None, seed: int) -> LabelledArrays:
@@ -282,26 +236,14 @@ def _labelled_arrays(path: Path, spec: InputSpec, batch_size: int, limit: int | 
     if not len(labels):
         raise InputError(f"evaluation data {path}: there are no samples to evaluate")
     numbers = torch.from_numpy(labels.astype(np.int64))
-    return LabelledArrays(images, numbers, _subset(len(labels), limit, seed), spec, str(path), batch_size)
+    return LabelledArrays(images, numbers, subset(len(labels), limit, seed), spec, str(path), batch_size)
 
 
-def _subset(count: int, limit: int | None, seed: int) -> list[int]:
+def subset(count: int, limit: int | None, seed: int) -> list[int]:
     """All indices, or `limit` of them by the seed, ascending."""
     if limit is None or limit >= count:
         return list(range(count))
     return sorted(random.Random(seed).sample(range(count), limit))
-
-
-def _padded(predict: Predict, size: int) -> Predict:
-    """`predict` of a model with a fixed batch: a smaller batch is filled with copies of its last image."""
-    def padded(images: Tensor) -> Tensor:
-        missing = size - len(images)
-        if missing <= 0:
-            return predict(images)
-        outputs = predict(torch.cat([images, images[-1:].expand(missing, *images.shape[1:])]))
-        return outputs[:len(images)] if outputs.ndim and len(outputs) == size else outputs
-
-    return padded
 
 
 def _checked_outputs(outputs: Any, count: int) -> Tensor:
@@ -322,80 +264,3 @@ def _check_labels(labels: Tensor, count: int, classes: int, folder_classes: int 
     if int(labels.min()) < 0 or int(labels.max()) >= classes:
         raise InputError(f"labels go from {int(labels.min())} to {int(labels.max())}, "
                          f"but the model has outputs 0 to {classes - 1}")
-
-
-# ---- models ---------------------------------------------------------------------------------------------------------------
-
-
-def _onnx_classifier(path: str, threads: int | None) -> _Classifier:
-    """An ONNX file behind `predict`."""
-    preprocessing = preprocessing_from_onnx(path)  # also says when the file is missing or no model
-    from repquant_fx.runtime import session
-
-    run = session(path, threads=threads)
-    inputs = run.get_inputs()
-    if len(inputs) != 1 or inputs[0].type not in _ONNX_FLOATS:
-        wanted = ", ".join(f"{i.name} {i.type}" for i in inputs)
-        raise InputError(f"evaluate is for image classifiers with one float input; {path} has: {wanted}")
-    name, dtype = inputs[0].name, _ONNX_FLOATS[inputs[0].type]
-    shape = tuple(d if isinstance(d, int) and d > 0 else None for d in inputs[0].shape)
-    output = run.get_outputs()[0].name
-
-    def predict(images: Tensor) -> Tensor:
-        return torch.from_numpy(np.asarray(run.run([output], {name: images.numpy()})[0]))
-
-    return _Classifier(predict, InputSpec(name, shape, dtype), preprocessing)
-
-
-def _torch_classifier(source: str, arch: str | None, allow_pickle: bool) -> _Classifier:
-    """Any other source behind `predict`, in torch."""
-    from repquant_fx.frontends.loading import load_model
-
-    loaded = load_model(source, arch=arch, allow_pickle=allow_pickle)
-    if len(loaded.example_inputs) != 1:
-        raise InputError(f"evaluate is for image classifiers with one input; {source} has {len(loaded.example_inputs)}")
-    example = loaded.example_inputs[0]
-    fixed = None
-    module: Callable[[Tensor], Any]
-    if loaded.exported is not None:
-        module, fixed = loaded.exported.module(check_guards=False), _fixed_batch(loaded.exported)
-    else:
-        assert loaded.module is not None
-        module = loaded.module.eval()
-
-    def predict(images: Tensor) -> Tensor:
-        with torch.inference_mode():
-            return _logits(module(images))
-
-    return _Classifier(predict, InputSpec("input", (fixed, *example.shape[1:]), example.dtype), loaded.preprocessing)
-
-
-def _fixed_batch(program: torch.export.ExportedProgram) -> int | None:
-    """The batch size of a program whose batch is not symbolic."""
-    users = set(program.graph_signature.user_inputs)
-    for node in program.graph.nodes:
-        value = node.meta.get("val")
-        if node.op == "placeholder" and node.name in users and isinstance(value, Tensor) and value.ndim:
-            return value.shape[0] if isinstance(value.shape[0], int) else None
-    return None
-
-
-def _logits(outputs: Any) -> Any:
-    """The outputs of a classifier: a tensor, the `logits` of a record, or the first of several."""
-    if isinstance(outputs, Mapping) and "logits" in outputs:
-        return outputs["logits"]
-    if isinstance(outputs, (tuple, list)) and outputs:
-        return outputs[0]
-    return getattr(outputs, "logits", outputs)
-
-
-@contextmanager
-def _torch_threads(threads: int | None) -> Iterator[None]:
-    """Torch with this many threads, for a while."""
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

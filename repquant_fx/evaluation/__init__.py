@@ -1,0 +1,118 @@
+"""How good is a model? Float models in torch, quantized and other ONNX files in ONNX Runtime, measured by the same code.
+
+| metric | of | data |
+|---|---|---|
+| accuracy | image classifiers | class folders of images, or arrays with labels |
+| perplexity | causal language models | text |
+| similarity | sentence encoders | pairs of sentences with scores |
+| zero-shot | models of texts and images | class folders of images, and prompts |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from repquant_fx.errors import InputError
+from repquant_fx.evaluation.classification import Accuracy, accuracy, accuracy_of, labelled_folder
+from repquant_fx.evaluation.perplexity import Perplexity, perplexity
+from repquant_fx.evaluation.runners import Runner, open_runner, preprocessing_from_onnx, torch_threads
+from repquant_fx.evaluation.similarity import PAIR_SUFFIXES, Similarity, similarity
+from repquant_fx.evaluation.zero_shot import zero_shot
+
+__all__ = ["METRICS", "Accuracy", "Perplexity", "Result", "Runner", "Similarity", "accuracy", "accuracy_of", "deduce_metric", "evaluate",
+           "labelled_folder", "open_runner", "perplexity", "preprocessing_from_onnx", "similarity", "zero_shot"]
+
+Result: TypeAlias = Accuracy | Perplexity | Similarity
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One way to measure.
+
+    Attributes:
+        measure: (runner, data, batch_size=, limit=, options) to a result.
+        task: that a transformers directory is built for; None leaves it to its configuration.
+        batch_size: by default; a window of text fills a machine, an image does not.
+        options: of `evaluate` that belong to it.
+        folders: whether the data is a folder.
+    """
+
+    measure: Callable[..., Result]
+    task: str | None
+    batch_size: int
+    options: tuple[str, ...]
+    folders: bool
+
+
+METRICS = {
+    "accuracy": Metric(accuracy, None, 64, ("seed",), True),
+    "perplexity": Metric(perplexity, None, 1, ("tokenizer", "seq_len", "stride", "separator"), False),
+    "similarity": Metric(similarity, "feature-extraction", 64, ("seed", "tokenizer", "seq_len"), False),
+    "zero-shot": Metric(zero_shot, None, 64, ("seed", "tokenizer", "seq_len", "prompts"), True),
+}
+_ARRAYS = (".npz", ".safetensors")
+
+
+def evaluate(
+    source: str, data: str, *, metric: str | None = None, arch: str | None = None, allow_pickle: bool = False, batch_size: int | None = None,
+    limit: int | None = None, threads: int | None = None, seed: int = 0, tokenizer: str | None = None, seq_len: int | None = None,
+    stride: int | None = None, separator: str | None = None, prompts: str | None = None,
+) -> Result:
+    """Measure a model.
+
+    Args:
+        source: an ONNX file, run by ONNX Runtime; or anything `load_model` takes, run by torch.
+        data: see the metrics' own functions.
+        metric: one of METRICS; by the data where None (see `deduce_metric`).
+        arch: architecture of a bare state dict.
+        allow_pickle: the user trusts the file of `source`; it may execute code.
+        batch_size: images, sentences or windows at a time (64, 64 and 1 where None); a model with a fixed batch overrides it.
+        limit: evaluate a seeded random subset of this many images or pairs, or the first so many windows of a text.
+        threads: of the runtime; None leaves the choice to it.
+        seed: of the subset.
+        tokenizer: directory of a transformers tokenizer; the one beside the model where None.
+        seq_len, stride, separator: of texts; see `perplexity`. seq_len also cuts sentences and prompts.
+        prompts: of classes; see `zero_shot.read_prompts`.
+
+    Raises:
+        InputError: data or model cannot be used, do not fit together, or an option does not belong to the metric.
+    """
+    if any(count is not None and count < 1 for count in (batch_size, limit, threads)):
+        raise InputError("batch size, limit and threads must be at least 1")
+    path = Path(data).expanduser()
+    if not path.exists():
+        raise InputError(f"evaluation data {path} does not exist: give class folders of images, a .npz or .safetensors with images and "
+                         "labels, a text, or sentence pairs")
+    name = metric or deduce_metric(path, prompts)
+    if name not in METRICS:
+        raise InputError(f"there is no metric {name!r}; the metrics are {', '.join(METRICS)}")
+    chosen = METRICS[name]
+    given = {"tokenizer": tokenizer, "seq_len": seq_len, "stride": stride, "separator": separator, "prompts": prompts}
+    options: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    stray = [f"--{key.replace('_', '-')}" for key in options if key not in chosen.options]
+    if stray:
+        raise InputError(f"{', '.join(stray)} does not belong to the metric {name}")
+    if name == "zero-shot" and prompts is None:
+        raise InputError("zero-shot needs --prompts: a JSON file of class prompts, or a template such as 'a photo of a {}'")
+    if path.is_dir() != chosen.folders and not (name == "accuracy" and path.suffix.lower() in _ARRAYS):
+        wanted = ("expected class folders of images" + (", or a .npz or .safetensors" if name == "accuracy" else "")) if chosen.folders else \
+            f"{name} needs a file, not a folder"
+        raise InputError(f"evaluation data {path}: {wanted}")
+    if "seed" in chosen.options:
+        options["seed"] = seed
+    with torch_threads(threads):
+        runner = open_runner(source, arch=arch, allow_pickle=allow_pickle, threads=threads, task=chosen.task)
+        return chosen.measure(runner, path, batch_size=batch_size or chosen.batch_size, limit=limit, **options)
+
+
+def deduce_metric(data: Path, prompts: str | None = None) -> str:
+    """zero-shot where there are prompts; else accuracy for folders and arrays, similarity for .csv, .tsv and .jsonl, perplexity for any
+    other file."""
+    if prompts is not None:
+        return "zero-shot"
+    if data.is_dir() or data.suffix.lower() in _ARRAYS:
+        return "accuracy"
+    return "similarity" if data.suffix.lower() in PAIR_SUFFIXES else "perplexity"
