@@ -494,7 +494,7 @@ def test_evaluate_file_and_source(place: Path, tmp_path: Path, cli) -> None:
     """Both as timm's own preprocessing and the model itself say: 35 of 40 pictures stand in the folder that the float model sees."""
     source = cli("evaluate", place / "weights.safetensors", "--data", place / "images", "--json", "--batch-size", "7")
     assert source.code == 0, source.err
-    assert source.json == {"model": str(place / "weights.safetensors"), "top1": 87.5, "top5": 100.0, "samples": 40}
+    assert source.json == {"model": str(place / "weights.safetensors"), "top1": 87.5, "top5": 100.0, "samples": 40, "classes": 5}
     out = tmp_path / "m.onnx"
     assert cli("compile", place / "weights.safetensors", "--calib", place / "images", "--out", out, "--no-check", *FAST).code == 0
     predict = predictions_of(vit(depth=1))
