@@ -26,7 +26,8 @@ from torch import nn
 import repquant_fx
 from repquant_fx import Recipe, repq_vit
 from repquant_fx import compiler as compiler_module
-from repquant_fx.cli import main, parser, recipe_from
+from repquant_fx.cli import main, parser
+from repquant_fx.cli.method import recipe_from
 from repquant_fx.recipe import CHOICES
 from repquant_fx.runtime import session
 

@@ -1,0 +1,44 @@
+"""What the commands share: the parser class, the options that name a model, and small readers of values."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+from repquant_fx.errors import InputError
+
+SOURCES = "a file (.pt2, .pt, .safetensors), a transformers directory, hf:OWNER/NAME, or timm:NAME[,key=value...][,pretrained]"
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports wrong options like every other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}\n{self.format_usage().strip()}")
+
+
+def add_source(command: argparse.ArgumentParser) -> None:
+    """The model, and what every command that loads one takes."""
+    command.add_argument("model", help=SOURCES)
+    command.add_argument("--arch", help="architecture of a state dict, e.g. timm:vit_small_patch16_224,num_classes=10")
+    command.add_argument("--allow-pickle", action="store_true", help="load files that execute code; only for files you trust")
+    command.add_argument("--seed", type=int, default=0, help="chooses samples and every random number (default 0)")
+    command.add_argument("--debug", action="store_true", help="show tracebacks and warnings of libraries")
+    command.add_argument("--json", action="store_true", help="print the result as one JSON object on stdout")
+
+
+def read_shape(text: str | None) -> list[int] | None:
+    """Sizes such as `3,224,224`.
+
+    Raises:
+        InputError: not positive integers.
+    """
+    if text is None:
+        return None
+    try:
+        sizes = [int(part) for part in text.lower().replace("x", ",").split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or any(s < 1 for s in sizes):
+        raise InputError(f"--input-shape takes positive sizes such as 3,224,224; found {text!r}")
+    return sizes
