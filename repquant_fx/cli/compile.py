@@ -30,28 +30,40 @@ def add(command: argparse.ArgumentParser) -> None:
     data.add_argument("--seq-len", type=int, help="tokens of a calibration sequence (default 128, fewer if the model takes fewer)")
     data.add_argument("--tokenizer", metavar="DIR", help="directory of a transformers tokenizer, where the model brings none")
     data.add_argument("--batch-size", type=int, default=32, help="default 32")
+    long = command.add_argument_group("long compiles (under torchrun the processes share the calibration data)")
+    long.add_argument("--work-dir", type=Path, metavar="DIR", help="keep finished layers here; the same command goes on after an interruption")
+    long.add_argument("--offload-dir", type=Path, metavar="DIR", help="keep values between layers in a temporary file here, not in memory")
     add_method(command)
     command.add_argument("--check", action=argparse.BooleanOptionalAction, default=True,
                          help="compare ONNX Runtime with the FX reference (default on)")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Compile, save, summarise; returns the exit code."""
+    """Compile, save, summarise; returns the exit code. Of several processes that torchrun started, the first one writes."""
     recipe = recipe_from(options)  # cheap checks first: nothing is loaded for a wrong option or an output that cannot be written
     shape = read_shape(options.input_shape)
-    from repquant_fx.files import check_writable
+    from repquant_fx.files import check_folder, check_writable
 
     check_writable(options.out, options.force)
     if options.report is not None:
         check_writable(options.report, options.force)
         if options.report.resolve() == options.out.resolve():
             raise InputError("--out and --report name the same file")
-    from repquant_fx import report
+    for folder in (options.work_dir, options.offload_dir):
+        if folder is not None:
+            check_folder(folder)
+    from repquant_fx import progress, report
     from repquant_fx.compiler import compile
+    from repquant_fx.distributed import joined
 
-    compiled = compile(options.model, recipe, calibration=options.calib, samples=options.calib_samples, batch_size=options.batch_size,
-                       seed=options.seed, arch=options.arch, input_shape=shape, allow_pickle=options.allow_pickle, check=options.check,
-                       task=options.task, seq_len=options.seq_len, tokenizer=options.tokenizer)
+    with joined() as world:
+        progress.enabled = progress.enabled and world.rank == 0
+        compiled = compile(options.model, recipe, calibration=options.calib, samples=options.calib_samples, batch_size=options.batch_size,
+                           seed=options.seed, arch=options.arch, input_shape=shape, allow_pickle=options.allow_pickle, check=options.check,
+                           task=options.task, seq_len=options.seq_len, tokenizer=options.tokenizer, work_dir=options.work_dir,
+                           offload_dir=options.offload_dir, distributed=world.size > 1)
+    if world.rank:
+        return 0
     compiled.save(options.out, force=options.force, report=options.report)
     print(report.summary(compiled.report), file=sys.stderr)
     print(f"wrote {options.out} ({compiled.report['file_bytes'] / 1e6:.2f} MB)", file=sys.stderr)
