@@ -78,6 +78,8 @@ def open_ledger(work_dir: str | Path | None, digest: str, about: Mapping[str, An
     except OSError as error:
         raise OutputError(f"cannot work in {folder}: {error.strerror or error}") from error
     try:
+        for leftover in folder.glob(".*"):  # of a file that was being written when a process was killed
+            leftover.unlink()
         write_atomically(folder / "about.json", (json.dumps({**about, "fingerprint": digest}, indent=2) + "\n").encode())
         yield Ledger(folder, world)
     finally:

@@ -68,11 +68,14 @@ def weights_from_tensors(group: Group, tensors: Mapping[str, Tensor]) -> dict[No
     """The inverse, by consumer.
 
     Raises:
-        KeyError: the tensors are of another group.
+        KeyError, ValueError: the tensors are of another group.
     """
     chosen: dict[Node, ChosenWeight] = {}
     for index, consumer in enumerate(group.consumers if group.kind != "matmul" else ()):
         weight = QuantizedWeight(tensors[f"weight.{index}.codes"], tensors[f"weight.{index}.scale"])
+        node = consumer.args[1]
+        if not isinstance(node, Node) or weight.codes.shape != node.meta["val"].shape or weight.codes.dtype != torch.int8:
+            raise ValueError(f"codes {tuple(weight.codes.shape)} of {consumer.name}")
         errors = tensors.get(f"weight.{index}.errors")
-        chosen[consumer] = ChosenWeight(weight, tensors.get(f"weight.{index}.bias"), None if errors is None else tuple(errors.tolist()))
+        chosen[consumer] = ChosenWeight(weight, tensors.get(f"weight.{index}.bias"), None if errors is None else (float(errors[0]), float(errors[1])))
     return chosen

@@ -241,7 +241,7 @@ class _State:
 def _quantize_group(state: _State, segment: Segment, group: Group, name: str) -> None:
     """Decide about a group, or take what was decided before, and rewrite the graph accordingly."""
     graph_module, recipe, ledger = state.graph_module, state.recipe, state.ledger
-    quantizers, chosen = _recorded(graph_module, group, ledger.load(name))
+    quantizers, chosen = _recorded(group, ledger.load(name))
     fresh = quantizers is None
     if quantizers is None:
         state.reach(segment)
@@ -263,15 +263,14 @@ def _quantize_group(state: _State, segment: Segment, group: Group, name: str) ->
         ledger.save(name, tensors)
 
 
-def _recorded(graph_module: GraphModule, group: Group,
-              tensors: Tensors | None) -> tuple[dict[str, torch.nn.Module] | None, dict[Node, ChosenWeight] | None]:
+def _recorded(group: Group, tensors: Tensors | None) -> tuple[dict[str, torch.nn.Module] | None, dict[Node, ChosenWeight] | None]:
     """The decisions that were kept about a group; None where there are none that fit it."""
     if tensors is None:
         return None, None
     try:
         quantizers, chosen = decisions.quantizers_from_tensors(group, tensors), decisions.weights_from_tensors(group, tensors)
-    except KeyError as error:
-        warnings.warn(f"what the work directory holds about {group.path} does not fit ({error} is missing); it is made anew",
+    except (KeyError, ValueError) as error:
+        warnings.warn(f"what the work directory holds about {group.path} does not fit ({error}) and is made anew",
                       RepQuantWarning, stacklevel=2)
         return None, None
     return quantizers, chosen
