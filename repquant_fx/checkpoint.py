@@ -102,4 +102,4 @@ def fingerprint(graph_module: GraphModule, batches: Sequence[tuple[Tensor, ...]]
 
 def _update(digest: hashlib._Hash, tensor: Tensor) -> None:
     digest.update(f"\n{tensor.dtype} {list(tensor.shape)} ".encode())
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

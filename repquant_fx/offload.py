@@ -110,8 +110,8 @@ def _write(file: IO[bytes], values: Values) -> tuple[Values, list[tuple[int, int
         if storage.data_ptr() not in known:
             known[storage.data_ptr()] = len(places)
             places.append((file.tell(), storage.nbytes()))
-            file.write(memoryview(torch.empty(0, dtype=torch.uint8).set_(storage).numpy()))
-        kept[node] = _View(known[storage.data_ptr()], value.storage_offset(), value.dtype, tuple(value.shape), value.stride())
+            file.write(memoryview(torch.empty(0, dtype=torch.uint8).set_(storage).numpy()))  # type: ignore[arg-type]
+        kept[node] = _View(known[storage.data_ptr()], int(value.storage_offset()), value.dtype, tuple(value.shape), value.stride())
     return kept, places
 
 
