@@ -114,7 +114,7 @@ class Recipe:
             value = getattr(self, name)
             if value not in allowed:
                 raise RecipeError(f"{name} must be one of {', '.join(allowed)}; found {value!r}{_nearest(value, allowed)}")
-        if isinstance(self.absorb, str) or not all(kind in ABSORB for kind in self.absorb):
+        if not isinstance(self.absorb, (list, tuple)) or not all(kind in ABSORB for kind in self.absorb):
             raise RecipeError(f"absorb must be a list of {', '.join(ABSORB)}, or empty; found {self.absorb!r}")
         object.__setattr__(self, "absorb", tuple(self.absorb))
         for name in ("correction", "gptq", "gptq_activation_order"):

@@ -29,14 +29,14 @@ def write(recipe: Recipe, form: str = "yaml") -> str:
     lines = ["# A recipe of repquant-fx; a setting that is left out keeps its default.",
              "# `repquant-fx recipe schema` prints the JSON schema of this file.", ""]
     for name, value in data.items():
-        lines += [*_comment(words[name] + _allowed(name)), f"{name}{': ' if yaml else ' = '}{json.dumps(value)}", ""]
+        lines += [*_comment(words[name] + _allowed(name)), f"{name}{': ' if yaml else ' = '}{_value(value)}", ""]
     lines += _comment(words["layers"] + " The last rule that matches wins, setting by setting. For example:")
     lines += [f"#   {line}" for line in (f"- {_EXAMPLE[0]}" if yaml else _EXAMPLE[1]).splitlines()]
     if yaml:
         lines += ["layers:" + (" []" if not rules else ""), *(f"  - {{{_pairs(rule, ': ')}}}" for rule in rules)]
     else:
         for rule in rules:
-            lines += ["", "[[layers]]", *(f"{key} = {json.dumps(value)}" for key, value in rule.items())]
+            lines += ["", "[[layers]]", *(f"{key} = {_value(value)}" for key, value in rule.items())]
     return "\n".join(lines) + "\n"
 
 
@@ -92,4 +92,10 @@ def _comment(text: str) -> list[str]:
 
 
 def _pairs(rule: dict[str, Any], separator: str) -> str:
-    return ", ".join(f"{key}{separator}{json.dumps(value)}" for key, value in rule.items())
+    return ", ".join(f"{key}{separator}{_value(value)}" for key, value in rule.items())
+
+
+def _value(value: Any) -> str:
+    """A scalar or a list of strings, as YAML 1.1 and TOML both read it: JSON, but an exponent needs a decimal point before it."""
+    text = json.dumps(value)
+    return text.replace("e", ".0e") if isinstance(value, float) and "e" in text and "." not in text else text
