@@ -17,6 +17,7 @@ import onnx
 
 from repquant_fx.errors import InputError, ModelFileError
 from repquant_fx.exporters.metadata import PREFIX
+from repquant_fx.files import MODEL
 
 RECORD = "layers"  # key of the metadata
 KINDS = {"norm_linear": "norm → linear", "linear": "linear", "conv": "convolution", "matmul": "matmul"}
@@ -278,11 +279,13 @@ def _totals(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def inspect(source: str, recipe: Any = None, **options: Any) -> Inspection:
-    """`inspect_file` of a `.onnx`, `inspect_model` of anything else.
+    """`inspect_file` of a `.onnx` or of the one in a directory that `compile` wrote, `inspect_model` of anything else.
 
     Raises:
         InputError: it cannot be read, or a recipe was given for a file that has its own.
     """
+    if (Path(source) / MODEL).is_file():
+        source = str(Path(source) / MODEL)
     if not is_file(source):
         return inspect_model(source, recipe, **options)
     from repquant_fx.recipe import Recipe

@@ -73,6 +73,7 @@ def test_an_image_model_with_its_processor(place: Path, tmp_path: Path, capsys: 
 
 def test_a_timm_model_says_how_images_are_prepared(tmp_path: Path) -> None:
     assert main(["compile", ARCH, "--calib-samples", "8", "--out", str(tmp_path / "timm"), "--quiet", *FAST]) == 0
+    assert main(["inspect", str(tmp_path / "timm")]) == 0
     about = json.loads((tmp_path / "timm" / "config.json").read_text())
     assert about["architecture"] == "vit_tiny_patch16_224" and about["num_classes"] == 5
     from timm.data import create_transform
