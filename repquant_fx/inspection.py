@@ -192,10 +192,10 @@ def kind_of(group: str, site: str) -> str:
 
 
 def _constants(codes: str) -> list[str]:
-    """Names of the tensors that belong to a layer's weight: codes, scales, and those of the bias."""
+    """Names of the tensors that belong to a layer's weight: codes, scales, zero points, and those of the bias."""
     weight = codes.removesuffix("_quantized")
     bias = weight[:weight.rfind("weight")] + "bias" if "weight" in weight else f"{weight}_bias"
-    return [codes, f"{weight}_scale", bias, f"{bias}_quantized", f"{bias}_scale"]
+    return [codes, f"{weight}_scale", f"{weight}_zero_point", bias, f"{bias}_quantized", f"{bias}_scale"]
 
 
 def _elements(tensor: onnx.TensorProto | None) -> int:
@@ -211,7 +211,7 @@ def _bytes(tensor: onnx.TensorProto | None) -> int:
 def _audited(path: str | Path, layers: Sequence[Mapping[str, Any]]) -> dict[int, tuple[bool, str]]:
     """(whether ONNX Runtime computes it with integers, why not) of each layer, by its index; empty where there is no audit."""
     try:
-        from repquant_fx.audit import audit  # type: ignore[import-not-found,unused-ignore]
+        from repquant_fx.audit import audit
     except ImportError:
         return {}
     products: dict[str, list[Any]] = {}

@@ -47,8 +47,9 @@ def test_sizes_add_up(swin: Path) -> None:
     weights = [p for n, p in small_swin().named_parameters() if p.ndim in (2, 4) and "bias" not in n]
     assert about["quantized_parameters"] == sum(p.numel() for p in weights)
     qkv = next(row for row in found.rows if row.site.endswith("0.attn.qkv/input"))
-    # 48x16 codes at 4 bits, 48 scales, 48 int32 biases with 48 scales, one scale and one zero point
-    assert qkv.parameters == 768 and qkv.bytes == 384 + 3 * 48 * 4 + 4 + 1
+    # 48x16 codes at 4 bits, 48 scales and int8 zero points, 48 int32 biases with 48 scales, one scale and one zero point
+    assert qkv.parameters == 768 and qkv.bytes == 384 + 48 * 5 + 2 * 48 * 4 + 4 + 1
+    assert qkv.bytes == sum(len(t.raw_data) or 1 for t in tensors if t.name.startswith("layers.0.blocks.0.attn.qkv."))
 
 
 class Shared(nn.Module):
@@ -133,6 +134,17 @@ def test_products_belong_to_their_layers_in_order(swin: Path, monkeypatch: pytes
     assert row_of(found, "blocks.0.attn/value").integer is False and row_of(found, "blocks.0.attn/value").reason == "float softmax"
     assert {row_of(found, f"blocks.1.attn/{name}").integer for name in ("key", "probabilities")} == {False}  # fewer products: none is claimed
     assert row_of(found, "head.fc/input").integer is None and found.about["integer_sites"] == 3
+
+
+def test_the_real_audit(swin: Path) -> None:
+    from repquant_fx.audit import audit
+
+    found, products = inspect_file(swin), {product.path: product for product in audit(swin)}
+    for row in found.rows:
+        assert row.integer is not None
+        if row.weight_bits:
+            assert row.integer == products[row.layers[0]].integer and row.reason == products[row.layers[0]].reason
+    assert row_of(found, "blocks.0.attn/key").integer and "logarithmic" in row_of(found, "blocks.0.attn/value").reason
 
 
 # ---- refusals -----------------------------------------------------------------------------------------------------------------

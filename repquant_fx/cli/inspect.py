@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from repquant_fx.cli.common import SOURCES, add_source, read_shape
@@ -89,7 +90,8 @@ def totals(found: Inspection) -> list[str]:
     else:
         known = sum(row.integer is not None for row in found.rows)
         lines.append(f"computed with integers by ONNX Runtime: {about['integer_sites']} of {known}")
-        lines += [f"  {row.site}: {row.reason}" for row in found.rows if row.integer is False and row.reason]
+        reasons = Counter(row.reason for row in found.rows if row.integer is False)
+        lines += [f"  {count} not: {reason or 'for no known reason'}" for reason, count in reasons.items()]
     lines.append(f"file {_size(about['file_bytes'])}: weights {_size(about['quantized_bytes'])}, other constants {_size(about['other_bytes'])}; "
                  f"in float {_size(about['float_bytes'])}, {about['float_bytes'] / max(about['file_bytes'], 1):.2f} times as much")
     return [f"{found.source}: {about['bits']}, {about['method']}, written by repquant-fx {about['version']}", *lines]
