@@ -28,7 +28,7 @@ RECIPE = Recipe(wbits=4, abits=4)
 
 
 def compiled(work_dir: Path | None, model: nn.Module | None = None, recipe: Recipe = RECIPE, **options: Any) -> CompiledModel:
-    return compile(model or redraw(Encoder()), recipe, calibration=options.pop("calibration", sequences(24)), batch_size=8, check=False,
+    return compile(model or redraw(Encoder()), options.pop("calibration", sequences(24)), recipe, batch_size=8, check=False,
                    example_inputs=[sequences(2)], work_dir=work_dir, **options)
 
 

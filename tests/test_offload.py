@@ -49,7 +49,7 @@ def test_the_same_bytes(which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     written = []
     write = offload_module._write
     monkeypatch.setattr(offload_module, "_write", lambda file, values: written.append(len(values)) or write(file, values))
-    inside, outside = (compile(model, Recipe(4, 4), calibration=x, batch_size=8, check=False, example_inputs=[x[:2]], offload_dir=folder)
+    inside, outside = (compile(model, x, Recipe(4, 4), batch_size=8, check=False, example_inputs=[x[:2]], offload_dir=folder)
                        for folder in (None, tmp_path / "new"))
     assert inside.to_bytes() == outside.to_bytes()
     assert len(written) == 2 * 3 * (outside.report["segments"] - 1), "both models, every batch, every cut"
