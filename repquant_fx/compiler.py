@@ -34,7 +34,7 @@ from repquant_fx.frontends.memory import from_memory
 from repquant_fx.passes.base import own_tensors, run_passes, shared_copy
 from repquant_fx.passes.insert_observers import InsertObservers
 from repquant_fx.passes.lower_to_qdq import LowerToQDQ
-from repquant_fx.passes.match_sites import MatchSites
+from repquant_fx.passes.match_sites import MatchSites, Plan
 from repquant_fx.passes.normal_form import normalize
 from repquant_fx.pipeline import absorb_scales, quantize_sequentially
 from repquant_fx.recipe import LayerRule, Recipe
@@ -119,21 +119,11 @@ def compile(
         InputError: something given cannot be used (its subclasses say what).
         ParityError: the exported model disagrees with the reference beyond float rounding.
     """
-    recipe = recipe or Recipe()
-    torch.manual_seed(seed)
-    loaded = _load(model, example_inputs, arch, input_shape, allow_pickle, task)
-    if loaded.float_modules:  # the recipe's own rules come later, so they win
-        recipe = replace(recipe, layers=(*(LayerRule(glob, skip=True) for glob in loaded.float_modules), *recipe.layers))
-    captured = _capture(loaded)
-    graph_module = normalize(captured.graph_module)
-    matching = MatchSites(recipe)
-    run_passes(graph_module, [matching])
-    plan = matching.plan
-    if not plan.groups:
-        reasons = "; ".join(f"{item.operator} at {item.path}: {item.reason}" for item in plan.left_alone[:3])
-        raise InputError("nothing to quantize: the graph has no Linear, convolution or matrix product that the recipe does not skip"
-                         + (f" ({reasons})" if reasons else ""))
-    data = _calibration_data(captured, loaded, calibration, samples, batch_size, seed, seq_len, tokenizer)
+    prepared = prepare(model, recipe, calibration=calibration, samples=samples, batch_size=batch_size, seed=seed,
+                       example_inputs=example_inputs, arch=arch, input_shape=input_shape, allow_pickle=allow_pickle, task=task,
+                       seq_len=seq_len, tokenizer=tokenizer)
+    recipe, loaded, captured, data = prepared.recipe, prepared.loaded, prepared.captured, prepared.data
+    graph_module, plan = prepared.graph_module, prepared.plan
     used, held_back = data.split_held_back(HELD_BACK)
     batches = list(used.batches)
     absorb_scales(graph_module, plan, batches, recipe)
@@ -164,6 +154,48 @@ def compile(
     if not isinstance(model, (str, Path)):
         own_tensors(graph_module)  # the caller may go on training
     return CompiledModel(proto, report, graph_module, lowering.quantizers, parity)
+
+
+@dataclass
+class Prepared:
+    """A model in normal form with what is to be quantized in it, and the data to calibrate it with; nothing is rewritten yet.
+
+    Attributes:
+        recipe: as given, with rules for the modules that the model wants in float.
+    """
+
+    recipe: Recipe
+    loaded: LoadedModel
+    captured: Captured
+    graph_module: GraphModule
+    plan: Plan
+    data: CalibrationSet
+
+
+def prepare(
+    model: str | Path | nn.Module | torch.export.ExportedProgram | LoadedModel, recipe: Recipe | None = None, *,
+    calibration: str | Callable[[], Any] | Sequence[Any] | Tensor | None = None, samples: int | None = None, batch_size: int = 32,
+    seed: int = 0, example_inputs: Sequence[Tensor] | Mapping[str, Tensor] | None = None, arch: str | None = None,
+    input_shape: Sequence[int] | None = None, allow_pickle: bool = False, task: str | None = None, seq_len: int | None = None,
+    tokenizer: Any | None = None,
+) -> Prepared:
+    """Load, capture, match and read the calibration data: what every analysis starts from. Arguments and errors are those of `compile`."""
+    recipe = recipe or Recipe()
+    torch.manual_seed(seed)
+    loaded = _load(model, example_inputs, arch, input_shape, allow_pickle, task)
+    if loaded.float_modules:  # the recipe's own rules come later, so they win
+        recipe = replace(recipe, layers=(*(LayerRule(glob, skip=True) for glob in loaded.float_modules), *recipe.layers))
+    captured = _capture(loaded)
+    graph_module = normalize(captured.graph_module)
+    matching = MatchSites(recipe)
+    run_passes(graph_module, [matching])
+    plan = matching.plan
+    if not plan.groups:
+        reasons = "; ".join(f"{item.operator} at {item.path}: {item.reason}" for item in plan.left_alone[:3])
+        raise InputError("nothing to quantize: the graph has no Linear, convolution or matrix product that the recipe does not skip"
+                         + (f" ({reasons})" if reasons else ""))
+    data = _calibration_data(captured, loaded, calibration, samples, batch_size, seed, seq_len, tokenizer)
+    return Prepared(recipe, loaded, captured, graph_module, plan, data)
 
 
 def _peak_memory() -> float | None:

@@ -1,0 +1,181 @@
+"""Mixed precision beside uniform bits at equal size, under ONNX Runtime: the table of the README.
+
+    python benchmarks/mixed_precision.py --calib train_folder --data test_folder \\
+        --minilm FOLDER --sts stsb-en-dev.csv --text wiki.test.raw --results benchmarks/results/mixed_precision.json
+
+For each mean number of bits: all layers with these bits; bits of weights searched, those of activations uniform; and bits of activations
+searched too. Size is that of the weights as information (2 and 3 bits are stored as 4 in the file). Bits are out of 2, 3, 4, 6 and 8. The
+search sees the calibration samples alone; what is printed is measured on the test data, from the exported file. Rows that `--results`
+already holds are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accuracy import MODELS, Bench, onnx_predictor
+from language import Similarity
+from torch import Tensor
+
+from repquant_fx import Recipe, compile
+from repquant_fx.compiler import CompiledModel
+from repquant_fx.frontends.loading import LoadedModel, load_model
+from repquant_fx.sensitivity import Sensitivity, search, sensitivity
+
+HERE = Path(__file__).parent
+CHOICES = (2, 3, 4, 6, 8)
+BITS = [(4, 4), (3, 4), (3, 3)]
+LABELS = {"uniform": "uniform", "weights": "searched weights", "both": "searched weights and activations"}
+
+
+class Images:
+    """Top-1 of a classifier in percent, and SQNR of its logits, over a folder."""
+
+    metric = "top-1 %"
+
+    def __init__(self, loaded: LoadedModel, calib: str, data: str, samples: int, seed: int) -> None:
+        self.loaded, self.batch_size = loaded, 32
+        self.bench = Bench("", loaded, calib, data, samples, seed)
+        self.calibration = self.bench.calibration
+
+    def float_score(self) -> float:
+        return 100 * float((self.bench.float_logits.argmax(1) == self.bench.labels).double().mean())
+
+    def measure(self, compiled: CompiledModel) -> tuple[float, float]:
+        found = self.bench.measure(onnx_predictor(compiled.session(torch.get_num_threads())))
+        return found["top1"], found["sqnr_db"]
+
+
+class Sentences:
+    """Spearman correlation on sentence pairs, and SQNR of the outputs of their tokens."""
+
+    metric = "Spearman x 100"
+
+    def __init__(self, loaded: LoadedModel, pairs: Path, text: Path, samples: int, seed: int) -> None:
+        self.loaded, self.batch_size = loaded, 16
+        self.bench = Similarity(loaded, pairs, text, samples, seed)
+        self.calibration = self.bench.calibration
+        self.expected: list[Tensor] = []
+
+    def float_score(self) -> float:
+        def predict(ids: Tensor, mask: Tensor) -> Tensor:
+            with torch.no_grad():
+                hidden = next(iter(self.loaded.module(input_ids=ids, attention_mask=mask).values()))  # type: ignore[misc]
+            self.expected.append(hidden * mask[..., None])
+            return hidden
+
+        self.expected = []
+        return self.bench.measure(predict)
+
+    def measure(self, compiled: CompiledModel) -> tuple[float, float]:
+        if not self.expected:
+            self.float_score()
+        session, expected = compiled.session(torch.get_num_threads()), iter(self.expected)
+        signal = noise = 0.0
+
+        def predict(ids: Tensor, mask: Tensor) -> Tensor:
+            nonlocal signal, noise
+            hidden, reference = torch.from_numpy(session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})[0]), next(expected)
+            signal += float(reference.square().sum())
+            noise += float((hidden * mask[..., None] - reference).square().sum())
+            return hidden
+
+        score = self.bench.measure(predict)
+        return score, 10 * float(np.log10(signal / noise))
+
+
+def run_all(name: str, bench: Any, path: Path, only: str | None, seed: int) -> None:
+    count = len(bench.calibration["input_ids"] if isinstance(bench.calibration, dict) else bench.calibration)
+    source = {"calibration": bench.calibration, "samples": count, "batch_size": bench.batch_size, "seed": seed}
+    analysed: dict[int, Sensitivity] = {}
+
+    def row(label: str, run: Callable[[], dict[str, Any]]) -> None:
+        everything = json.loads(path.read_text()) if path.exists() else {}
+        found = everything.setdefault(name, {"metric": bench.metric, "calibration": count, "rows": {}})["rows"]
+        if label in found or (only and not re.search(only, label)):
+            return
+        found[label] = run()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(everything, indent=1) + "\n")
+        print(f"{name:10s} {label:50s} " + " ".join(f"{k} {v:.3f}" for k, v in found[label].items() if isinstance(v, float)), flush=True)
+
+    def compiled(recipe: Recipe, **about: Any) -> dict[str, Any]:
+        start = time.perf_counter()
+        result = compile(bench.loaded, recipe, check=False, **source)
+        seconds = time.perf_counter() - start
+        score, db = bench.measure(result)
+        return {"score": score, "sqnr_db": db, "compile_seconds": seconds, "file_megabytes": result.report["file_bytes"] / 1e6, **about}
+
+    def analyse(abits: int) -> Sensitivity:
+        if abits not in analysed:
+            start = time.perf_counter()
+            analysed[abits] = sensitivity(bench.loaded, Recipe(wbits=4, abits=abits), weight_choices=CHOICES, activation_choices=CHOICES, **source)
+            print(f"{name:10s} sensitivity: {time.perf_counter() - start:.0f} s", flush=True)
+        return analysed[abits]
+
+    def uniform(w: int, a: int) -> dict[str, Any]:
+        weights = sum(u.elements for u in analyse(a).units if u.kind == "weights")
+        return compiled(Recipe(wbits=w, abits=a), weight_kilobytes=weights * w / 8e3)
+
+    def searched(w: int, a: int, both: bool) -> dict[str, Any]:
+        found = search(bench.loaded, Recipe(wbits=w, abits=a), sensitivity=analyse(a), target_size=f"{w}b", count="information",
+                       choices=CHOICES, activation_choices=CHOICES, mean_abits=a if both else None)
+        print(found, flush=True)
+        return compiled(found.recipe, weight_kilobytes=found.weight_bytes / 1e3, bits_per_weight=found.bits_per_weight,
+                        mean_abits=found.mean_abits, recipe=found.recipe.to_dict())
+
+    row("float", lambda: {"score": bench.float_score()})
+    for w, a in BITS:
+        row(f"{LABELS['uniform']} W{w}A{a}", lambda w=w, a=a: uniform(w, a))  # type: ignore[misc]
+        row(f"{LABELS['weights']} W{w}A{a}", lambda w=w, a=a: searched(w, a, False))  # type: ignore[misc]
+        row(f"{LABELS['both']} W{w}A{a}", lambda w=w, a=a: searched(w, a, True))  # type: ignore[misc]
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: one row a mean number of bits and way, three columns a model."""
+    names = list(results)
+    lines = ["| mean bits | | " + " | ".join(f"{n} kB | {results[n]['metric']} | SQNR dB" for n in names) + " |",
+             "|---|---|" + "---:|---:|---:|" * len(names)]
+    lines.append("| float | | " + " | ".join(f" | {results[n]['rows']['float']['score']:.2f} | " for n in names) + " |")
+    for w, a in BITS:
+        for label in LABELS.values():
+            cells = []
+            for name in names:
+                entry = results[name]["rows"].get(f"{label} W{w}A{a}")
+                cells.append(" | ".join([f"{entry['weight_kilobytes']:.0f}", f"{entry['score']:.2f}", f"{entry['sqnr_db']:.2f}"] if entry else [""] * 3))
+            lines.append(f"| W{w}A{a} | {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calib", help="image folder to calibrate with")
+    parser.add_argument("--data", help="class folders to evaluate on")
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
+    for name in ("minilm", "sts", "text"):
+        parser.add_argument(f"--{name}", type=Path)
+    parser.add_argument("--results", type=Path, default=HERE / "results/mixed_precision.json")
+    parser.add_argument("--samples", type=int, default=256, help="images (default 256)")
+    parser.add_argument("--lines", type=int, default=64, help="lines of text (default 64)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", help="rows whose label this regular expression finds")
+    args = parser.parse_args()
+    if args.calib and args.data:
+        for name in args.models:
+            run_all(name, Images(load_model(MODELS[name]), args.calib, args.data, args.samples, args.seed), args.results, args.only, args.seed)
+    if args.minilm and args.sts and args.text:
+        loaded = load_model(args.minilm, task="feature-extraction")
+        run_all("MiniLM-L6", Sentences(loaded, args.sts, args.text, args.lines, args.seed), args.results, args.only, args.seed)
+    print(table(json.loads(args.results.read_text()) if args.results.exists() else {}))
+
+
+if __name__ == "__main__":
+    main()
