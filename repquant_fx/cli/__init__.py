@@ -13,12 +13,12 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from repquant_fx.cli import compile, evaluate
+from repquant_fx.cli import compile, evaluate, search, sensitivity
 from repquant_fx.cli.common import Parser
 from repquant_fx.errors import RepQuantError, RepQuantWarning
 from repquant_fx.version import VERSION
 
-COMMANDS = {"compile": compile, "evaluate": evaluate}
+COMMANDS = {"compile": compile, "evaluate": evaluate, "sensitivity": sensitivity, "search": search}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,6 +7,7 @@ the smallest that reaches it is found by bisection: what is promised was measure
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -97,7 +98,8 @@ class SearchResult:
         text = "".join(f"# {line}\n" for line in ["Mixed precision, written by repquant-fx search.", *str(self).splitlines()])
         text += yaml.safe_dump(kept, sort_keys=False)
         if data["layers"]:  # one line a rule
-            text += "layers:\n" + "".join(f"- {yaml.safe_dump(rule, default_flow_style=True, sort_keys=False, width=1 << 20)}" for rule in data["layers"])
+            dump = functools.partial(yaml.safe_dump, default_flow_style=True, sort_keys=False, width=1 << 20)
+            text += "layers:\n" + "".join(f"- {dump(rule)}" for rule in data["layers"])
         return text
 
 

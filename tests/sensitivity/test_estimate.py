@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -12,11 +10,9 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from repquant_fx import LayerRule, Recipe
+from repquant_fx import Recipe
 from repquant_fx.compiler import prepare
-from repquant_fx.errors import InputError
 from repquant_fx.passes.base import attribute, run_passes
-from repquant_fx.passes.calibrate_activations import slot_module
 from repquant_fx.passes.insert_observers import InsertObservers
 from repquant_fx.sensitivity.candidates import activation_quantizers, observe, rounded_weights
 from repquant_fx.sensitivity.estimate import Estimate, estimate
@@ -29,7 +25,7 @@ class Laboratory:
     """A prepared model, its errors at 2, 4 and 6 bits, their estimate, and the truth on demand."""
 
     def __init__(self, model: nn.Module, data: Tensor, recipe: Recipe, *, loss: str = "error", probes: int = 16) -> None:
-        prepared = prepare(model, recipe, calibration=data, batch_size=16)
+        prepared = prepare(model, recipe, calibration=data, batch_size=16, example_inputs=(data[:2],))
         self.graph, self.plan, self.loss = prepared.graph_module, prepared.plan, loss
         self.batches = list(prepared.data.batches)
         run_passes(self.graph, [InsertObservers(self.plan, len(self.batches))])
