@@ -27,11 +27,11 @@ from torch import Tensor
 from repquant_fx import Recipe, compile
 from repquant_fx.compiler import CompiledModel
 from repquant_fx.frontends.loading import LoadedModel, load_model
-from repquant_fx.sensitivity import Sensitivity, search, sensitivity
+from repquant_fx.sensitivity import LOSSES, Sensitivity, search, sensitivity
 
 HERE = Path(__file__).parent
 CHOICES = (2, 3, 4, 6, 8)
-BITS = [(4, 8), (3, 8), (4, 4), (3, 3)]  # with 8-bit activations those stay uniform: nearly all damage is the weights'
+BITS = [(3, 8), (4, 4), (3, 3)]  # with 8-bit activations those stay uniform: nearly all damage is the weights'
 UNIFORM, SEARCHED = "uniform", "searched"
 
 
@@ -48,9 +48,9 @@ class Images:
     def float_score(self) -> float:
         return 100 * float((self.bench.float_logits.argmax(1) == self.bench.labels).double().mean())
 
-    def measure(self, compiled: CompiledModel) -> tuple[float, float]:
+    def measure(self, compiled: CompiledModel) -> dict[str, float]:
         found = self.bench.measure(onnx_predictor(compiled.session(torch.get_num_threads())))
-        return found["top1"], found["sqnr_db"]
+        return {"score": found["top1"], "sqnr_db": found["sqnr_db"], "agreement": found["agreement"]}
 
 
 class Sentences:
@@ -74,7 +74,7 @@ class Sentences:
         self.expected = []
         return self.bench.measure(predict)
 
-    def measure(self, compiled: CompiledModel) -> tuple[float, float]:
+    def measure(self, compiled: CompiledModel) -> dict[str, float]:
         if not self.expected:
             self.float_score()
         session, expected = compiled.session(torch.get_num_threads()), iter(self.expected)
@@ -87,11 +87,10 @@ class Sentences:
             noise += float((hidden * mask[..., None] - reference).square().sum())
             return hidden
 
-        score = self.bench.measure(predict)
-        return score, 10 * float(np.log10(signal / noise))
+        return {"score": self.bench.measure(predict), "sqnr_db": 10 * float(np.log10(signal / noise))}
 
 
-def run_all(name: str, bench: Any, path: Path, only: str | None, seed: int) -> None:
+def run_all(name: str, bench: Any, path: Path, only: str | None, seed: int, loss: str) -> None:
     count = len(bench.calibration["input_ids"] if isinstance(bench.calibration, dict) else bench.calibration)
     source = {"calibration": bench.calibration, "samples": count, "batch_size": bench.batch_size, "seed": seed}
     analysed: dict[bool, Sensitivity] = {}
@@ -110,14 +109,13 @@ def run_all(name: str, bench: Any, path: Path, only: str | None, seed: int) -> N
         start = time.perf_counter()
         result = compile(bench.loaded, chosen, check=False, **source)
         seconds = time.perf_counter() - start
-        score, db = bench.measure(result)
-        return {"score": score, "sqnr_db": db, "compile_seconds": seconds, "file_megabytes": result.report["file_bytes"] / 1e6, **about}
+        return {**bench.measure(result), "compile_seconds": seconds, "file_megabytes": result.report["file_bytes"] / 1e6, **about}
 
     def analyse(activations: bool) -> Sensitivity:
         if activations not in analysed:
             start = time.perf_counter()
             analysed[activations] = sensitivity(bench.loaded, Recipe(wbits=4, abits=4 if activations else 8), weight_choices=CHOICES,
-                                                activation_choices=CHOICES if activations else None, **source)
+                                                activation_choices=CHOICES if activations else None, loss=loss, **source)
             print(f"{name:10s} sensitivity: {time.perf_counter() - start:.0f} s", flush=True)
         return analysed[activations]
 
@@ -126,7 +124,7 @@ def run_all(name: str, bench: Any, path: Path, only: str | None, seed: int) -> N
                        activation_choices=CHOICES, mean_abits=a if a < 8 else None)
         print(found, flush=True)
         return compiled(found.recipe, weight_kilobytes=found.weight_bytes / 1e3, bits_per_weight=found.bits_per_weight,
-                        mean_abits=found.mean_abits, predicted_db=-10 * float(np.log10(found.predicted)), recipe=found.recipe.to_dict())
+                        mean_abits=found.mean_abits, loss=loss, predicted=found.predicted, recipe=found.recipe.to_dict())
 
     row("float", lambda: {"score": bench.float_score()})
     for w, a in BITS:
@@ -161,14 +159,16 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=256, help="images (default 256)")
     parser.add_argument("--lines", type=int, default=64, help="lines of text (default 64)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--loss", choices=LOSSES, default="error", help="that the search minimises")
     parser.add_argument("--only", help="rows whose label this regular expression finds")
     args = parser.parse_args()
     if args.calib and args.data:
         for name in args.models:
-            run_all(name, Images(load_model(MODELS[name]), args.calib, args.data, args.samples, args.seed), args.results, args.only, args.seed)
+            bench = Images(load_model(MODELS[name]), args.calib, args.data, args.samples, args.seed)
+            run_all(name, bench, args.results, args.only, args.seed, args.loss)
     if args.minilm and args.sts and args.text:
         loaded = load_model(args.minilm, task="feature-extraction")
-        run_all("MiniLM-L6", Sentences(loaded, args.sts, args.text, args.lines, args.seed), args.results, args.only, args.seed)
+        run_all("MiniLM-L6", Sentences(loaded, args.sts, args.text, args.lines, args.seed), args.results, args.only, args.seed, args.loss)
     print(table(json.loads(args.results.read_text()) if args.results.exists() else {}))
 
 

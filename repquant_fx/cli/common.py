@@ -50,14 +50,12 @@ def calibration_from(options: argparse.Namespace) -> dict[str, Any]:
             "seq_len": options.seq_len, "tokenizer": options.tokenizer}
 
 
-def read_bits(option: str, text: str | None) -> list[int] | None:
+def read_bits(option: str, text: str) -> list[int]:
     """Bits such as `2,4,8`.
 
     Raises:
         InputError: not integers from 2 to 8.
     """
-    if text is None:
-        return None
     parts = [part.strip() for part in text.split(",")]
     if not all(part in ("2", "3", "4", "5", "6", "7", "8") for part in parts):
         raise InputError(f"{option} takes bits from 2 to 8 such as 2,4,8; found {text!r}")

@@ -26,7 +26,8 @@ def add(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure and print; returns the exit code."""
-    recipe, source, bits = recipe_from(options), calibration_from(options), read_bits("--bits", options.bits)
+    recipe, source = recipe_from(options), calibration_from(options)
+    bits = None if options.bits is None else read_bits("--bits", options.bits)
     from repquant_fx.sensitivity import sensitivity
 
     found = sensitivity(options.model, recipe, weight_choices=bits, activation_choices=bits, loss=options.loss, probes=options.probes, **source)

@@ -257,11 +257,11 @@ def _damage(value: float, loss: str) -> str:
 
 def _recipe(base: Recipe, bits: Mapping[Unit, int]) -> Recipe:
     """The base with a rule for each path whose bits are not the most common ones."""
-    common: dict[str, int] = {}
+    common: dict[str, Any] = {}
     for kind, name in ((WEIGHTS, "wbits"), (ACTIVATIONS, "abits")):
         counted = Counter(b for u, b in bits.items() if u.kind == kind and not u.pinned)
         common[name] = min(counted, key=lambda b: (-counted[b], b)) if counted else getattr(base, name)
-    rules: dict[str, dict[str, int]] = {}
+    rules: dict[str, dict[str, Any]] = {}
     for unit, b in bits.items():
         name = "wbits" if unit.kind == WEIGHTS else "abits"
         for path in unit.paths if not unit.pinned and b != common[name] else ():

@@ -95,9 +95,9 @@ def members(plan: Plan, recipe: Recipe) -> list[Members]:
     for group in plan.groups:
         for site in group.sites:
             home = find(path_of(site.consumers[0], group))
-            paths = tuple(sorted(p for p in root if find(p) == home))
-            pinned = any(_ruled(recipe, p, "abits") for p in paths) or origin(site.value).op == "placeholder"
-            unit = found.setdefault((ACTIVATIONS, home), Members(ACTIVATIONS, paths, site.bits, False))
+            shared = tuple(sorted(p for p in root if find(p) == home))
+            pinned = any(_ruled(recipe, p, "abits") for p in shared) or origin(site.value).op == "placeholder"
+            unit = found.setdefault((ACTIVATIONS, home), Members(ACTIVATIONS, shared, site.bits, False))
             unit.sites.append(site)
             unit.pinned = unit.pinned or pinned
         for consumer in group.consumers if group.kind != "matmul" else ():
