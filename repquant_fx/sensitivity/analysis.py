@@ -61,7 +61,7 @@ class Sensitivity:
         ranked = self.ranking()
         total = sum(u.damage.get(u.bits, 0.0) for u in ranked) or 1.0
         what = "KL, nats" if self.loss == "kl" else "output dB"
-        others = sorted({b for u in ranked for b in u.damage} - {u.bits for u in ranked if not u.pinned}) if len(ranked) else []
+        others = sorted({b for u in ranked for b in u.damage}) if any(len(u.damage) > 1 for u in ranked) else []
         rows = [["rank", "kind", "bits", "share %", what, "own dB", *(f"at {b}" for b in others), "name"]]
         for index, unit in enumerate(ranked[:limit], 1):
             rows.append([str(index), unit.kind, str(unit.bits), f"{100 * unit.damage[unit.bits] / total:.1f}", self.damage(unit),

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
+from repquant_fx.errors import InputError
 from repquant_fx.frontends.capture import tensors_in
 from repquant_fx.passes.base import attribute
 from repquant_fx.passes.match_sites import Plan
@@ -72,6 +73,9 @@ def estimate(
         loss: one of LOSSES.
         seed: of the random probes.
         mask_index: which input says what tokens are real, if one does.
+
+    Raises:
+        InputError: no output can be differentiated.
     """
     result = Estimate({name: {b: Tally() for b in tried} for name, tried in quantizers.items()},
                       {node: {b: Tally() for b in tried} for node, tried in weights.items()})
@@ -87,7 +91,8 @@ def estimate(
             pairs = [(o, c) for o, c in zip(outputs, _cotangents(outputs, observed, loss, generator,
                                                                  None if mask_index is None else batch[mask_index])) if o.requires_grad]
             if not pairs:
-                break
+                raise InputError("no output of the model has a gradient (are they indices or flags?), so nothing can be said of errors in it; "
+                                 "analyse a model that gives its logits or embeddings")
             found = torch.autograd.grad([o for o, _ in pairs], values, [c for _, c in pairs], retain_graph=probe + 1 < probes, allow_unused=True)
             for node, gradient in zip(nodes, found):
                 if gradient is not None:
@@ -129,7 +134,11 @@ def _cotangents(outputs: Sequence[Tensor], observed: Observed, loss: str, genera
     """A random v for each output, of its shape, with the covariance that makes E[(v^T J d)^2] the loss."""
     found = []
     for output, power, rows in zip(outputs, observed.power, observed.rows):
-        noise = torch.randn(output.shape, generator=generator).to(output.dtype)
+        noise = torch.randn(output.shape, generator=generator)
+        if not output.is_floating_point():
+            found.append(noise)
+            continue
+        noise = noise.to(output.dtype)
         if loss == "kl":
             p = torch.softmax(output.detach(), dim=-1)
             root = p.sqrt()

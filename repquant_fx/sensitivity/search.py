@@ -123,7 +123,7 @@ def search(
         count: what size means: see `sensitivity.size`.
         loss, probes: see `sensitivity`.
         trials: recipes compiled at most, for a target of quality.
-        sensitivity: of the same model, computed before for all choices; saves its time.
+        sensitivity: of this model and recipe, computed before for all choices; saves its time.
 
     Raises:
         InputError: no or several targets, options that make no sense, a size too small, or a quality that the largest choices miss.

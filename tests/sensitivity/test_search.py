@@ -11,7 +11,7 @@ import pytest
 import torch
 from compiled import PLAIN
 from helpers import Encoder, images, redraw, sequences, vit
-from torch import Tensor
+from torch import Tensor, nn
 
 from repquant_fx import LayerRule, Recipe, compile
 from repquant_fx.errors import InputError
@@ -148,3 +148,23 @@ def test_ranking_and_table(analysed: Sensitivity) -> None:
     fc1 = next(u for u in analysed.units if u.kind == "weights" and u.paths == ("blocks.0.mlp.fc1",))
     assert fc1.sqnr_db[2] < fc1.sqnr_db[3] < fc1.sqnr_db[4] < fc1.sqnr_db[6] < fc1.sqnr_db[8]
     assert {u.elements for u in analysed.units if u.sites == ("blocks.0.mlp.fc2/input",)} == {17 * 128}  # tokens, hidden
+
+
+def test_outputs_without_a_gradient_are_refused() -> None:
+    class Labels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x).argmax(-1)
+
+    data = sequences(16)
+    with pytest.raises(InputError, match="gradient"):
+        sensitivity(Labels(), Recipe(**PLAIN), calibration=data, example_inputs=(data[:2],))
+
+
+@pytest.mark.parametrize(("options", "words"), [({"loss": "top1"}, "the loss is one of"), ({"probes": 0}, "probe"), ({"weight_choices": [9]}, "2 to 8")])
+def test_bad_analysis(data: Tensor, options: dict, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        sensitivity(vit(depth=1), BASE, calibration=data, **options)
