@@ -164,7 +164,8 @@ def test_outputs_without_a_gradient_are_refused() -> None:
         sensitivity(Labels(), Recipe(**PLAIN), calibration=data, example_inputs=(data[:2],))
 
 
-@pytest.mark.parametrize(("options", "words"), [({"loss": "top1"}, "the loss is one of"), ({"probes": 0}, "probe"), ({"weight_choices": [9]}, "2 to 8")])
+@pytest.mark.parametrize(("options", "words"), [({"loss": "top1"}, "the loss is one of"), ({"probes": 0}, "probe"),
+                                                 ({"weight_choices": [9]}, "2 to 8")])
 def test_bad_analysis(data: Tensor, options: dict, words: str) -> None:
     with pytest.raises(InputError, match=words):
         sensitivity(vit(depth=1), BASE, calibration=data, **options)
