@@ -107,14 +107,14 @@ def run_all(name: str, bench: Any, path: Path, only: str | None, seed: int, loss
 
     def compiled(chosen: Recipe, **about: Any) -> dict[str, Any]:
         start = time.perf_counter()
-        result = compile(bench.loaded, chosen, check=False, **source)
+        result = compile(bench.loaded, recipe=chosen, check=False, **source)
         seconds = time.perf_counter() - start
         return {**bench.measure(result), "compile_seconds": seconds, "file_megabytes": result.report["file_bytes"] / 1e6, **about}
 
     def analyse(activations: bool) -> Sensitivity:
         if activations not in analysed:
             start = time.perf_counter()
-            analysed[activations] = sensitivity(bench.loaded, Recipe(wbits=4, abits=4 if activations else 8), weight_choices=CHOICES,
+            analysed[activations] = sensitivity(bench.loaded, recipe=Recipe(wbits=4, abits=4 if activations else 8), weight_choices=CHOICES,
                                                 activation_choices=CHOICES if activations else None, loss=loss, **source)
             print(f"{name:10s} sensitivity: {time.perf_counter() - start:.0f} s", flush=True)
         return analysed[activations]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ def add(command: argparse.ArgumentParser) -> None:
     """The options of `search`."""
     command.set_defaults(run=run)
     add_source(command)
-    command.add_argument("--out", required=True, type=Path, help="the recipe to write, .yaml; give it to compile --recipe")
+    command.add_argument("--out", required=True, type=Path, help="the recipe to write, .yaml or .toml; give it to compile --recipe")
     command.add_argument("--force", action="store_true", help="replace an existing file")
     add_calibration(command)
     target = command.add_argument_group("target (one of the first three)")
@@ -48,24 +47,28 @@ def run(options: argparse.Namespace) -> int:
         raise InputError("give one of --target-size, --target-sqnr and --max-drop")
     if (options.max_drop is None) != (options.data is None):
         raise InputError("--max-drop needs --data to measure on, and --data is for --max-drop alone")
-    if options.out.suffix.lower() not in (".yaml", ".yml"):
-        raise InputError(f"--out writes a .yaml recipe; found {options.out}")
+    form = {".yaml": "yaml", ".yml": "yaml", ".toml": "toml"}.get(options.out.suffix.lower())
+    if form is None:
+        raise InputError(f"--out writes a recipe, .yaml, .yml or .toml; found {options.out}")
     from repquant_fx.files import check_writable, write_atomically
 
     check_writable(options.out, options.force)
+    from repquant_fx import log
     from repquant_fx.sensitivity import search
 
     quality, at_least = (None, None) if options.max_drop is None else _measured(options)
-    found = search(options.model, recipe, target_size=options.target_size, target_sqnr=options.target_sqnr, quality=quality, at_least=at_least,
+    found = search(options.model, recipe=recipe, target_size=options.target_size, target_sqnr=options.target_sqnr, quality=quality, at_least=at_least,
                    choices=choices, mean_abits=options.mean_abits, activation_choices=activation_choices, count=options.count,
                    loss=options.loss, probes=options.probes, trials=options.trials, **source)
-    write_atomically(options.out, found.to_yaml().encode())
-    print(found, file=sys.stderr)
+    write_atomically(options.out, found.to_text(form).encode())
+    log.info(str(found))
     for trial in found.trials:
-        print(f"tried {trial.bits_per_weight:.2f} bits: {trial.quality:.4g}, {'enough' if trial.accepted else 'too little'}", file=sys.stderr)
-    print(f"wrote {options.out}", file=sys.stderr)
+        log.info(f"tried {trial.bits_per_weight:.2f} bits: {trial.quality:.4g}, {'enough' if trial.accepted else 'too little'}")
+    log.info(f"wrote {options.out}")
+    outcome = {"out": str(options.out), **found.to_dict()}
+    log.result({key: value for key, value in outcome.items() if key not in ("recipe", "units")})
     if options.json:
-        print(json.dumps({"out": str(options.out), **found.to_dict()}))
+        print(json.dumps(outcome))
     return 0
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 
 from repquant_fx.cli.common import add_calibration, add_source, calibration_from, read_bits
 from repquant_fx.cli.method import add_method, recipe_from
@@ -28,14 +27,17 @@ def run(options: argparse.Namespace) -> int:
     """Measure and print; returns the exit code."""
     recipe, source = recipe_from(options), calibration_from(options)
     bits = None if options.bits is None else read_bits("--bits", options.bits)
+    from repquant_fx import log
     from repquant_fx.sensitivity import sensitivity
 
-    found = sensitivity(options.model, recipe, weight_choices=bits, activation_choices=bits, loss=options.loss, probes=options.probes, **source)
+    found = sensitivity(options.model, recipe=recipe, weight_choices=bits, activation_choices=bits, loss=options.loss,
+                        probes=options.probes, **source)
+    log.result({"units": len(found.units), "loss": found.loss, "worst": [unit.name for unit in found.ranking()[:5]]})
     if options.json:
         print(json.dumps(found.to_dict()))
         return 0
     print(found.table(options.top))
     what = "divergence of the predictions" if options.loss == "kl" else "SQNR of the model's output"
-    print(f"{what} with one activation or weight quantized, estimated from {found.samples} samples; own dB is the SQNR of the activation itself, "
-          "or of the layer's output", file=sys.stderr)
+    log.info(f"{what} with one activation or weight quantized, estimated from {found.samples} samples; own dB is the SQNR of the activation itself, "
+             "or of the layer's output")
     return 0

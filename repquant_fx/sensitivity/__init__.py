@@ -1,9 +1,9 @@
 """Which layers suffer from few bits, and which bits each should have.
 
     from repquant_fx.sensitivity import search, sensitivity
-    print(sensitivity("model.pt2", Recipe(wbits=4, abits=4), calibration="images/"))
-    found = search("model.pt2", Recipe(abits=8), calibration="images/", target_size="3b", count="information")
-    compile("model.pt2", found.recipe, calibration="images/").save("model.onnx")
+    print(sensitivity("model.pt2", "images/", Recipe(wbits=4, abits=4)))
+    found = search("model.pt2", "images/", Recipe(abits=8), target_size="3b", count="information")
+    compile("model.pt2", "images/", found.recipe).save("model.onnx")
 """
 
 from repquant_fx.sensitivity.analysis import LOSSES, Sensitivity, sensitivity

@@ -9,6 +9,7 @@ from typing import Any
 
 from repquant_fx.compiler import HELD_BACK, Prepared, prepare
 from repquant_fx.errors import InputError
+from repquant_fx.frontends.memory import left_as_found
 from repquant_fx.passes.base import run_passes
 from repquant_fx.passes.insert_observers import InsertObservers
 from repquant_fx.pipeline import absorb_scales
@@ -76,9 +77,10 @@ class Sensitivity:
         return self.table()
 
 
+@left_as_found
 def sensitivity(
-    model: Any, recipe: Recipe | None = None, *, weight_choices: Iterable[int] | None = None, activation_choices: Iterable[int] | None = None,
-    loss: str = "error", probes: int = PROBES, **source: Any,
+    model: Any, calibration: Any = None, recipe: Recipe | None = None, *, weight_choices: Iterable[int] | None = None,
+    activation_choices: Iterable[int] | None = None, loss: str = "error", probes: int = PROBES, **source: Any,
 ) -> Sensitivity:
     """Rank weights and activations by what their bits do to the model's output, each quantized alone.
 
@@ -86,7 +88,7 @@ def sensitivity(
     not multiply with the number of layers. See `sensitivity.estimate` for the mathematics.
 
     Args:
-        model, source: as `compile` takes them: calibration, samples, batch_size, seed, arch and so on.
+        model, calibration, source: as `compile` takes them: samples, batch_size, seed, arch and so on.
         recipe: method and bits; those that a rule of it sets are measured and not varied.
         weight_choices, activation_choices: further bits to measure, beside the recipe's.
         loss: `error` or `kl`; the latter where the outputs are logits.
@@ -95,8 +97,8 @@ def sensitivity(
     Raises:
         InputError: model, data or options cannot be used.
     """
-    return analyse(prepare(model, recipe, **source), recipe or Recipe(), weight_choices=weight_choices, activation_choices=activation_choices,
-                   loss=loss, probes=probes, seed=source.get("seed", 0))
+    return analyse(prepare(model, calibration, recipe, **source), recipe or Recipe(), weight_choices=weight_choices,
+                   activation_choices=activation_choices, loss=loss, probes=probes, seed=source.get("seed", 0))
 
 
 def analyse(

@@ -7,7 +7,6 @@ the smallest that reaches it is found by bisection: what is promised was measure
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -16,7 +15,9 @@ from typing import Any
 
 from repquant_fx.compiler import CompiledModel, compile, prepare
 from repquant_fx.errors import InputError
+from repquant_fx.frontends.memory import left_as_found
 from repquant_fx.recipe import LayerRule, Recipe
+from repquant_fx.recipe_text import write
 from repquant_fx.sensitivity.analysis import PROBES, Sensitivity, analyse
 from repquant_fx.sensitivity.knapsack import Knapsack
 from repquant_fx.sensitivity.size import COUNTS, bits_counted, read_size, weight_bits
@@ -89,22 +90,15 @@ class SearchResult:
             predicted += f"; uniform {bits}-bit weights {_damage(damage, self.sensitivity.loss)}"
         return "\n".join([*lines, predicted])
 
-    def to_yaml(self) -> str:
-        """The recipe as a file, with what differs from the defaults and comments on where it comes from."""
-        import yaml
-
-        default, data = Recipe().to_dict(), self.recipe.to_dict()
-        kept = {k: v for k, v in data.items() if k in ("wbits", "abits") or (v != default[k] and k != "layers")}
-        text = "".join(f"# {line}\n" for line in ["Mixed precision, written by repquant-fx search.", *str(self).splitlines()])
-        text += yaml.safe_dump(kept, sort_keys=False)
-        if data["layers"]:  # one line a rule
-            dump = functools.partial(yaml.safe_dump, default_flow_style=True, sort_keys=False, width=1 << 20)
-            text += "layers:\n" + "".join(f"- {dump(rule)}" for rule in data["layers"])
-        return text
+    def to_text(self, form: str = "yaml") -> str:
+        """The recipe as a file, `yaml` or `toml`, with comments on where it comes from."""
+        lines = ["Mixed precision, chosen by `repquant-fx search`.", *str(self).splitlines()]
+        return "".join(f"# {line}\n" for line in lines) + write(self.recipe, form)
 
 
+@left_as_found
 def search(
-    model: Any, recipe: Recipe | None = None, *, target_size: str | None = None, target_sqnr: float | None = None,
+    model: Any, calibration: Any = None, recipe: Recipe | None = None, *, target_size: str | None = None, target_sqnr: float | None = None,
     quality: Callable[[CompiledModel], float] | None = None, at_least: float | None = None, choices: Iterable[int] = CHOICES,
     mean_abits: float | None = None, activation_choices: Iterable[int] = CHOICES, count: str = "stored", loss: str = "error",
     probes: int = PROBES, trials: int = TRIALS, sensitivity: Sensitivity | None = None, **source: Any,
@@ -112,7 +106,8 @@ def search(
     """Choose bits for each layer. Exactly one target is given.
 
     Args:
-        model, source: as `compile` takes them: calibration, samples, batch_size, seed, arch and so on.
+        model, calibration, source: as `compile` takes them: samples, batch_size, seed, arch and so on. Data that can be read but once will
+            not do for a target of quality, which compiles several times.
         recipe: everything but the bits of weights; bits that a rule of it sets stay.
         target_size: of the weights at most: `400kB`, `1.5MB`, or `3.5b` for bits a weight.
         target_sqnr: dB of the output against the float model's on held-back samples, as in the report of `compile`, at least.
@@ -139,7 +134,7 @@ def search(
     if not choices or not activation_choices:
         raise InputError("there are no bits to choose from")
     if sensitivity is None:
-        sensitivity = analyse(prepare(model, recipe, **source), recipe, weight_choices=choices, loss=loss, probes=probes,
+        sensitivity = analyse(prepare(model, calibration, recipe, **source), recipe, weight_choices=choices, loss=loss, probes=probes,
                               activation_choices=activation_choices if mean_abits is not None else None, seed=source.get("seed", 0))
     space = _Space(sensitivity, choices, activation_choices, count, mean_abits)
     if target_size is not None:
@@ -151,7 +146,7 @@ def search(
     measure = quality
 
     def tried(result: SearchResult) -> float:
-        return measure(compile(model, result.recipe, check=False, **source))
+        return measure(compile(model, calibration, result.recipe, check=False, **source))
 
     return _bisect(space, tried, at_least, guess, trials)
 

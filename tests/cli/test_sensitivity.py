@@ -54,6 +54,6 @@ def test_command_search_refuses(place: Path, tmp_path: Path, arguments: list[str
     assert words in captured.err and not captured.out and not out.exists()
 
 
-def test_command_search_writes_yaml_alone(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_search_writes_recipes_alone(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["search", *map(str, _source(place)), "--out", str(tmp_path / "mixed.json"), "--target-size", "4b"]) == 2
     assert ".yaml" in capsys.readouterr().err

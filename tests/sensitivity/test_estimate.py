@@ -26,7 +26,7 @@ class Laboratory:
     """A prepared model, its errors at 2, 4 and 6 bits, their estimate, and the truth on demand."""
 
     def __init__(self, model: nn.Module, data: Tensor, recipe: Recipe, *, loss: str = "error", probes: int = 16) -> None:
-        prepared = prepare(model, recipe, calibration=data, batch_size=16, example_inputs=(data[:2],))
+        prepared = prepare(model, data, recipe, batch_size=16, example_inputs=(data[:2],))
         self.graph, self.plan, self.loss = prepared.graph_module, prepared.plan, loss
         self.batches = list(prepared.data.batches)
         run_passes(self.graph, [InsertObservers(self.plan, len(self.batches))])

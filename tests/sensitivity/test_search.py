@@ -31,13 +31,13 @@ def data() -> Tensor:
 
 @pytest.fixture(scope="module")
 def analysed(data: Tensor) -> Sensitivity:
-    return sensitivity(vit(), BASE, calibration=data, weight_choices=CHOICES, activation_choices=CHOICES, probes=16)
+    return sensitivity(vit(), recipe=BASE, calibration=data, weight_choices=CHOICES, activation_choices=CHOICES, probes=16)
 
 
 def _sqnr(recipe: Recipe, data: Tensor) -> float:
     """Of a compiled model on data it has not seen."""
     model, fresh = vit(), images(256, seed=5)
-    compiled = compile(model, recipe, calibration=data, check=False)
+    compiled = compile(model, recipe=recipe, calibration=data, check=False)
     with torch.no_grad():
         expected, found = model(fresh), compiled.graph_module(fresh)
     found = found[0] if isinstance(found, (tuple, list)) else found
@@ -56,10 +56,11 @@ def test_better_than_uniform_at_equal_size(analysed: Sensitivity, data: Tensor, 
 def test_the_recipe_does_what_was_chosen(analysed: Sensitivity, data: Tensor, tmp_path: Path) -> None:
     """Read back from its file, every layer compiles to the bits of the result."""
     found = search(vit(), sensitivity=analysed, target_size="3.5b", count="information", mean_abits=5)
-    path = tmp_path / "recipe.yaml"
-    path.write_text(found.to_yaml())
-    assert Recipe.from_file(path) == found.recipe
-    report = compile(vit(), found.recipe, calibration=data, check=False).report
+    for form in ("yaml", "toml"):
+        path = tmp_path / f"recipe.{form}"
+        path.write_text(found.to_text(form))
+        assert Recipe.from_file(path) == found.recipe
+    report = compile(vit(), recipe=found.recipe, calibration=data, check=False).report
     weights = {e["path"]: e["weight"]["bits"] for e in report["layers"] if "weight" in e}
     sites = {i["name"]: i["bits"] for e in report["layers"] for i in e["inputs"]}
     assert weights == {u.paths[0]: b for u, b in found.bits.items() if u.kind == "weights"}
@@ -70,7 +71,7 @@ def test_the_recipe_does_what_was_chosen(analysed: Sensitivity, data: Tensor, tm
 @pytest.mark.parametrize("target", ["4b", "5b", "6.5b", "8b"])
 def test_stored_size_is_what_the_file_holds(analysed: Sensitivity, data: Tensor, target: str) -> None:
     found = search(vit(), sensitivity=analysed, target_size=target)
-    proto = compile(vit(), found.recipe, calibration=data, check=False).proto
+    proto = compile(vit(), recipe=found.recipe, calibration=data, check=False).proto
     stored = sum(len(t.raw_data) for t in proto.graph.initializer
                  if t.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.INT8) and len(t.dims) > 1)
     assert stored == found.weight_bytes <= float(target[:-1]) * sum(u.elements for u in found.bits if u.kind == "weights") / 8
@@ -78,8 +79,8 @@ def test_stored_size_is_what_the_file_holds(analysed: Sensitivity, data: Tensor,
 
 
 def test_target_sqnr_is_measured(data: Tensor) -> None:
-    found = search(vit(), Recipe(abits=8, **PLAIN), calibration=data, target_sqnr=22.0, count="information", trials=6)
-    assert compile(vit(), found.recipe, calibration=data, check=False).report["output_sqnr_db"] >= 22.0
+    found = search(vit(), recipe=Recipe(abits=8, **PLAIN), calibration=data, target_sqnr=22.0, count="information", trials=6)
+    assert compile(vit(), recipe=found.recipe, calibration=data, check=False).report["output_sqnr_db"] >= 22.0
     assert 1 < len(found.trials) <= 6 and any(not t.accepted for t in found.trials)
     assert min(t.bits_per_weight for t in found.trials if t.accepted) == pytest.approx(found.bits_per_weight)
     assert found.bits_per_weight < 7
@@ -97,7 +98,7 @@ def test_bisection_finds_the_smallest(analysed: Sensitivity) -> None:
 def test_rules_of_the_recipe_stay(data: Tensor) -> None:
     """A rule's bits are measured, counted and left."""
     base = Recipe(wbits=4, abits=6, **PLAIN, layers=(LayerRule("head", wbits=8, abits=8), LayerRule("blocks.0.attn.proj", skip=True)))
-    found = search(vit(), base, calibration=data, target_size="3b", count="information", mean_abits=5)
+    found = search(vit(), recipe=base, calibration=data, target_size="3b", count="information", mean_abits=5)
     head = {u.kind: b for u, b in found.bits.items() if u.paths == ("head",)}
     assert head == {"weights": 8, "activations": 8}
     assert found.recipe.layers[:2] == base.layers and not any(r.match == "head" for r in found.recipe.layers[2:])
@@ -108,7 +109,7 @@ def test_rules_of_the_recipe_stay(data: Tensor) -> None:
 
 def test_layers_that_share_an_activation_share_its_bits() -> None:
     model, data = redraw(Encoder()), sequences(64)
-    found = search(model, Recipe(abits=4, **PLAIN), calibration=data, example_inputs=(data[:2],), target_size="4b", mean_abits=4)
+    found = search(model, recipe=Recipe(abits=4, **PLAIN), calibration=data, example_inputs=(data[:2],), target_size="4b", mean_abits=4)
     (unit,) = [u for u in found.bits if "blocks.0.q" in u.paths and u.kind == "activations"]
     assert set(unit.paths) == {"blocks.0.q", "blocks.0.k", "blocks.0.v"}
     assert len({found.recipe.layer(p).abits for p in unit.paths}) == 1
@@ -161,11 +162,11 @@ def test_outputs_without_a_gradient_are_refused() -> None:
 
     data = sequences(16)
     with pytest.raises(InputError, match="gradient"):
-        sensitivity(Labels(), Recipe(**PLAIN), calibration=data, example_inputs=(data[:2],))
+        sensitivity(Labels(), recipe=Recipe(**PLAIN), calibration=data, example_inputs=(data[:2],))
 
 
 @pytest.mark.parametrize(("options", "words"), [({"loss": "top1"}, "the loss is one of"), ({"probes": 0}, "probe"),
                                                  ({"weight_choices": [9]}, "2 to 8")])
 def test_bad_analysis(data: Tensor, options: dict, words: str) -> None:
     with pytest.raises(InputError, match=words):
-        sensitivity(vit(depth=1), BASE, calibration=data, **options)
+        sensitivity(vit(depth=1), recipe=BASE, calibration=data, **options)
