@@ -48,7 +48,7 @@ class QuantizeWeights(Pass):
                     flat[consumer] = flat[consumer] + fit(*self.moments[consumer]).float()
             stacked = torch.cat(list(flat.values()))
             hessian = self._hessian(site, consumers, stacked.shape[1])
-            nearest, quantized = self._round(stacked, bits, hessian, use_gptq, module_path(consumers[0]))
+            nearest, quantized = round_weight(stacked, bits, hessian, self.recipe, use_gptq, module_path(consumers[0]))
             start = 0
             for consumer in consumers:
                 rows = slice(start, start + len(flat[consumer]))
@@ -65,23 +65,6 @@ class QuantizeWeights(Pass):
             return 2 * whole.count * whole.covariance[0]
         hessian = self.hessians.get(site.name)
         return hessian if hessian is not None and hessian.shape[0] == inputs else None
-
-    def _round(self, weight: Tensor, bits: int, hessian: Tensor | None, use_gptq: bool,
-               where: str) -> tuple[QuantizedWeight, QuantizedWeight]:
-        """Codes to nearest, and the codes chosen."""
-        search = self.recipe.weights == "mse"
-        grid = weight_grid(weight, bits, symmetric=needs_symmetric(bits), search=search)
-        nearest = round_to_nearest(weight, grid)
-        if not use_gptq or hessian is None:
-            return nearest, nearest
-        # a second grid, chosen where the inputs have their energy; keep whichever ends with the smaller output error
-        weighted = weight_grid(weight, bits, symmetric=needs_symmetric(bits), search=search, importance=hessian.diagonal().float())
-        results = [gptq(weight, hessian, g, damping=self.recipe.gptq_damping, block=self.recipe.gptq_block,
-                        activation_order=self.recipe.gptq_activation_order, where=where) for g in (grid, weighted)]
-        costs = [output_error(weight, r.dequantize(), hessian) for r in results]
-        first = costs[0] <= costs[1]
-        return nearest, QuantizedWeight(torch.where(first[:, None], results[0].codes, results[1].codes),
-                                        torch.where(first, results[0].scale, results[1].scale))
 
     def _install(self, graph_module: GraphModule, consumer: Node, quantized: QuantizedWeight, rows: slice) -> None:
         """Replace the weight by its quantized value, and set the bias so that the mean output is the float model's."""
@@ -107,6 +90,24 @@ class QuantizeWeights(Pass):
         copy_meta(consumer, value, node.meta["val"])
         consumer.update_arg(1, value)
         drop_constant(graph_module, node)
+
+
+def round_weight(weight: Tensor, bits: int, hessian: Tensor | None, recipe: Recipe, use_gptq: bool,
+                 where: str) -> tuple[QuantizedWeight, QuantizedWeight]:
+    """Codes to nearest, and the codes chosen, of a weight of shape (out, in) whose input has the Hessian `2 X^T X`, shape (in, in)."""
+    search = recipe.weights == "mse"
+    grid = weight_grid(weight, bits, symmetric=needs_symmetric(bits), search=search)
+    nearest = round_to_nearest(weight, grid)
+    if not use_gptq or hessian is None:
+        return nearest, nearest
+    # a second grid, chosen where the inputs have their energy; keep whichever ends with the smaller output error
+    weighted = weight_grid(weight, bits, symmetric=needs_symmetric(bits), search=search, importance=hessian.diagonal().float())
+    results = [gptq(weight, hessian, g, damping=recipe.gptq_damping, block=recipe.gptq_block,
+                    activation_order=recipe.gptq_activation_order, where=where) for g in (grid, weighted)]
+    costs = [output_error(weight, r.dequantize(), hessian) for r in results]
+    first = costs[0] <= costs[1]
+    return nearest, QuantizedWeight(torch.where(first[:, None], results[0].codes, results[1].codes),
+                                    torch.where(first, results[0].scale, results[1].scale))
 
 
 def _matrix(graph_module: GraphModule, consumer: Node) -> Tensor:

@@ -225,7 +225,7 @@ def _second_moments(runner: SegmentRunner, reference: Reference | None, segment:
     for index, (values, target) in enumerate(zip(runner.run(segment.first, segment.stop, wanted), targets)):
         for site in sites:
             assert site.slot is not None
-            x = _as_rows(values[site.slot], site)
+            x = as_rows(values[site.slot], site)
             if x is None:
                 continue
             if target is None:
@@ -261,7 +261,7 @@ def _compared(consumer: Node, inside: set[Node]) -> Node:
 
 
 def _output_rows(y: Tensor, consumer: Node) -> Tensor:
-    """A Linear's or convolution's output as (tokens, out), in the order of `_as_rows`."""
+    """A Linear's or convolution's output as (tokens, out), in the order of `as_rows`."""
     if consumer.target is torch.ops.aten.linear.default:
         return y.reshape(-1, y.shape[-1])
     return y.flatten(2).transpose(1, 2).reshape(-1, y.shape[1])
@@ -291,7 +291,7 @@ class Reference:
         return None if segment.stop is None else self.twin[segment.stop]
 
 
-def _as_rows(x: Tensor, site: Site) -> Tensor | None:
+def as_rows(x: Tensor, site: Site) -> Tensor | None:
     """A Linear's input as (tokens, in); a convolution's as unfolded patches. None for grouped convolutions."""
     consumer = site.consumers[0]
     if consumer.target is torch.ops.aten.linear.default:

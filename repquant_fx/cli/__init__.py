@@ -14,12 +14,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from repquant_fx import log
-from repquant_fx.cli import compile, completion, evaluate, inspect, recipe
+from repquant_fx.cli import compile, completion, evaluate, inspect, recipe, search, sensitivity
 from repquant_fx.cli.common import Parser
 from repquant_fx.errors import RepQuantError, RepQuantWarning
 from repquant_fx.version import VERSION
 
-COMMANDS = {"compile": compile, "evaluate": evaluate, "inspect": inspect, "recipe": recipe, "completion": completion}
+COMMANDS = {"compile": compile, "evaluate": evaluate, "inspect": inspect, "recipe": recipe, "sensitivity": sensitivity, "search": search,
+            "completion": completion}
 EXIT_CODES = "exit codes: 0 done; 1 internal error, a bug; 2 bad input: one message, nothing written; 3 the exported file disagrees with " \
     "the reference, nothing written; 130 interrupted"
 
