@@ -26,7 +26,7 @@ from repquant_fx.calibration.text import TEXT_SAMPLES, Tokenization
 from repquant_fx.errors import InputError
 from repquant_fx.exporters.metadata import describe
 from repquant_fx.exporters.onnx_qdq import export_onnx
-from repquant_fx.files import check_writable, write_atomically
+from repquant_fx.files import check_writable, write_together
 from repquant_fx.frontends import huggingface, signature
 from repquant_fx.frontends.capture import AXES, Captured, capture, tensors_in
 from repquant_fx.frontends.loading import LoadedModel, load_model
@@ -73,11 +73,10 @@ class CompiledModel:
             OutputError: a file exists and `force` is not set, or it cannot be written.
         """
         path = check_writable(path, force)
+        files = {path: self.to_bytes()}
         if report is not None:
-            check_writable(report, force)
-        write_atomically(path, self.to_bytes())
-        if report is not None:
-            write_atomically(report, self.report_json().encode())
+            files[check_writable(report, force)] = self.report_json().encode()
+        write_together(files)
         return path
 
     def report_json(self) -> str:

@@ -19,6 +19,7 @@ CHOICES = {
     "activations": ("mse", "percentile", "minmax"),
     "weights": ("mse", "minmax"),
 }
+_MOST_BYTES = 1 << 18  # of a file; a rule for each of a thousand layers takes a third of it
 ABSORB = ("values", "query_key", "linear")
 
 
@@ -101,7 +102,7 @@ class Recipe:
             value = getattr(self, name)
             if value not in allowed:
                 raise RecipeError(f"{name} must be one of {', '.join(allowed)}; found {value!r}{_nearest(value, allowed)}")
-        if isinstance(self.absorb, str) or not all(kind in ABSORB for kind in self.absorb):
+        if not isinstance(self.absorb, (list, tuple)) or not all(kind in ABSORB for kind in self.absorb):
             raise RecipeError(f"absorb must be a list of {', '.join(ABSORB)}, or empty; found {self.absorb!r}")
         object.__setattr__(self, "absorb", tuple(self.absorb))
         for name in ("correction", "gptq", "gptq_activation_order"):
@@ -169,20 +170,25 @@ class Recipe:
         """
         path = Path(path)
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            with path.open("rb") as file:
+                data = file.read(_MOST_BYTES + 1)
+            text = data.decode("utf-8")
+        except (OSError, ValueError) as error:
             raise RecipeError(f"cannot read recipe {path}: {error}") from error
+        if len(data) > _MOST_BYTES:
+            raise RecipeError(f"recipe {path} is larger than {_MOST_BYTES >> 10} KiB; that is no recipe")
         try:
-            data = _parse(text, path.suffix.lower())
+            parsed = _parse(text, path.suffix.lower())
         except RecipeError:
             raise
         except Exception as error:
-            raise RecipeError(f"recipe {path} is not valid {path.suffix[1:].upper()}: {str(error).splitlines()[0]}") from error
-        if data is None:
-            data = {}
-        if not isinstance(data, dict):
-            raise RecipeError(f"recipe {path} must be a table of settings, not a {type(data).__name__}")
-        return cls.from_dict(data, f"recipe {path}")
+            raise RecipeError(f"recipe {path} is not valid {path.suffix[1:].upper()}: {(str(error).splitlines() or [type(error).__name__])[0]}"
+                              ) from error
+        if parsed is None:
+            parsed = {}
+        if not isinstance(parsed, dict):
+            raise RecipeError(f"recipe {path} must be a table of settings, not a {type(parsed).__name__}")
+        return cls.from_dict(parsed, f"recipe {path}")
 
 
 def repq_vit(wbits: int, abits: int, **changes: Any) -> Recipe:
@@ -217,6 +223,8 @@ def _parse(text: str, suffix: str) -> Any:
     if suffix in (".yaml", ".yml"):
         import yaml
 
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise RecipeError("a recipe has no aliases (*name): nine lines of them can stand for billions of settings; write the settings out")
         return yaml.safe_load(text)
     raise RecipeError(f"a recipe is .yaml, .yml or .toml; found {suffix or 'no suffix'!r}")
 

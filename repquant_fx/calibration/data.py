@@ -7,6 +7,7 @@ finiteness. Samples are chosen by a seed, so the same call gives the same batche
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import random
 import re
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from repquant_fx import limits
 from repquant_fx.calibration.images import (
     DEFAULT_SIDE,
     ImageReader,
@@ -37,6 +39,8 @@ from repquant_fx.calibration.images import (
 )
 from repquant_fx.calibration.text import TEXT_SUFFIXES, Tokenization, encode
 from repquant_fx.errors import CalibrationError, RepQuantWarning
+from repquant_fx.files import irregular
+from repquant_fx.frontends.pickled import check_pickle, first_line
 from repquant_fx.progress import progress
 
 Array: TypeAlias = Tensor | np.ndarray
@@ -215,8 +219,10 @@ class _Loader:
 
     def from_text(self, text: str) -> CalibrationSet:
         path = Path(text).expanduser()
-        if not text.strip():
-            raise CalibrationError("the path of the calibration data is empty")
+        if not text.strip() or "\0" in text:
+            raise CalibrationError("the path of the calibration data is empty" if not text.strip() else f"{text!r} is no path")
+        if kind := irregular(path):
+            raise CalibrationError(f"calibration data {path} is {kind}, not a file")
         if path.is_dir():
             return self.from_folder(path)
         if path.exists() and path.suffix.lower() in TEXT_SUFFIXES:
@@ -363,6 +369,7 @@ class _Loader:
         count = next(iter(lengths.values()))
         if count == 0:
             raise CalibrationError(f"{origin}: no samples")
+        limits.check_size((count,), f"{origin}: a permutation of the samples", itemsize=8)  # one sample, expanded, can claim any number
         return count
 
 
@@ -382,6 +389,8 @@ def read_arrays(path: Path) -> Array | tuple[Array, ...] | dict[str, Array]:
     try:
         if suffix == ".npy":
             return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+        if (declared := limits.unpacks_to(path)) is not None:
+            raise CalibrationError(f"calibration data {path} has {path.stat().st_size} bytes but would unpack to {declared}")
         if suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
                 return {name: file[name] for name in file.files}
@@ -389,11 +398,14 @@ def read_arrays(path: Path) -> Array | tuple[Array, ...] | dict[str, Array]:
             from safetensors.torch import load_file
 
             return dict(load_file(path))
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        data = path.read_bytes()
+        check_pickle(data, str(path))
+        found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except CalibrationError:
+        raise
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CalibrationError(f"calibration data {path} cannot be read as plain arrays "
-                               f"(pickled objects are refused): {reason}") from error
+                               f"(pickled objects are refused): {first_line(error)}") from error
     return tuple(found) if isinstance(found, list) else found
 
 
@@ -628,6 +640,7 @@ def _synthetic(spec: InputSpec, samples: int, preprocessing: Mapping[str, Any] |
         stored = (preprocessing or {}).get("input_size") or (3, DEFAULT_SIDE, DEFAULT_SIDE)
         size = [own if own is not None else int(other) for own, other in zip(size, stored)]
     shape = [samples, *(d if d is not None else length for d in size)]
+    limits.check_size(shape, f"made-up input {spec.name}", spec.dtype.itemsize)
     if spec.dtype.is_floating_point:
         return torch.randn(shape, generator=generator).to(spec.dtype)
     if spec.dtype == torch.bool or "mask" in spec.name.lower():

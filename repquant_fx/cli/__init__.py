@@ -1,6 +1,7 @@
 """The command line: one module a command, each with `add(parser)` and `run(options)`.
 
-Exit codes: 0 done, 1 internal error, 2 bad input, 3 the exported file disagrees with the reference, 130 interrupted.
+Exit codes: 0 done, 1 internal error, 2 bad input, 3 the exported file disagrees with the reference, 130 interrupted,
+143 terminated (129 for SIGHUP).
 Messages go to stderr; `--json` prints one JSON object on stdout.
 """
 
@@ -13,9 +14,9 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from repquant_fx.cli import compile, evaluate
+from repquant_fx.cli import compile, evaluate, signals
 from repquant_fx.cli.common import Parser
-from repquant_fx.errors import RepQuantError, RepQuantWarning
+from repquant_fx.errors import RepQuantError, RepQuantWarning, is_failure, is_out_of_memory
 from repquant_fx.version import VERSION
 
 COMMANDS = {"compile": compile, "evaluate": evaluate}
@@ -32,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 warnings.simplefilter("ignore")
                 warnings.simplefilter("always", RepQuantWarning)
                 warnings.showwarning = _show_warning
-            return int(options.run(options))
+            with signals.terminated(), signals.flushed():
+                return int(options.run(options))
     except RepQuantError as error:
         if debug:
             traceback.print_exc()
@@ -41,9 +43,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("repquant-fx: interrupted; nothing was written", file=sys.stderr)
         return 130
+    except signals.Terminated as stop:
+        print(f"repquant-fx: terminated by {stop.name}; nothing was written", file=sys.stderr)
+        return stop.exit_code
     except BrokenPipeError:
         return 1
-    except Exception as error:
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        if is_out_of_memory(error):
+            print(f"repquant-fx: error: not enough memory ({str(error).splitlines()[0][-200:] if str(error) else 'MemoryError'}); take smaller "
+                  "batches (--batch-size), fewer samples (--calib-samples) or smaller inputs", file=sys.stderr)
+            return 2
         if debug:
             traceback.print_exc()
         print(f"repquant-fx: internal error: {type(error).__name__}: {error}\n"

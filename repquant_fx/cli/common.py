@@ -22,9 +22,16 @@ def add_source(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", help=SOURCES)
     command.add_argument("--arch", help="architecture of a state dict, e.g. timm:vit_small_patch16_224,num_classes=10")
     command.add_argument("--allow-pickle", action="store_true", help="load files that execute code; only for files you trust")
-    command.add_argument("--seed", type=int, default=0, help="chooses samples and every random number (default 0)")
+    command.add_argument("--seed", type=_seed, default=0, help="chooses samples and every random number (default 0)")
     command.add_argument("--debug", action="store_true", help="show tracebacks and warnings of libraries")
     command.add_argument("--json", action="store_true", help="print the result as one JSON object on stdout")
+
+
+def _seed(text: str) -> int:
+    seed = int(text)
+    if not 0 <= seed < 2**63:
+        raise ValueError
+    return seed
 
 
 def read_shape(text: str | None) -> list[int] | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import importlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -25,8 +26,9 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from repquant_fx import limits
 from repquant_fx.errors import ModelFileError
-from repquant_fx.frontends.pickled import first_line, refuse_bomb
+from repquant_fx.frontends.pickled import check_pickle, first_line
 
 _MODEL = "models/model.json"
 _SAMPLES = "data/sample_inputs/model.pt"
@@ -55,6 +57,8 @@ _FUNCTIONS = set(f"""Add Mul Max Min Abs floor ceiling And Or Not Piecewise Expr
 _POWERS = {"Pow", "PowByNatural", "FloatPow", "LShift", "RShift"}  # of small exponents, few times: numbers must stay small
 _CONSTANTS = {"true", "false", "oo", "int_oo", "zoo", "nan"}
 _MOST_NODES, _MOST_POWERS, _LARGEST_EXPONENT = 2000, 4, 64
+_MOST_TERMS = 10_000  # of an expression when expanded, which torch does
+_MOST_LEAVES = 10_000  # of the inputs of a program
 
 _CONTAINERS = {"builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict", "torch.Size"}
 
@@ -93,7 +97,7 @@ def is_safe_expression(text: str) -> bool:
         return False
     nodes = list(ast.walk(tree))
     powers = sum(isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _POWERS for node in nodes)
-    return len(nodes) <= _MOST_NODES and powers <= _MOST_POWERS and _is_safe_node(tree)
+    return len(nodes) <= _MOST_NODES and powers <= _MOST_POWERS and _is_safe_node(tree) and _terms(tree) <= _MOST_TERMS
 
 
 def is_safe_target(target: str) -> bool:
@@ -131,6 +135,20 @@ def _is_safe_node(node: ast.expr) -> bool:
     if name in _POWERS:
         return len(arguments) == 2 and _is_safe_node(arguments[0]) and _is_small(arguments[1])
     return name in _FUNCTIONS and all(_is_safe_node(argument) for argument in arguments)
+
+
+def _terms(node: ast.expr) -> float:
+    """How many terms an expression of safe nodes has when it is expanded, at most."""
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+        return 1
+    if node.func.id in ("Symbol", "Float", "Integer", "Rational"):
+        return 1
+    terms = [_terms(argument) for argument in node.args]
+    if node.func.id in _POWERS and len(terms) == 2:
+        if any(isinstance(inner, ast.Call) and getattr(inner.func, "id", "") in _POWERS for inner in ast.walk(node.args[0])):
+            return math.inf  # powers of powers make numbers of any length
+        return terms[0] ** max((abs(n.value) for n in ast.walk(node.args[1]) if isinstance(n, ast.Constant)), default=1)
+    return math.prod(terms) if node.func.id == "Mul" else sum(terms)
 
 
 def _is_number(node: ast.expr) -> bool:
@@ -207,12 +225,15 @@ def _screen_samples(reader: Any, records: list[str], where: str) -> None:
     """torch falls back to an unrestricted unpickling where the restricted one fails; so it must not fail."""
     if _SAMPLES not in records or reader.get_record_size(_SAMPLES) == 0:
         return
-    refuse_bomb(reader.get_record(_SAMPLES), f"{_SAMPLES} in {where}")
     try:
+        check_pickle(reader.get_record(_SAMPLES), _SAMPLES)
         samples = torch.load(io.BytesIO(reader.get_record(_SAMPLES)), weights_only=True, map_location="cpu")
+        leaves = list(itertools.islice(pytree.tree_iter(samples), _MOST_LEAVES))
     except Exception:
         _refuse(where, _SAMPLES, "is a pickle of something other than tensors")
-    for leaf in pytree.tree_leaves(samples):
+    if len(leaves) == _MOST_LEAVES:
+        _refuse(where, _SAMPLES, "nests its inputs beyond measure")
+    for leaf in leaves:
         if not isinstance(leaf, (Tensor, int, float, str, bool, type(None))):
             _refuse(where, _SAMPLES, f"holds a {type(leaf).__name__}")
 
@@ -378,6 +399,7 @@ def _drawn_inputs(program: ExportedProgram, where: str) -> tuple[Tensor, ...]:
         if not isinstance(value, Tensor):
             raise ModelFileError(f"{where}: the input {node.name} is not a tensor; export the module with tensors only")
         shape = tuple(_size(size, first=position == 0) for position, size in enumerate(value.shape))
+        limits.check_size(shape, f"{where}: the input {node.name}", value.element_size())
         drawn.append(torch.randn(shape, generator=generator).to(value.dtype) if value.dtype.is_floating_point
                      else torch.zeros(shape, dtype=value.dtype))
     return tuple(drawn)

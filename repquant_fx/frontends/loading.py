@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from repquant_fx import limits
 from repquant_fx.errors import InputError, ModelFileError
+from repquant_fx.files import irregular
 from repquant_fx.frontends import architectures, huggingface, signature
 from repquant_fx.frontends.exported import load_exported
 from repquant_fx.frontends.pickled import first_line, load_pickled, refuse_bomb
@@ -115,12 +117,16 @@ def _no_architecture_wanted(arch: str | None, source: str) -> None:
 def _read(path: Path) -> bytes:
     if path.is_dir():
         raise ModelFileError(f"not a model file: {path} is a directory without config.json; give a transformers directory or the file in it")
+    if kind := irregular(path):
+        raise ModelFileError(f"not a model file: {path} is {kind}")
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:
         raise ModelFileError(f"not a model file: {path} does not exist (architectures are written timm:NAME)") from error
     except OSError as error:
         raise ModelFileError(f"not a model file: {path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:  # a path with a null byte
+        raise ModelFileError(f"not a model file: {str(path)!r} cannot be read: {error}") from error
     if not data:
         raise ModelFileError(f"not a model file: {path} is empty")
     return data
@@ -234,6 +240,9 @@ def _from_program(data: bytes, where: str, allow_pickle: bool, input_shape: Sequ
 
 def check_finite(parameters: Iterable[tuple[str, Tensor]], buffers: Iterable[tuple[str, Tensor]], where: str) -> None:
     """Parameters must be finite. Buffers must not be NaN; an infinity there can be an attention mask."""
+    parameters, buffers = list(parameters), list(buffers)
+    for name, tensor in (*parameters, *buffers):  # one element, expanded, can claim any size
+        limits.check_size(tensor.shape, f"{where}: {name}", tensor.element_size())
     broken = [name for name, tensor in parameters if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())]
     broken += [name for name, tensor in buffers if tensor.is_floating_point() and bool(torch.isnan(tensor).any())]
     if broken:
@@ -270,7 +279,7 @@ def _safetensors(data: bytes, where: str) -> tuple[dict[str, Tensor], str | None
     try:
         weights = dict(sorted(safetensors.torch.load(data).items()))  # its order is random
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        stored = header.get("__metadata__", {}).get("arch")
+        stored = (header.get("__metadata__") or {}).get("arch")
     except Exception as error:
         raise ModelFileError(f"not a model file: {where} begins like safetensors but is truncated or damaged "
                              f"({first_line(error)})") from error
