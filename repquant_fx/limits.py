@@ -16,7 +16,7 @@ from torch.nn.modules import module as registration
 
 from repquant_fx.errors import InputError
 
-_MOST_MODULES = 50_000  # the largest public transformers have a few thousand
+_MOST_MODULES = 30_000  # the largest public transformers have a few thousand
 _BOMB_BYTES, _BOMB_RATIO = 1 << 30, 100
 _CGROUP = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 

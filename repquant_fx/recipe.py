@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -20,6 +21,8 @@ CHOICES = {
     "weights": ("mse", "minmax"),
 }
 _MOST_BYTES = 1 << 18  # of a file; a rule for each of a thousand layers takes a third of it
+_DEEPEST = 8
+_DOTTED = re.compile(rf'(?<![\w"-])([\w"-]+[ \t]*\.[ \t]*){{{_DEEPEST}}}')
 ABSORB = ("values", "query_key", "linear")
 
 
@@ -219,12 +222,19 @@ def _parse(text: str, suffix: str) -> Any:
             import tomllib
         except ModuleNotFoundError:  # Python 3.10
             import tomli as tomllib  # type: ignore[import-not-found,no-redef]
+        if _DOTTED.search(re.sub(r'"[^"\n]*"|\'[^\'\n]*\'', '""', text)):  # the memory it takes grows with the square of the length
+            raise RecipeError(f"a recipe has no key of more than {_DEEPEST} parts")
         return tomllib.loads(text)
     if suffix in (".yaml", ".yml"):
         import yaml
 
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise RecipeError("a recipe has no aliases (*name): nine lines of them can stand for billions of settings; write the settings out")
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):  # nine lines of them can stand for billions of settings
+                raise RecipeError("a recipe has no aliases (*name); write the settings out")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:
+                raise RecipeError(f"a recipe is not nested {depth} levels deep")
         return yaml.safe_load(text)
     raise RecipeError(f"a recipe is .yaml, .yml or .toml; found {suffix or 'no suffix'!r}")
 

@@ -22,16 +22,17 @@ def add_source(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", help=SOURCES)
     command.add_argument("--arch", help="architecture of a state dict, e.g. timm:vit_small_patch16_224,num_classes=10")
     command.add_argument("--allow-pickle", action="store_true", help="load files that execute code; only for files you trust")
-    command.add_argument("--seed", type=_seed, default=0, help="chooses samples and every random number (default 0)")
+    command.add_argument("--seed", type=seed, default=0, help="chooses samples and every random number (default 0)")
     command.add_argument("--debug", action="store_true", help="show tracebacks and warnings of libraries")
     command.add_argument("--json", action="store_true", help="print the result as one JSON object on stdout")
 
 
-def _seed(text: str) -> int:
-    seed = int(text)
-    if not 0 <= seed < 2**63:
+def seed(text: str) -> int:
+    """A seed that torch takes."""
+    number = int(text)
+    if not 0 <= number < 2**63:
         raise ValueError
-    return seed
+    return number
 
 
 def read_shape(text: str | None) -> list[int] | None:
@@ -47,5 +48,5 @@ def read_shape(text: str | None) -> list[int] | None:
     except ValueError:
         sizes = []
     if not sizes or any(s < 1 for s in sizes):
-        raise InputError(f"--input-shape takes positive sizes such as 3,224,224; found {text!r}")
+        raise InputError(f"--input-shape takes positive sizes such as 3,224,224; found {text[:80]!r}")
     return sizes

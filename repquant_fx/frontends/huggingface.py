@@ -36,7 +36,10 @@ _MOST_COUNTED = 1_000_000
 
 def is_huggingface(source: str) -> bool:
     """Whether a source is `hf:...` or a directory with a `config.json`."""
-    return source.startswith(PREFIX) or (Path(source) / "config.json").is_file()
+    try:
+        return source.startswith(PREFIX) or (Path(source) / "config.json").is_file()
+    except (OSError, ValueError):  # too long for a path, or with a null byte
+        return False
 
 
 def find_directory(source: str) -> Path:
