@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import math
 import os
+import re
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -22,7 +23,7 @@ _CGROUP = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory
 
 
 def memory() -> int:
-    """Bytes that this process may use: physical memory, or the limit of its control group or of its resources where that is lower."""
+    """Bytes that this process may use: memory with swap, or the limit of its control group or of its resources where that is lower."""
     limits = [_physical_memory()]
     try:
         import resource
@@ -41,9 +42,11 @@ def _physical_memory() -> int:
         except (OSError, ValueError):  # no control group, or "max"
             continue
     try:
-        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (AttributeError, OSError, ValueError):
-        pass
+        known = dict(re.findall(r"(\w+): +(\d+) kB", Path("/proc/meminfo").read_text()))
+        limits.append(1024 * (int(known["MemTotal"]) + int(known.get("SwapTotal", 0))))
+    except (OSError, KeyError):
+        with suppress(AttributeError, OSError, ValueError):
+            limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return min(limits)
 
 

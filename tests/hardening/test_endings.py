@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -56,6 +57,18 @@ def test_names_that_no_file_has(name: str) -> None:
     with pytest.raises(OutputError, match="cannot write") as caught:
         check_writable(name, False)
     assert len(str(caught.value)) < 400
+
+
+def test_writers_of_one_name_do_not_mix(tmp_path: Path) -> None:
+    """Two compiles at once: the file is that of one of them, whole."""
+    contents = [bytes([number]) * 50_000 for number in range(4)]
+    threads = [threading.Thread(target=lambda data=data: [write_together({tmp_path / "m": data, tmp_path / "r": data}) for _ in range(10)])
+               for data in contents]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        assert not (tmp_path / "m").exists() or (tmp_path / "m").read_bytes() in contents
+    assert names(tmp_path) == ["m", "r"] and (tmp_path / "r").read_bytes() in contents
 
 
 def test_long_names_are_written(tmp_path: Path) -> None:
