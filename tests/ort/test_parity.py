@@ -61,13 +61,16 @@ def end_to_end(result: CompiledModel, x: Tensor) -> None:
     expected = dict(zip([*uniform, *logarithmic], values_at(result.graph_module, nodes, x)))
     bits = {site["name"].replace("/", "."): site["bits"] for layer in result.report["layers"] for site in layer["inputs"]}
     assert sorted(bits) == sorted(sites)
+    flipped = 0.0
     for name in uniform:
         codes = expected[name].numpy()
         assert codes.dtype == values[name].dtype == np.uint8 and codes.shape == values[name].shape
         assert values[name].max() <= 2 ** bits[name.removesuffix("_quantized")] - 1
         assert len(np.unique(codes)) > 1
         apart = np.abs(codes.astype(int) - values[name].astype(int))
-        assert (apart > 0).mean() <= 0.02, name  # a flip on a rounding boundary moves the whole token in what follows
+        # a flip on a rounding boundary moves the whole token in what follows
+        assert (apart > 0).mean() <= (0.2 if flipped else 0.02) and apart.max(initial=0) <= (3 if flipped else 1), name
+        flipped += (apart > 0).sum()
     for name in logarithmic:
         theirs, ours = values[name], expected[name].numpy()
         assert len(np.unique(theirs)) <= 2 ** bits[name.removesuffix("_dequantized")]
@@ -185,7 +188,8 @@ def test_weights_and_biases(case: tuple[str, int, CompiledModel]) -> None:
     assert len(gemms) >= 9
     for gemm in gemms:
         x, w, b = (producer[name] for name in gemm.input)
-        assert {a.name: a.i for a in w.attribute}.get("axis", 1) == 0 and len(w.input) == 2
+        assert {a.name: a.i for a in w.attribute}.get("axis", 1) == 0
+        assert not array(tensors[w.input[2]]).any(), "written out, or ONNX Runtime leaves the product in float"
         stored, scale = w.input[0], tensors[w.input[1]]
         if bits <= 4:
             cast = producer[stored]
@@ -342,9 +346,8 @@ def test_an_untouched_copy_passes() -> None:
     ("blocks.1.attn.query_scale", multiply(1.1)),
     ("blocks.0.attn.probabilities_scale", multiply(1.5)),
     ("blocks.1.mlp.fc1.weight_scale", multiply(1.2)),
-    ("blocks.0.mlp.fc2.bias_quantized", add(40)),
+    ("blocks.0.mlp.fc2.bias_quantized", add(40)),  # not its scale: integer kernels take that to be input's times weight's
     ("blocks.1.norm2.bias", add(1)),
-    ("head.bias_scale", multiply(2)),
     ("head/Min.top", first(7)),
     ("patch_embed.proj.weight_patches_quantized", far),
     ("blocks.0.attn.qkv.weight_quantized", far),
