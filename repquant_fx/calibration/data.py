@@ -393,20 +393,23 @@ def read_arrays(path: Path) -> Array | tuple[Array, ...] | dict[str, Array]:
             raise CalibrationError(f"calibration data {path} has {path.stat().st_size} bytes but would unpack to {declared}")
         if suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
-                return {name: file[name] for name in file.files}
+                found = {name: file[name] for name in file.files}
+            if not all(isinstance(array, np.ndarray) for array in found.values()):
+                raise ValueError("it holds other files than arrays")  # numpy gives their bytes
+            return found
         if suffix == ".safetensors":
             from safetensors.torch import load_file
 
             return dict(load_file(path))
         data = path.read_bytes()
         check_pickle(data, str(path))
-        found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except CalibrationError:
         raise
     except Exception as error:
         raise CalibrationError(f"calibration data {path} cannot be read as plain arrays "
                                f"(pickled objects are refused): {first_line(error)}") from error
-    return tuple(found) if isinstance(found, list) else found
+    return tuple(loaded) if isinstance(loaded, list) else loaded
 
 
 def check_array(array: Array, spec: InputSpec, where: str) -> None:

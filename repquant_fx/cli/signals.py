@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -45,13 +46,18 @@ def flushed() -> Iterator[None]:
 
     Raises:
         BrokenPipeError: the reader is gone.
-        OutputError: it cannot be written, because the disk is full for example.
+        OutputError: it cannot be written; the disk is full, of stdout or of any other file.
     """
     try:
         yield
     except BrokenPipeError:
         _discard()
         raise
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _discard()
+        raise OutputError(f"the disk is full: {error}") from error
     try:
         if sys.stdout is not None:
             sys.stdout.flush()

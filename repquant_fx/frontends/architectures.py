@@ -163,7 +163,7 @@ def _split(text: str, whole: str) -> list[str]:
 def _value(text: str, whole: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         if re.fullmatch(r"[A-Za-z_][\w.\-]*", text):
             return text
     raise ModelFileError(f"architecture {whole!r}: {text!r} is not a Python literal")

@@ -27,7 +27,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from repquant_fx import limits
-from repquant_fx.errors import ModelFileError
+from repquant_fx.errors import InputError, ModelFileError
 from repquant_fx.frontends.pickled import check_pickle, first_line
 
 _MODEL = "models/model.json"
@@ -78,13 +78,18 @@ def load_exported(data: bytes, where: str, *, allow_pickle: bool = False) -> tup
         ModelFileError: damaged, unsafe (the message names the record), of another torch, or with inputs that are not
             positional tensors.
     """
-    if not allow_pickle:
-        _screen(data, where)
-    program = _load(data, where)
-    if not allow_pickle:
-        program._guards_code = []  # source text; capture compares outputs instead
-    inputs = _stored_inputs(program, where)
-    return (program, inputs, True) if inputs is not None else (program, _drawn_inputs(program, where), False)
+    try:
+        if not allow_pickle:
+            _screen(data, where)
+        program = _load(data, where)
+        if not allow_pickle:
+            program._guards_code = []  # source text; capture compares outputs instead
+        inputs = _stored_inputs(program, where)
+        return (program, inputs, True) if inputs is not None else (program, _drawn_inputs(program, where), False)
+    except InputError:
+        raise
+    except Exception as error:  # a document of another form than torch writes
+        raise ModelFileError(f"not a model file: {where} is damaged ({first_line(error)})") from error
 
 
 def is_safe_expression(text: str) -> bool:

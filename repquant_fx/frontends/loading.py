@@ -215,9 +215,11 @@ def _loaded(module: nn.Module, source: str, input_shape: Sequence[int] | None, t
         if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in module.parameters()):
             module = module.float()
         check_finite(module.named_parameters(), module.named_buffers(), source)
-    except (AttributeError, RuntimeError, TypeError) as error:  # a file may hold any state; RecursionError is among these
+        return ready(module, source, input_shape, task, **about)
+    except InputError:
+        raise
+    except Exception as error:  # a file may hold any state
         raise ModelFileError(f"{source} holds a module that is not whole: {first_line(error)}") from error
-    return ready(module, source, input_shape, task, **about)
 
 
 def _from_directory(source: str, task: str | None, input_shape: Sequence[int] | None) -> LoadedModel:
@@ -241,10 +243,13 @@ def _from_program(data: bytes, where: str, allow_pickle: bool, input_shape: Sequ
 def check_finite(parameters: Iterable[tuple[str, Tensor]], buffers: Iterable[tuple[str, Tensor]], where: str) -> None:
     """Parameters must be finite. Buffers must not be NaN; an infinity there can be an attention mask."""
     parameters, buffers = list(parameters), list(buffers)
-    for name, tensor in (*parameters, *buffers):  # one element, expanded, can claim any size
-        limits.check_size(tensor.shape, f"{where}: {name}", tensor.element_size())
-    broken = [name for name, tensor in parameters if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())]
-    broken += [name for name, tensor in buffers if tensor.is_floating_point() and bool(torch.isnan(tensor).any())]
+    try:
+        for name, tensor in (*parameters, *buffers):  # one element, expanded, can claim any size
+            limits.check_size(tensor.shape, f"{where}: {name}", tensor.element_size())
+        broken = [name for name, tensor in parameters if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())]
+        broken += [name for name, tensor in buffers if tensor.is_floating_point() and bool(torch.isnan(tensor).any())]
+    except (RuntimeError, TypeError) as error:  # sparse, quantized, without data
+        raise ModelFileError(f"{where} holds a tensor that is not plain: {first_line(error)}") from error
     if broken:
         raise ModelFileError(f"{where} holds NaN or infinite weights in {_listed(broken)}; "
                              "training diverged or the file is damaged")

@@ -82,7 +82,7 @@ def zipped(members: Mapping[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def bomb(name: str, mebibytes: int = 1100) -> bytes:
+def bomb(name: str, mebibytes: int = 32) -> bytes:
     """A small zip archive with one member of zeros."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive, archive.open(name, "w", force_zip64=True) as file:
