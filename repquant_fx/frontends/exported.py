@@ -11,7 +11,6 @@ from __future__ import annotations
 import ast
 import importlib
 import io
-import itertools
 import json
 import logging
 import math
@@ -58,7 +57,6 @@ _POWERS = {"Pow", "PowByNatural", "FloatPow", "LShift", "RShift"}  # of small ex
 _CONSTANTS = {"true", "false", "oo", "int_oo", "zoo", "nan"}
 _MOST_NODES, _MOST_POWERS, _LARGEST_EXPONENT = 2000, 4, 64
 _MOST_TERMS = 10_000  # of an expression when expanded, which torch does
-_MOST_LEAVES = 10_000  # of the inputs of a program
 
 _CONTAINERS = {"builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict", "torch.Size"}
 
@@ -233,14 +231,18 @@ def _screen_samples(reader: Any, records: list[str], where: str) -> None:
     try:
         check_pickle(reader.get_record(_SAMPLES), _SAMPLES)
         samples = torch.load(io.BytesIO(reader.get_record(_SAMPLES)), weights_only=True, map_location="cpu")
-        leaves = list(itertools.islice(pytree.tree_iter(samples), _MOST_LEAVES))
     except Exception:
         _refuse(where, _SAMPLES, "is a pickle of something other than tensors")
-    if len(leaves) == _MOST_LEAVES:
-        _refuse(where, _SAMPLES, "nests its inputs beyond measure")
-    for leaf in leaves:
-        if not isinstance(leaf, (Tensor, int, float, str, bool, type(None))):
-            _refuse(where, _SAMPLES, f"holds a {type(leaf).__name__}")
+    pending, seen = [samples], set()
+    while pending:
+        value = pending.pop()
+        if isinstance(value, (list, tuple, dict)):
+            if value and id(value) in seen:  # each level twice the one below, or inside itself: whoever walks it does not end
+                _refuse(where, _SAMPLES, "has one container in two places")
+            seen.add(id(value))
+            pending.extend(value.values() if isinstance(value, dict) else value)
+        elif not isinstance(value, (Tensor, int, float, str, bool, type(None))):
+            _refuse(where, _SAMPLES, f"holds a {type(value).__name__}")
 
 
 def _screen_program(program: Any, where: str) -> None:
@@ -349,15 +351,17 @@ def _refuse(where: str, record: str, reason: str) -> NoReturn:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """torch logs a traceback and a warning for each damaged file; ours is the message."""
-    logger = logging.getLogger("torch.export")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx.experimental.symbolic_shapes")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
 
 
 def _load(data: bytes, where: str) -> ExportedProgram:

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from attacks import as_key, bomb, deep, doubling, npy, safetensors_header, torch_file, torch_zip, zipped
-from test_fuzz import ARCH
+from attacks import archive_of, as_key, bomb, deep, doubling, npy, records_of, safetensors_header, torch_file, torch_zip, zipped
+from test_fuzz import ARCH, whole
 
 from repquant_fx import limits
 from repquant_fx.calibration.data import InputSpec, load_calibration, read_arrays
@@ -133,6 +133,16 @@ def test_pickles_that_name_classes_without_end(tmp_path: Path) -> None:
     (tmp_path / "m.pt").write_bytes(torch_zip(b"\x80\x02" + names + b"N."))
     with pytest.raises(ModelFileError, match="not known to be harmless"):
         load_model(tmp_path / "m.pt")
+
+
+LISTS = b"]q\x00" + b"".join(b"](h" + bytes([level]) + b"h" + bytes([level]) + b"eq" + bytes([level + 1]) for level in range(60))
+
+
+@pytest.mark.parametrize("pickled", [doubling(), LISTS, b"]q\0h\0a", as_key(deep())[2:-1]], ids=["tuples", "lists", "itself", "deep"])
+def test_inputs_of_a_program_that_do_not_end(pickled: bytes, tmp_path: Path) -> None:
+    (tmp_path / "m.pt2").write_bytes(archive_of({**records_of(whole("pt2")), "data/sample_inputs/model.pt": torch_zip(b"\x80\x02" + pickled + b".")}))
+    with pytest.raises(ModelFileError, match="refused before loading"):
+        load_model(tmp_path / "m.pt2")
 
 
 def lying(size: tuple[int, ...], stride: tuple[int, ...], numel: int) -> bytes:
