@@ -388,7 +388,10 @@ def read_arrays(path: Path) -> Array | tuple[Array, ...] | dict[str, Array]:
                                f"{', '.join(ARRAY_SUFFIXES)} is needed")
     try:
         if suffix == ".npy":
-            return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            if not isinstance(array, np.ndarray):
+                raise ValueError("it is an archive of arrays; call it .npz")
+            return np.asarray(array)
         if (declared := limits.unpacks_to(path)) is not None:
             raise CalibrationError(f"calibration data {path} has {path.stat().st_size} bytes but would unpack to {declared}")
         if suffix == ".npz":

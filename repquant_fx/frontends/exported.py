@@ -150,7 +150,8 @@ def _terms(node: ast.expr) -> float:
     if node.func.id in _POWERS and len(terms) == 2:
         if any(isinstance(inner, ast.Call) and getattr(inner.func, "id", "") in _POWERS for inner in ast.walk(node.args[0])):
             return math.inf  # powers of powers make numbers of any length
-        return terms[0] ** max((abs(n.value) for n in ast.walk(node.args[1]) if isinstance(n, ast.Constant)), default=1)
+        exponents = [abs(n.value) for n in ast.walk(node.args[1]) if isinstance(n, ast.Constant) and isinstance(n.value, int)]
+        return float(terms[0] ** max(exponents, default=1))
     return math.prod(terms) if node.func.id == "Mul" else sum(terms)
 
 

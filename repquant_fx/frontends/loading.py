@@ -115,16 +115,17 @@ def _no_architecture_wanted(arch: str | None, source: str) -> None:
 
 
 def _read(path: Path) -> bytes:
-    if path.is_dir():
-        raise ModelFileError(f"not a model file: {path} is a directory without config.json; give a transformers directory or the file in it")
     if kind := irregular(path):
         raise ModelFileError(f"not a model file: {path} is {kind}")
     try:
         data = path.read_bytes()
+    except IsADirectoryError as error:
+        raise ModelFileError(f"not a model file: {path} is a directory without config.json; give a transformers directory or the file in it"
+                             ) from error
     except FileNotFoundError as error:
         raise ModelFileError(f"not a model file: {path} does not exist (architectures are written timm:NAME)") from error
     except OSError as error:
-        raise ModelFileError(f"not a model file: {path} cannot be read: {error.strerror or error}") from error
+        raise ModelFileError(f"not a model file: {str(path)[:200]} cannot be read: {error.strerror or error}") from error
     except ValueError as error:  # a path with a null byte
         raise ModelFileError(f"not a model file: {str(path)!r} cannot be read: {error}") from error
     if not data:

@@ -140,8 +140,12 @@ def check_pickle(data: bytes, where: str) -> None:
         ModelFileError: it does; the message names what.
     """
     refuse_bomb(data, where)
-    if classes := _screen(data, where):
-        _refuse(where, sorted(classes))
+    known = _torch_defaults()
+    named, problem = _rehearse(data)
+    if others := sorted(named - known):
+        raise ModelFileError(f"{where} cannot be loaded as plain tensors: it names {_shown(others)}. Nothing was executed")
+    if problem is not None:
+        raise ModelFileError(f"{where} cannot be loaded as plain tensors: its pickle is damaged or does what tensors need not ({problem})")
 
 
 def globals_of(data: bytes, where: str) -> set[str]:
@@ -395,9 +399,12 @@ def _load(data: bytes, where: str, *, weights_only: bool) -> Any:
 
 
 def _refuse(where: str, names: list[str]) -> NoReturn:
-    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    raise ModelFileError(f"{where} names code that is not known to be harmless: {shown}. Nothing was executed. Pass "
+    raise ModelFileError(f"{where} names code that is not known to be harmless: {_shown(names)}. Nothing was executed. Pass "
                          "--allow-pickle if you trust the file, or save a state dict (or safetensors) and pass --arch")
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(names[:8])[:500] + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _modules_in(loaded: Any) -> list[nn.Module]:
