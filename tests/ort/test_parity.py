@@ -75,7 +75,7 @@ def end_to_end(result: CompiledModel, x: Tensor) -> None:
         theirs, ours = values[name], expected[name].numpy()
         assert len(np.unique(theirs)) <= 2 ** bits[name.removesuffix("_dequantized")]
         assert np.array_equal(theirs == 0, ours == 0)
-        assert np.isclose(theirs, ours, rtol=1e-5, atol=0).mean() >= 0.995, name
+        assert np.isclose(theirs, ours, rtol=1e-5, atol=0).mean() >= (0.95 if flipped else 0.995), name
     reference = result.graph_module(x).numpy()
     assert output.shape == reference.shape and np.isfinite(output).all()
     assert np.abs(output - reference).max() <= 0.05 * np.abs(reference).max()
