@@ -148,7 +148,8 @@ def _terms(node: ast.expr) -> float:
         return 1
     terms = [_terms(argument) for argument in node.args]
     if node.func.id in _POWERS and len(terms) == 2:
-        if any(isinstance(inner, ast.Call) and getattr(inner.func, "id", "") in _POWERS for inner in ast.walk(node.args[0])):
+        inside = [inner.func.id for inner in ast.walk(node.args[0]) if isinstance(inner, ast.Call) and isinstance(inner.func, ast.Name)]
+        if terms[0] > _MOST_TERMS or not _POWERS.isdisjoint(inside):
             return math.inf  # powers of powers make numbers of any length
         exponents = [abs(n.value) for n in ast.walk(node.args[1]) if isinstance(n, ast.Constant) and isinstance(n.value, int)]
         return float(terms[0] ** max(exponents, default=1))
