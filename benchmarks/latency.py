@@ -119,7 +119,7 @@ def write_variants(name: str, folder: Path, wanted: set[str] | None = None) -> d
 
 
 def compiled(model: nn.Module, calibration: dict[str, Tensor], recipe: Recipe) -> Any:
-    return compile(model, recipe, calibration=calibration if "x" not in calibration else calibration["x"], batch_size=4,
+    return compile(model, recipe=recipe, calibration=calibration if "x" not in calibration else calibration["x"], batch_size=4,
                    example_inputs={k: v[:2] for k, v in calibration.items()} if "x" not in calibration else [calibration["x"][:2]], check=False)
 
 

@@ -55,6 +55,7 @@ def export_onnx(
     name_by_module(model)
     name_axes(model, [node.meta.get(AXES, {}) for node in graph_module.graph.find_nodes(op="placeholder")])
     add_zero_points(model)
+    functions.set_thresholds(model)
     pack_weights(model, packed)
     used = {node.op_type for node in model.graph if node.domain == functions.DOMAIN}
     for name in sorted(used):

@@ -124,7 +124,8 @@ class CalibrateActivations(Pass):
         exact = a if product is None else product(a)
         log, best = torch.log(a), (math.inf, 1.0, 1)
         for steps in STEPS[self.recipe.softmax]:
-            for scale in scales or logarithmic.scale_candidates(largest, site.bits, steps):
+            snapped = sorted({logarithmic.snap(s, site.bits, steps) for s in scales})
+            for scale in snapped or logarithmic.scale_candidates(largest, site.bits, steps):
                 codes = logarithmic.quantize_log(log, scale, site.bits, steps)
                 values = logarithmic.level_table(scale, site.bits, steps)[codes.int()]
                 error = float(((values if product is None else product(values)) - exact).square().mean())

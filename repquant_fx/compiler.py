@@ -1,7 +1,7 @@
 """The compiler: one function that runs the whole way, frontend to checked ONNX file.
 
     from repquant_fx import Recipe, compile
-    compiled = compile("model.pt2", Recipe(wbits=4, abits=4), calibration="images/")
+    compiled = compile("model.pt2", "images/", Recipe(wbits=4, abits=4))
     compiled.save("model.onnx")
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from repquant_fx import log
 from repquant_fx import parity as parity_check
 from repquant_fx import report as reports
 from repquant_fx.calibration.data import CalibrationSet, InputSpec, load_calibration
@@ -26,15 +27,17 @@ from repquant_fx.calibration.text import TEXT_SAMPLES, Tokenization
 from repquant_fx.errors import InputError
 from repquant_fx.exporters.metadata import describe
 from repquant_fx.exporters.onnx_qdq import export_onnx
-from repquant_fx.files import check_writable, write_together
+from repquant_fx.files import MODEL, check_directory, check_writable, is_directory, write_atomically, write_directory, write_together
 from repquant_fx.frontends import huggingface, signature
 from repquant_fx.frontends.capture import AXES, Captured, capture, tensors_in
+from repquant_fx.frontends.companions import companions
 from repquant_fx.frontends.loading import LoadedModel, load_model
-from repquant_fx.frontends.memory import from_memory
+from repquant_fx.frontends.memory import from_memory, left_as_found
+from repquant_fx.inspection import record
 from repquant_fx.passes.base import own_tensors, run_passes, shared_copy
 from repquant_fx.passes.insert_observers import InsertObservers
 from repquant_fx.passes.lower_to_qdq import LowerToQDQ
-from repquant_fx.passes.match_sites import MatchSites
+from repquant_fx.passes.match_sites import MatchSites, Plan
 from repquant_fx.passes.normal_form import normalize
 from repquant_fx.pipeline import absorb_scales, quantize_sequentially
 from repquant_fx.recipe import LayerRule, Recipe
@@ -54,6 +57,7 @@ class CompiledModel:
         graph_module: the lowered graph, the FX reference of the file.
         quantizers: nodes of `graph_module` that produce codes, by site name.
         parity: the comparison with ONNX Runtime, None if it was not asked for.
+        companions: what belongs beside the file in a directory (configuration, tokenizer, processor), by name.
     """
 
     proto: onnx.ModelProto
@@ -61,6 +65,7 @@ class CompiledModel:
     graph_module: GraphModule
     quantizers: dict[str, Node]
     parity: parity_check.Parity | None
+    companions: dict[str, bytes] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """The file's bytes; the same model, data, recipe and seed give the same bytes."""
@@ -69,15 +74,34 @@ class CompiledModel:
     def save(self, path: str | Path, *, force: bool = False, report: str | Path | None = None) -> Path:
         """Write the model, and the report where a path is given. Complete or not at all.
 
+        Args:
+            path: a file where it ends in `.onnx`; else a directory, which gets `model.onnx` and `companions`.
+
+        Returns:
+            where the model was written.
+
         Raises:
             OutputError: a file exists and `force` is not set, or it cannot be written.
         """
+        if is_directory(path):
+            files = {**self.companions, **self._report_within(path, report), MODEL: self.to_bytes()}
+            path = check_directory(path, files, force)
+            if report is not None and len(files) == len(self.companions) + 1:
+                write_atomically(check_writable(report, force), self.report_json().encode())
+            write_directory(path, files)
+            return path / MODEL
         path = check_writable(path, force)
-        files = {path: self.to_bytes()}
+        both = {path: self.to_bytes()}
         if report is not None:
-            files[check_writable(report, force)] = self.report_json().encode()
-        write_together(files)
+            both[check_writable(report, force)] = self.report_json().encode()
+        write_together(both)
         return path
+
+    def _report_within(self, directory: str | Path, report: str | Path | None) -> dict[str, bytes]:
+        """The report as one of the directory's files, where it is to be one."""
+        if report is None or Path(report).parent.resolve() != Path(directory).resolve():
+            return {}
+        return {Path(report).name: self.report_json().encode()}
 
     def report_json(self) -> str:
         """The report as indented JSON."""
@@ -90,12 +114,13 @@ class CompiledModel:
         return session(self.to_bytes(), threads=threads)
 
 
+@left_as_found
 def compile(
-    model: str | Path | nn.Module | torch.export.ExportedProgram | LoadedModel, recipe: Recipe | None = None, *,
-    calibration: str | Callable[[], Any] | Sequence[Any] | Tensor | None = None, samples: int | None = None, batch_size: int = 32,
-    seed: int = 0, example_inputs: Sequence[Tensor] | Mapping[str, Tensor] | None = None, arch: str | None = None,
-    input_shape: Sequence[int] | None = None, allow_pickle: bool = False, check: bool = True, task: str | None = None,
-    seq_len: int | None = None, tokenizer: Any | None = None,
+    model: str | Path | nn.Module | torch.export.ExportedProgram | LoadedModel,
+    calibration: str | Path | Callable[[], Any] | Iterable[Any] | Tensor | None = None, recipe: Recipe | None = None, *,
+    samples: int | None = None, batch_size: int = 32, seed: int = 0, example_inputs: Sequence[Tensor] | Mapping[str, Tensor] | None = None,
+    arch: str | None = None, input_shape: Sequence[int] | None = None, allow_pickle: bool = False, check: bool = True,
+    task: str | None = None, seq_len: int | None = None, tokenizer: Any | None = None,
 ) -> CompiledModel:
     """Quantize a model and write it as ONNX QDQ.
 
@@ -118,32 +143,30 @@ def compile(
         InputError: something given cannot be used (its subclasses say what).
         ParityError: the exported model disagrees with the reference beyond float rounding.
     """
-    recipe = recipe or Recipe()
     torch.manual_seed(seed)
-    loaded = _load(model, example_inputs, arch, input_shape, allow_pickle, task)
-    if loaded.float_modules:  # the recipe's own rules come later, so they win
-        recipe = replace(recipe, layers=(*(LayerRule(glob, skip=True) for glob in loaded.float_modules), *recipe.layers))
-    captured = _capture(loaded)
-    graph_module = normalize(captured.graph_module)
-    matching = MatchSites(recipe)
-    run_passes(graph_module, [matching])
-    plan = matching.plan
+    matched = match(model, recipe, example_inputs=example_inputs, arch=arch, input_shape=input_shape, allow_pickle=allow_pickle, task=task)
+    loaded, captured, graph_module, plan, recipe = matched.loaded, matched.captured, matched.graph_module, matched.plan, matched.recipe
     if not plan.groups:
         reasons = "; ".join(f"{item.operator} at {item.path}: {item.reason}" for item in plan.left_alone[:3])
         raise InputError("nothing to quantize: the graph has no Linear, convolution or matrix product that the recipe does not skip"
                          + (f" ({reasons})" if reasons else ""))
+    log.stage("calibration data")
     data = _calibration_data(captured, loaded, calibration, samples, batch_size, seed, seq_len, tokenizer)
     used, held_back = data.split_held_back(HELD_BACK)
     batches = list(used.batches)
+    log.stage("quantize")
     absorb_scales(graph_module, plan, batches, recipe)
     reference = shared_copy(graph_module)
     run_passes(graph_module, [InsertObservers(plan, len(batches))])
     quantized = quantize_sequentially(graph_module, plan, batches, recipe)
     layers = reports.describe_layers(graph_module, plan, quantized)
+    log.stage("export")
     lowering = LowerToQDQ(plan, quantized.weights)
     run_passes(graph_module, [lowering])
+    metadata = describe(recipe, loaded.preprocessing, record(layers, plan.left_alone, lowering.constants))
     proto = export_onnx(graph_module, loaded.example_inputs, input_names=captured.input_names, output_names=captured.output_names,
-                        dynamic_shapes=dynamic_shapes(graph_module), metadata=describe(recipe, loaded.preprocessing))
+                        dynamic_shapes=dynamic_shapes(graph_module), metadata=metadata)
+    log.stage("check")
     probe = [torch.cat(tensors) for tensors in zip(*held_back.batches)] if captured.dynamic_batch else list(held_back.batches[0])
     sqnr = reports.layer_sqnr(reference, graph_module, [e["node"] for e in layers], probe)
     with torch.no_grad():
@@ -158,11 +181,47 @@ def compile(
             "capture": {"difference_from_eager": captured.eager_difference, "dynamic_batch": captured.dynamic_batch},
             "file_bytes": proto.ByteSize(), "peak_memory_mb": _peak_memory(),
         })
+    log.finish()
     if parity is not None:
         parity.raise_on_problems()
     if not isinstance(model, (str, Path)):
         own_tensors(graph_module)  # the caller may go on training
-    return CompiledModel(proto, report, graph_module, lowering.quantizers, parity)
+    return CompiledModel(proto, report, graph_module, lowering.quantizers, parity, companions(loaded, tokenizer))
+
+
+@dataclass(frozen=True)
+class Matched:
+    """A model in normal form and what the recipe, completed by the rules that the model brings, quantizes of it."""
+
+    loaded: LoadedModel
+    captured: Captured
+    graph_module: GraphModule
+    plan: Plan
+    recipe: Recipe
+
+
+def match(
+    model: str | Path | nn.Module | torch.export.ExportedProgram | LoadedModel, recipe: Recipe | None = None, *,
+    example_inputs: Sequence[Tensor] | Mapping[str, Tensor] | None = None, arch: str | None = None, input_shape: Sequence[int] | None = None,
+    allow_pickle: bool = False, task: str | None = None,
+) -> Matched:
+    """The first part of `compile`: load, capture, bring into normal form, match. Nothing is calibrated.
+
+    Raises:
+        InputError: the model cannot be loaded or captured.
+    """
+    recipe = recipe or Recipe()
+    log.stage("load")
+    loaded = _load(model, example_inputs, arch, input_shape, allow_pickle, task)
+    # the recipe's own rules come later, so they win; a recipe that was stored in a file has these rules already
+    own = tuple(rule for rule in (LayerRule(glob, skip=True) for glob in loaded.float_modules) if rule not in recipe.layers)
+    recipe = replace(recipe, layers=(*own, *recipe.layers))
+    log.stage("capture")
+    captured = _capture(loaded)
+    graph_module = normalize(captured.graph_module)
+    matching = MatchSites(recipe)
+    run_passes(graph_module, [matching])
+    return Matched(loaded, captured, graph_module, matching.plan, recipe)
 
 
 def _peak_memory() -> float | None:

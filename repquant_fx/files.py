@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from repquant_fx.errors import OutputError
 
+MODEL = "model.onnx"  # within a directory; the name that optimum looks for
 _LONGEST_PREFIX = 200  # of the name of a temporary file
 
 
@@ -28,13 +30,7 @@ def check_writable(path: str | Path, force: bool) -> Path:
     Raises:
         OutputError: the folder is missing or cannot be written, the path is a folder, or the file exists and `force` is not set.
     """
-    path = Path(path)
-    try:
-        path.stat()
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:  # a loop of links, a name that is too long, a null byte
-        raise OutputError(f"cannot write {str(path)[:200]!r}: {getattr(error, 'strerror', None) or error}") from error
+    path = _possible(path)
     if path.is_dir():
         raise OutputError(f"cannot write {path}: it is a folder; give a file name")
     if irregular(path):
@@ -50,6 +46,18 @@ def check_writable(path: str | Path, force: bool) -> Path:
             pass
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    return path
+
+
+def _possible(path: str | Path) -> Path:
+    """A path that a file can have: no loop of links, not too long, without null bytes."""
+    path = Path(path)
+    try:
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        raise OutputError(f"cannot write {str(path)[:200]!r}: {getattr(error, 'strerror', None) or error}") from error
     return path
 
 
@@ -85,6 +93,55 @@ def write_together(files: Mapping[str | Path, bytes] | Mapping[Path, bytes]) -> 
         for temporary, _ in written:
             if os.path.exists(temporary):
                 os.unlink(temporary)
+
+
+def is_directory(path: str | Path) -> bool:
+    """Whether an output path names a directory: everything does that does not end in `.onnx`."""
+    return Path(path).suffix.lower() != ".onnx"
+
+
+def check_directory(path: str | Path, names: Iterable[str], force: bool) -> Path:
+    """Refuse early a directory that cannot be written, or that holds one of `names` while `force` is not set. Others in it do no harm.
+
+    Raises:
+        OutputError: the path is a file, its folder is missing or cannot be written, or a file exists.
+    """
+    path = _possible(path)
+    if not path.is_dir():
+        if path.exists():
+            raise OutputError(f"cannot write {path}: it is a file; a name that does not end in .onnx stands for a directory")
+        return check_writable(path, force)
+    for name in names:
+        check_writable(path / name, force)
+    return path
+
+
+def write_directory(path: str | Path, files: Mapping[str, bytes]) -> None:
+    """Write files into a directory: all of them or none. A directory that exists keeps its other files.
+
+    Everything is written beside first, so a full disk changes nothing. A new directory then appears as a whole; in an old one the files
+    are replaced one after the other, the last of `files` last.
+
+    Raises:
+        OutputError: the disk is full, or the path cannot be written.
+    """
+    path = Path(path)
+    staging = None
+    try:
+        staging = Path(tempfile.mkdtemp(prefix=f".{path.name[:_LONGEST_PREFIX]}.", dir=path.parent))
+        for name, data in files.items():
+            write_atomically(staging / name, data)
+        staging.chmod(0o777 & ~_umask())
+        if not path.exists():
+            os.rename(staging, path)
+            return
+        for name in files:
+            os.replace(staging / name, path / name)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def _umask() -> int:

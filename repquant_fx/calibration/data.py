@@ -23,6 +23,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from repquant_fx import limits
 from repquant_fx.calibration.images import (
@@ -299,6 +300,8 @@ class _Loader:
         count = 0
         for index, batch in enumerate(progress(_guarded(batches, origin), description="reading batches")):
             where = f"{origin}, batch {index}"
+            if isinstance(batches, DataLoader):
+                batch = self._without_targets(batch)
             arrays = self._columns(batch, where)
             count += self._length(arrays, where)
             for column, array in zip(columns, arrays, strict=True):
@@ -308,6 +311,13 @@ class _Loader:
         if not columns[0]:
             raise CalibrationError(f"{origin} gave no batches")
         return [_join(column, spec, origin) for column, spec in zip(columns, self.inputs, strict=True)]
+
+    def _without_targets(self, batch: Any) -> Any:
+        """A DataLoader's batch without the labels that follow the inputs."""
+        if isinstance(batch, (tuple, list)) and len(batch) > len(self.inputs):
+            batch = batch[:len(self.inputs)]
+            return batch[0] if isinstance(batch[0], Mapping) else tuple(batch)
+        return batch
 
     def from_arrays(self, value: Any, origin: str, *, ordered: bool = True) -> CalibrationSet:
         """Arrays of all samples: check, choose by the seed, convert."""

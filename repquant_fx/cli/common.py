@@ -17,14 +17,25 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}\n{self.format_usage().strip()}")
 
 
-def add_source(command: argparse.ArgumentParser) -> None:
+def add_source(command: argparse.ArgumentParser, about: str = SOURCES) -> None:
     """The model, and what every command that loads one takes."""
-    command.add_argument("model", help=SOURCES)
+    command.add_argument("model", help=about)
     command.add_argument("--arch", help="architecture of a state dict, e.g. timm:vit_small_patch16_224,num_classes=10")
     command.add_argument("--allow-pickle", action="store_true", help="load files that execute code; only for files you trust")
     command.add_argument("--seed", type=seed, default=0, help="chooses samples and every random number (default 0)")
-    command.add_argument("--debug", action="store_true", help="show tracebacks and warnings of libraries")
-    command.add_argument("--json", action="store_true", help="print the result as one JSON object on stdout")
+    add_output(command)
+
+
+def add_output(command: argparse.ArgumentParser) -> None:
+    """How a command speaks; every command that does work takes these."""
+    output = command.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="print the result as one JSON object on stdout")
+    form = output.add_mutually_exclusive_group()
+    form.add_argument("--quiet", action="store_true", help="on stderr only warnings and errors, no progress")
+    form.add_argument("--verbose", action="store_true", help="on stderr also every stage and its seconds")
+    form.add_argument("--log-json", action="store_true", help="on stderr one JSON object a line: stage_started, stage_finished, info, warning, "
+                      "result, error")
+    output.add_argument("--debug", action="store_true", help="show tracebacks and warnings of libraries")
 
 
 def seed(text: str) -> int:

@@ -120,6 +120,11 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _TOKENIZERS)
 
 
+def descriptions(folder: Path) -> list[Path]:
+    """The files of a directory that describe the model, its tokenizer and its processor; no weights and no index of weights."""
+    return sorted({path for pattern in _DESCRIPTIONS for path in folder.glob(pattern) if path.is_file() and not path.match("*.index.json")})
+
+
 def load_preprocessing(folder: Path, expected: Sequence[int] | None) -> dict[str, Any] | None:
     """The image processor of a directory as a timm data config (see `architectures.preprocessing`); None where there is none.
 

@@ -10,7 +10,7 @@ import json
 import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class LoadedModel:
         tokenizer: the transformers tokenizer that lies beside the model, if one does.
         task: one of `tasks.TASKS`; None where it is not known.
         float_modules: globs of module paths that stay float unless a recipe says otherwise.
+        directory: the transformers directory that it was read from, if any.
     """
 
     module: nn.Module | None
@@ -61,6 +62,7 @@ class LoadedModel:
     tokenizer: Any | None = None
     task: str | None = None
     float_modules: tuple[str, ...] = ()
+    directory: Path | None = None
 
 
 def load_model(
@@ -228,7 +230,8 @@ def _from_directory(source: str, task: str | None, input_shape: Sequence[int] | 
     module, task = huggingface.load_directory(folder, task)
     preprocessing = huggingface.load_preprocessing(folder, architectures.config_image_shape(module))
     tokenizer = huggingface.load_tokenizer(folder) if huggingface.has_tokenizer(folder) else None
-    return _loaded(module, f"{type(module).__name__} of {source}", input_shape, task, preprocessing=preprocessing, tokenizer=tokenizer)
+    loaded = _loaded(module, f"{type(module).__name__} of {source}", input_shape, task, preprocessing=preprocessing, tokenizer=tokenizer)
+    return replace(loaded, directory=folder)
 
 
 def _from_program(data: bytes, where: str, allow_pickle: bool, input_shape: Sequence[int] | None, task: str | None) -> LoadedModel:

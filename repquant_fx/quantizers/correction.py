@@ -5,7 +5,9 @@ Before rounding, the weights and bias are moved to the ridge regression of Y on 
 set so that the mean output is that of Y. Beyond the paper; both are closed forms of second moments that GPTQ needs anyway.
 
 The strength of the ridge is chosen by cross-validation between two halves of the batches, so that a layer with few samples
-(a classifier head) is not overfitted: where no correction helps on the other half, none is made.
+(a classifier head) is not overfitted: where no correction helps on the other half, none is made. Of the fitted correction half is
+applied: the next layers make up for what is left, so that nothing is lost on data like the calibration's, and a model that then sees
+other data (a sentence encoder calibrated on encyclopaedia text) is bent less towards what it was calibrated on.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+STRENGTH = 0.5  # share of the fitted correction that is applied
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # of the mean variance of the inputs
 
 
@@ -74,4 +77,4 @@ def fit(first: Moments, second: Moments) -> Tensor:
         return torch.zeros_like(rx)
     damped = xx.clone()
     damped.diagonal().add_(best * xx.diagonal().mean().clamp(min=1e-30))
-    return torch.linalg.solve(damped, rx.T).T
+    return STRENGTH * torch.linalg.solve(damped, rx.T).T

@@ -78,7 +78,7 @@ def compiled(name: str) -> CompiledModel:
     loaded = LoadedModel(model(name), None, tuple(example.values()), False, None, name, None if names is None else tuple(names),
                          tuple(family.free(list(example))), family.outputs, float_modules=family.float_modules)
     data = [tuple(tensor[:4] for tensor in family.inputs(4, 9, seed).values()) for seed in (1, 2)]
-    return compile(loaded, recipe(family), calibration=data, batch_size=4)
+    return compile(loaded, recipe=recipe(family), calibration=data, batch_size=4)
 
 
 def eager(name: str, inputs: Inputs) -> dict[str, Tensor]:
