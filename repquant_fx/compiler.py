@@ -27,7 +27,7 @@ from repquant_fx.calibration.text import TEXT_SAMPLES, Tokenization
 from repquant_fx.errors import InputError
 from repquant_fx.exporters.metadata import describe
 from repquant_fx.exporters.onnx_qdq import export_onnx
-from repquant_fx.files import MODEL, check_directory, check_writable, is_directory, write_atomically, write_directory
+from repquant_fx.files import MODEL, check_directory, check_writable, is_directory, write_atomically, write_directory, write_together
 from repquant_fx.frontends import huggingface, signature
 from repquant_fx.frontends.capture import AXES, Captured, capture, tensors_in
 from repquant_fx.frontends.companions import companions
@@ -91,11 +91,10 @@ class CompiledModel:
             write_directory(path, files)
             return path / MODEL
         path = check_writable(path, force)
+        both = {path: self.to_bytes()}
         if report is not None:
-            check_writable(report, force)
-        write_atomically(path, self.to_bytes())
-        if report is not None:
-            write_atomically(report, self.report_json().encode())
+            both[check_writable(report, force)] = self.report_json().encode()
+        write_together(both)
         return path
 
     def _report_within(self, directory: str | Path, report: str | Path | None) -> dict[str, bytes]:

@@ -22,7 +22,7 @@ def add_source(command: argparse.ArgumentParser, about: str = SOURCES) -> None:
     command.add_argument("model", help=about)
     command.add_argument("--arch", help="architecture of a state dict, e.g. timm:vit_small_patch16_224,num_classes=10")
     command.add_argument("--allow-pickle", action="store_true", help="load files that execute code; only for files you trust")
-    command.add_argument("--seed", type=int, default=0, help="chooses samples and every random number (default 0)")
+    command.add_argument("--seed", type=seed, default=0, help="chooses samples and every random number (default 0)")
     add_output(command)
 
 
@@ -73,6 +73,14 @@ def read_bits(option: str, text: str) -> list[int]:
     return sorted({int(part) for part in parts})
 
 
+def seed(text: str) -> int:
+    """A seed that torch takes."""
+    number = int(text)
+    if not 0 <= number < 2**63:
+        raise ValueError
+    return number
+
+
 def read_shape(text: str | None) -> list[int] | None:
     """Sizes such as `3,224,224`.
 
@@ -86,5 +94,5 @@ def read_shape(text: str | None) -> list[int] | None:
     except ValueError:
         sizes = []
     if not sizes or any(s < 1 for s in sizes):
-        raise InputError(f"--input-shape takes positive sizes such as 3,224,224; found {text!r}")
+        raise InputError(f"--input-shape takes positive sizes such as 3,224,224; found {text[:80]!r}")
     return sizes
