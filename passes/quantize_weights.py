@@ -84,7 +84,7 @@ class QuantizeWeights(Pass):
         """The codes chosen and the rows' (round-to-nearest's, chosen) output errors; rows are independent, so ranks share them out."""
         rows, found = weight[self.world.rows(len(weight))], {}
         if len(rows):
-            nearest, quantized = self._round(rows, bits, hessian, use_gptq, where)
+            nearest, quantized = round_weight(rows, bits, hessian, self.recipe, use_gptq, where)
             found = {"codes": quantized.codes, "scale": quantized.scale}
             if hessian is not None:
                 found["errors"] = torch.stack([output_error(rows, q.dequantize(), hessian) for q in (nearest, quantized)], dim=1)
@@ -98,8 +98,8 @@ class QuantizeWeights(Pass):
         old, bias = attribute(graph_module, consumer.args[1]), None  # type: ignore[arg-type]
         if site.name in self.moments:
             first, second = self.moments[site.name]
-            x, residual = (first + second).mean(site.consumers.index(consumer))
-            shift = residual + (old.reshape(len(old), -1).double() - quantized.dequantize().double()) @ x
+            whole = first + second
+            shift = whole.mean_residual(site.consumers.index(consumer)) + (old.reshape(len(old), -1).double() - quantized.dequantize().double()) @ whole.mean
             old_bias = consumer.args[2] if len(consumer.args) > 2 else None
             bias = (shift + attribute(graph_module, old_bias).double() if isinstance(old_bias, Node) else shift).float()
         scale = _fill_dead_rows(quantized.codes, quantized.scale)
@@ -113,23 +113,6 @@ class QuantizeWeights(Pass):
             return 2 * whole.count * whole.covariance
         hessian = self.hessians.get(site.name)
         return hessian if hessian is not None and hessian.shape[0] == inputs else None
-
-    def _round(self, weight: Tensor, bits: int, hessian: Tensor | None, use_gptq: bool,
-               where: str) -> tuple[QuantizedWeight, QuantizedWeight]:
-        """Codes to nearest, and the codes chosen."""
-        search = self.recipe.weights == "mse"
-        grid = weight_grid(weight, bits, symmetric=needs_symmetric(bits), search=search)
-        nearest = round_to_nearest(weight, grid)
-        if not use_gptq or hessian is None:
-            return nearest, nearest
-        # a second grid, chosen where the inputs have their energy; keep whichever ends with the smaller output error
-        weighted = weight_grid(weight, bits, symmetric=needs_symmetric(bits), search=search, importance=hessian.diagonal().float())
-        results = [gptq(weight, hessian, g, damping=self.recipe.gptq_damping, block=self.recipe.gptq_block,
-                        activation_order=self.recipe.gptq_activation_order, where=where) for g in (grid, weighted)]
-        costs = [output_error(weight, r.dequantize(), hessian) for r in results]
-        first = costs[0] <= costs[1]
-        return nearest, QuantizedWeight(torch.where(first[:, None], results[0].codes, results[1].codes),
-                                        torch.where(first, results[0].scale, results[1].scale))
 
     def _install(self, graph_module: GraphModule, consumer: Node, choice: ChosenWeight) -> None:
         """Put codes in place of the weight: what is quantized takes a quarter of the memory from here on."""
@@ -145,6 +128,24 @@ class QuantizeWeights(Pass):
         copy_meta(consumer, value, node.meta["val"])
         consumer.update_arg(1, value)
         drop_constant(graph_module, node)
+
+
+def round_weight(weight: Tensor, bits: int, hessian: Tensor | None, recipe: Recipe, use_gptq: bool,
+                 where: str) -> tuple[QuantizedWeight, QuantizedWeight]:
+    """Codes to nearest, and the codes chosen, of a weight of shape (out, in) whose input has the Hessian `2 X^T X`, shape (in, in)."""
+    search = recipe.weights == "mse"
+    grid = weight_grid(weight, bits, symmetric=needs_symmetric(bits), search=search)
+    nearest = round_to_nearest(weight, grid)
+    if not use_gptq or hessian is None:
+        return nearest, nearest
+    # a second grid, chosen where the inputs have their energy; keep whichever ends with the smaller output error
+    weighted = weight_grid(weight, bits, symmetric=needs_symmetric(bits), search=search, importance=hessian.diagonal().float())
+    results = [gptq(weight, hessian, g, damping=recipe.gptq_damping, block=recipe.gptq_block,
+                    activation_order=recipe.gptq_activation_order, where=where) for g in (grid, weighted)]
+    costs = [output_error(weight, r.dequantize(), hessian) for r in results]
+    first = costs[0] <= costs[1]
+    return nearest, QuantizedWeight(torch.where(first[:, None], results[0].codes, results[1].codes),
+                                    torch.where(first, results[0].scale, results[1].scale))
 
 
 def _matrix(graph_module: GraphModule, consumer: Node) -> Tensor:

@@ -30,7 +30,7 @@ from repquant_fx.distributed import World
 from repquant_fx.errors import InputError
 from repquant_fx.exporters.metadata import describe
 from repquant_fx.exporters.onnx_qdq import export_onnx
-from repquant_fx.files import MODEL, check_directory, check_writable, is_directory, write_atomically, write_directory
+from repquant_fx.files import MODEL, check_directory, check_writable, is_directory, write_atomically, write_directory, write_together
 from repquant_fx.frontends import huggingface, signature
 from repquant_fx.frontends.capture import AXES, Captured, capture, tensors_in
 from repquant_fx.frontends.companions import companions
@@ -94,11 +94,10 @@ class CompiledModel:
             write_directory(path, files)
             return path / MODEL
         path = check_writable(path, force)
+        both = {path: self.to_bytes()}
         if report is not None:
-            check_writable(report, force)
-        write_atomically(path, self.to_bytes())
-        if report is not None:
-            write_atomically(report, self.report_json().encode())
+            both[check_writable(report, force)] = self.report_json().encode()
+        write_together(both)
         return path
 
     def _report_within(self, directory: str | Path, report: str | Path | None) -> dict[str, bytes]:
@@ -152,15 +151,10 @@ def compile(
         InputError: something given cannot be used (its subclasses say what).
         ParityError: the exported model disagrees with the reference beyond float rounding.
     """
-    torch.manual_seed(seed)
-    matched = match(model, recipe, example_inputs=example_inputs, arch=arch, input_shape=input_shape, allow_pickle=allow_pickle, task=task)
-    loaded, captured, graph_module, plan, recipe = matched.loaded, matched.captured, matched.graph_module, matched.plan, matched.recipe
-    if not plan.groups:
-        reasons = "; ".join(f"{item.operator} at {item.path}: {item.reason}" for item in plan.left_alone[:3])
-        raise InputError("nothing to quantize: the graph has no Linear, convolution or matrix product that the recipe does not skip"
-                         + (f" ({reasons})" if reasons else ""))
-    log.stage("calibration data")
-    data = _calibration_data(captured, loaded, calibration, samples, batch_size, seed, seq_len, tokenizer)
+    prepared = prepare(model, calibration, recipe, samples=samples, batch_size=batch_size, seed=seed, example_inputs=example_inputs, arch=arch,
+                       input_shape=input_shape, allow_pickle=allow_pickle, task=task, seq_len=seq_len, tokenizer=tokenizer)
+    loaded, captured, recipe, data = prepared.loaded, prepared.captured, prepared.recipe, prepared.data
+    graph_module, plan = prepared.graph_module, prepared.plan
     used, held_back = data.split_held_back(HELD_BACK)
     batches = list(used.batches)
     log.stage("quantize")
@@ -233,6 +227,37 @@ def match(
     matching = MatchSites(recipe)
     run_passes(graph_module, [matching])
     return Matched(loaded, captured, graph_module, matching.plan, recipe)
+
+
+@dataclass(frozen=True)
+class Prepared(Matched):
+    """A matched model and the data to calibrate it with; nothing is rewritten yet."""
+
+    data: CalibrationSet
+
+
+def prepare(
+    model: str | Path | nn.Module | torch.export.ExportedProgram | LoadedModel,
+    calibration: str | Path | Callable[[], Any] | Iterable[Any] | Tensor | None = None, recipe: Recipe | None = None, *,
+    samples: int | None = None, batch_size: int = 32, seed: int = 0, example_inputs: Sequence[Tensor] | Mapping[str, Tensor] | None = None,
+    arch: str | None = None, input_shape: Sequence[int] | None = None, allow_pickle: bool = False, task: str | None = None,
+    seq_len: int | None = None, tokenizer: Any | None = None,
+) -> Prepared:
+    """Match, and read the calibration data: what every analysis starts from. Arguments are those of `compile`.
+
+    Raises:
+        InputError: the model or the data cannot be used, or there is nothing to quantize.
+    """
+    torch.manual_seed(seed)
+    matched = match(model, recipe, example_inputs=example_inputs, arch=arch, input_shape=input_shape, allow_pickle=allow_pickle, task=task)
+    plan = matched.plan
+    if not plan.groups:
+        reasons = "; ".join(f"{item.operator} at {item.path}: {item.reason}" for item in plan.left_alone[:3])
+        raise InputError("nothing to quantize: the graph has no Linear, convolution or matrix product that the recipe does not skip"
+                         + (f" ({reasons})" if reasons else ""))
+    log.stage("calibration data")
+    data = _calibration_data(matched.captured, matched.loaded, calibration, samples, batch_size, seed, seq_len, tokenizer)
+    return Prepared(**vars(matched), data=data)
 
 
 @contextmanager

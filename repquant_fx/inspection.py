@@ -17,7 +17,7 @@ import onnx
 
 from repquant_fx.errors import InputError, ModelFileError
 from repquant_fx.exporters.metadata import PREFIX
-from repquant_fx.files import MODEL
+from repquant_fx.files import MODEL, irregular
 
 RECORD = "layers"  # key of the metadata
 KINDS = {"norm_linear": "norm → linear", "linear": "linear", "conv": "convolution", "matmul": "matmul"}
@@ -120,6 +120,8 @@ def read_metadata(path: str | Path) -> tuple[onnx.ModelProto, dict[str, str]]:
     Raises:
         ModelFileError: not an ONNX file, or not one that repquant-fx wrote.
     """
+    if kind := irregular(Path(path)):
+        raise ModelFileError(f"{path} is {kind}, not a file")
     try:
         model = onnx.load(str(path), load_external_data=False)
     except FileNotFoundError as error:

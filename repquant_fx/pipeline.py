@@ -320,7 +320,8 @@ def _second_moments(state: _State, segment: Segment, group: Group) -> tuple[dict
     targets = reference.run(segment, list(compared.values())) if reference is not None else itertools.repeat(None)
     for number, values, target in zip(state.mine, runner.run(segment.first, segment.stop, wanted), targets):
         for slot, site in sites.items():
-            x = _as_rows(values[slot], site)
+            x = as_rows(values[slot], site)
+            assert x is not None  # it has a size
             if target is None:
                 hessians[site.name] += 2 * (x.T @ x).double()
             else:
@@ -352,7 +353,7 @@ def _compared(consumer: Node, inside: set[Node]) -> Node:
 
 
 def _output_rows(y: Tensor, consumer: Node) -> Tensor:
-    """A Linear's or convolution's output as (tokens, out), in the order of `_as_rows`."""
+    """A Linear's or convolution's output as (tokens, out), in the order of `as_rows`."""
     if consumer.target is torch.ops.aten.linear.default:
         return y.reshape(-1, y.shape[-1])
     return y.flatten(2).transpose(1, 2).reshape(-1, y.shape[1])
@@ -391,17 +392,19 @@ def _geometry(consumer: Node) -> list[Any]:
 
 
 def _input_size(site: Site) -> int:
-    """Columns of what `_as_rows` gives; 0 for a grouped convolution, and what else has no such form."""
+    """Columns of what `as_rows` gives; 0 for a grouped convolution, and what else has no such form."""
     consumer = site.consumers[0]
     whole = consumer.target is torch.ops.aten.conv2d.default and _geometry(consumer)[3] == 1
     return math.prod(_weight_shape(consumer)[1:]) if whole or consumer.target is torch.ops.aten.linear.default else 0
 
 
-def _as_rows(x: Tensor, site: Site) -> Tensor:
-    """A Linear's input as (tokens, in); a convolution's as unfolded patches."""
+def as_rows(x: Tensor, site: Site) -> Tensor | None:
+    """A Linear's input as (tokens, in); a convolution's as unfolded patches. None for grouped convolutions."""
     consumer = site.consumers[0]
     if consumer.target is torch.ops.aten.linear.default:
         return x.reshape(-1, x.shape[-1])
+    if not _input_size(site):
+        return None
     stride, padding, dilation, _ = _geometry(consumer)
     patches = torch.nn.functional.unfold(x, tuple(_weight_shape(consumer)[2:]), dilation=dilation, padding=padding, stride=stride)
     return patches.transpose(1, 2).reshape(-1, patches.shape[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -19,6 +20,9 @@ CHOICES = {
     "activations": ("mse", "percentile", "minmax"),
     "weights": ("mse", "minmax"),
 }
+_MOST_BYTES = 1 << 18  # of a file; a rule for each of a thousand layers takes a third of it
+_DEEPEST = 8
+_DOTTED = re.compile(rf'(?<![\w"-])([\w"-]+[ \t]*\.[ \t]*){{{_DEEPEST}}}')
 ABSORB = ("values", "query_key", "linear")
 BITS = (2, 8)
 NUMBERS = {"percentile": (50.0, 100.0), "gptq_damping": (0.0, 10.0)}
@@ -184,20 +188,25 @@ class Recipe:
         if path.suffix.lower() == ".onnx":
             return cls.from_dict(_stored(path), f"recipe stored in {path}")
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            with path.open("rb") as file:
+                data = file.read(_MOST_BYTES + 1)
+            text = data.decode("utf-8")
+        except (OSError, ValueError) as error:
             raise RecipeError(f"cannot read recipe {path}: {error}") from error
+        if len(data) > _MOST_BYTES:
+            raise RecipeError(f"recipe {path} is larger than {_MOST_BYTES >> 10} KiB; that is no recipe")
         try:
-            data = _parse(text, path.suffix.lower())
+            parsed = _parse(text, path.suffix.lower())
         except RecipeError:
             raise
         except Exception as error:
-            raise RecipeError(f"recipe {path} is not valid {path.suffix[1:].upper()}: {str(error).splitlines()[0]}") from error
-        if data is None:
-            data = {}
-        if not isinstance(data, dict):
-            raise RecipeError(f"recipe {path} must be a table of settings, not a {type(data).__name__}")
-        return cls.from_dict(data, f"recipe {path}")
+            raise RecipeError(f"recipe {path} is not valid {path.suffix[1:].upper()}: {(str(error).splitlines() or [type(error).__name__])[0]}"
+                              ) from error
+        if parsed is None:
+            parsed = {}
+        if not isinstance(parsed, dict):
+            raise RecipeError(f"recipe {path} must be a table of settings, not a {type(parsed).__name__}")
+        return cls.from_dict(parsed, f"recipe {path}")
 
 
 def repq_vit(wbits: int, abits: int, **changes: Any) -> Recipe:
@@ -240,10 +249,19 @@ def _parse(text: str, suffix: str) -> Any:
             import tomllib
         except ModuleNotFoundError:  # Python 3.10
             import tomli as tomllib  # type: ignore[import-not-found,no-redef]
+        if _DOTTED.search(re.sub(r'"[^"\n]*"|\'[^\'\n]*\'', '""', text)):  # the memory it takes grows with the square of the length
+            raise RecipeError(f"a recipe has no key of more than {_DEEPEST} parts")
         return tomllib.loads(text)
     if suffix in (".yaml", ".yml"):
         import yaml
 
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):  # nine lines of them can stand for billions of settings
+                raise RecipeError("a recipe has no aliases (*name); write the settings out")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:
+                raise RecipeError(f"a recipe is not nested {depth} levels deep")
         return yaml.safe_load(text)
     raise RecipeError(f"a recipe is .yaml, .yml, .toml, or an exported .onnx; found {suffix or 'no suffix'!r}")
 

@@ -14,14 +14,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from repquant_fx import log
-from repquant_fx.cli import compile, completion, evaluate, inspect, recipe
+from repquant_fx.cli import compile, completion, evaluate, inspect, recipe, search, sensitivity, signals
 from repquant_fx.cli.common import Parser
-from repquant_fx.errors import RepQuantError, RepQuantWarning
+from repquant_fx.errors import RepQuantError, RepQuantWarning, is_failure, is_out_of_memory
 from repquant_fx.version import VERSION
 
-COMMANDS = {"compile": compile, "evaluate": evaluate, "inspect": inspect, "recipe": recipe, "completion": completion}
+COMMANDS = {"compile": compile, "evaluate": evaluate, "inspect": inspect, "recipe": recipe, "sensitivity": sensitivity, "search": search,
+            "completion": completion}
 EXIT_CODES = "exit codes: 0 done; 1 internal error, a bug; 2 bad input: one message, nothing written; 3 the exported file disagrees with " \
-    "the reference, nothing written; 130 interrupted"
+    "the reference, nothing written; 130 interrupted (SIGINT), 143 terminated (SIGTERM), 129 hung up (SIGHUP), nothing written"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     warnings.simplefilter("ignore")
                     warnings.simplefilter("always", RepQuantWarning)
                     warnings.showwarning = _show_warning
-                return int(options.run(options))
+                with signals.terminated(), signals.flushed():
+                    return int(options.run(options))
         except RepQuantError as error:
             if debug:
                 traceback.print_exc()
@@ -50,11 +52,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             log.error("interrupted; nothing was written", "KeyboardInterrupt", 130)
             return 130
+        except signals.Terminated as stop:
+            log.error(f"terminated by {stop.name}; nothing was written", "Terminated", stop.exit_code)
+            return stop.exit_code
         except BrokenPipeError:
             return 1
-        except Exception as error:
+        except BaseException as error:
+            if not is_failure(error):
+                raise
             if debug:
                 traceback.print_exc()
+            if is_out_of_memory(error):
+                log.error(f"error: not enough memory ({str(error).splitlines()[0][-200:] if str(error) else 'MemoryError'}); take smaller batches "
+                          "(--batch-size), fewer samples (--calib-samples) or smaller inputs", type(error).__name__, 2)
+                return 2
             log.error(f"internal error: {type(error).__name__}: {error}\n"
                       "This is a bug; please report it with the output of the same command and --debug.", type(error).__name__, 1)
             return 1

@@ -7,12 +7,10 @@ import json
 from contextlib import nullcontext
 from pathlib import Path
 
-from repquant_fx.cli.common import add_source, read_shape
+from repquant_fx.cli.common import add_calibration, add_source, calibration_from
 from repquant_fx.cli.method import add_method, recipe_from
 from repquant_fx.errors import InputError
 
-TASKS = "of a transformers model: image-classification, text-classification, masked-lm, causal-lm, feature-extraction, " \
-    "zero-shot-image-classification, image-segmentation, object-detection or mask-generation (deduced by default)"
 LONG = ("layers", "parity", "recipe")  # parts of the report that are no news
 
 
@@ -24,14 +22,7 @@ def add(command: argparse.ArgumentParser) -> None:
                          "that gets model.onnx and, of a transformers or timm model, its configuration, tokenizer and processor")
     command.add_argument("--force", action="store_true", help="replace existing output files")
     command.add_argument("--report", type=Path, help="write a JSON report, layer by layer")
-    command.add_argument("--input-shape", metavar="C,H,W", help="shape of one input without the batch, where the model does not tell")
-    command.add_argument("--task", help=TASKS)
-    data = command.add_argument_group("calibration")
-    data.add_argument("--calib", help="image folder, .npy/.npz/.pt/.safetensors tensors, .txt/.jsonl text, or module:callable")
-    data.add_argument("--calib-samples", type=int, help="default 1024, of text 128; fewer if there are fewer")
-    data.add_argument("--seq-len", type=int, help="tokens of a calibration sequence (default 128, fewer if the model takes fewer)")
-    data.add_argument("--tokenizer", metavar="DIR", help="directory of a transformers tokenizer, where the model brings none")
-    data.add_argument("--batch-size", type=int, default=32, help="default 32")
+    add_calibration(command)
     long = command.add_argument_group("long compiles (under torchrun the processes share the calibration data)")
     long.add_argument("--work-dir", type=Path, metavar="DIR", help="keep finished layers here; the same command goes on after an interruption")
     long.add_argument("--offload-dir", type=Path, metavar="DIR", help="keep values between layers in a temporary file here, not in memory")
@@ -43,17 +34,15 @@ def add(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Compile, save, summarise; returns the exit code. Of several processes that torchrun started, the first one writes."""
     recipe = recipe_from(options)  # cheap checks first: nothing is loaded for a wrong option or an output that cannot be written
-    shape = read_shape(options.input_shape)
+    source = calibration_from(options)
     check_outputs(options)
     from repquant_fx import log, report
     from repquant_fx.compiler import compile
     from repquant_fx.distributed import joined
 
     with joined() as world, log.using(log.QUIET) if world.rank else nullcontext():  # rank 0 speaks
-        compiled = compile(options.model, options.calib, recipe, samples=options.calib_samples, batch_size=options.batch_size,
-                           seed=options.seed, arch=options.arch, input_shape=shape, allow_pickle=options.allow_pickle, check=options.check,
-                           task=options.task, seq_len=options.seq_len, tokenizer=options.tokenizer, work_dir=options.work_dir,
-                           offload_dir=options.offload_dir, distributed=world.size > 1)
+        compiled = compile(options.model, recipe=recipe, check=options.check, work_dir=options.work_dir, offload_dir=options.offload_dir,
+                           distributed=world.size > 1, **source)
     if world.rank:
         return 0
     out = compiled.save(options.out, force=options.force, report=options.report)

@@ -32,14 +32,14 @@ class Moments:
         r, rx: sums of r, shape (out,), and of r^T x, shape (out, in), one a layer.
     """
 
-    def __init__(self, inputs: int, outputs: Sequence[int], device: torch.device | None = None) -> None:
+    def __init__(self, inputs: int, outputs: Sequence[int] = (), device: torch.device | None = None) -> None:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
         self.count, self.x, self.xx = zeros(), zeros(inputs), zeros(inputs, inputs)
         self.r, self.rx = [zeros(n) for n in outputs], [zeros(n, inputs) for n in outputs]
 
-    def add(self, x: Tensor, residuals: Sequence[Tensor]) -> None:
+    def add(self, x: Tensor, residuals: Sequence[Tensor] = ()) -> None:
         """Accumulate one batch; products in float32, sums in float64."""
         self.count += len(x)
         self.x += x.sum(0, dtype=torch.float64)
@@ -49,7 +49,7 @@ class Moments:
             rx += (residual.T @ x).double()
 
     def __add__(self, other: Moments) -> Moments:
-        result = Moments(0, ())
+        result = Moments(0)
         result.count, result.x, result.xx = self.count + other.count, self.x + other.x, self.xx + other.xx
         result.r, result.rx = [a + b for a, b in zip(self.r, other.r)], [a + b for a, b in zip(self.rx, other.rx)]
         return result
@@ -58,20 +58,24 @@ class Moments:
         """All sums, to be added to those over other tokens."""
         return [self.count, self.x, self.xx, *self.r, *self.rx]
 
-    def mean(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Means of x and of a layer's r."""
-        return self.x / self.count, self.r[layer] / self.count
+    @property
+    def mean(self) -> Tensor:
+        """Mean of x, shape (in,)."""
+        return self.x / self.count
+
+    def mean_residual(self, layer: int) -> Tensor:
+        """Mean of a layer's r, shape (out,)."""
+        return self.r[layer] / self.count
 
     @property
     def covariance(self) -> Tensor:
         """Centred second moments of x a token, shape (in, in)."""
-        x = self.x / self.count
+        x = self.mean
         return self.xx / self.count - x[:, None] * x
 
     def cross_covariance(self, layer: int) -> Tensor:
         """Centred second moments of a layer's r with x a token, shape (out, in)."""
-        x, r = self.mean(layer)
-        return self.rx[layer] / self.count - r[:, None] * x
+        return self.rx[layer] / self.count - self.mean_residual(layer)[:, None] * self.mean
 
 
 def fit(first: Moments, second: Moments) -> list[Tensor]:

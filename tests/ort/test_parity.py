@@ -263,7 +263,7 @@ def test_every_operator_of_a_layer_is_named_after_it(case: tuple[str, int, Compi
 def test_metadata(case: tuple[str, int, CompiledModel]) -> None:
     name, bits, result = case
     entries = {e.key: e.value for e in result.proto.metadata_props}
-    assert set(entries) == {f"repquant_fx.{k}" for k in ("version", "method", "bits", "recipe", "preprocessing")}
+    assert set(entries) == {f"repquant_fx.{k}" for k in ("version", "method", "bits", "recipe", "preprocessing", "layers")}
     assert entries["repquant_fx.version"] == repquant_fx.__version__ and entries["repquant_fx.bits"] == f"W{bits}A{bits}"
     assert Recipe.from_dict(json.loads(entries["repquant_fx.recipe"])) == Recipe.from_dict(result.report["recipe"])
     assert json.loads(entries["repquant_fx.preprocessing"])["input_size"] == list(inputs(name).shape[1:])
