@@ -99,7 +99,8 @@ class QuantizeWeights(Pass):
         if site.name in self.moments:
             first, second = self.moments[site.name]
             whole = first + second
-            shift = whole.mean_residual(site.consumers.index(consumer)) + (old.reshape(len(old), -1).double() - quantized.dequantize().double()) @ whole.mean
+            lost = (old.reshape(len(old), -1).double() - quantized.dequantize().double()) @ whole.mean
+            shift = whole.mean_residual(site.consumers.index(consumer)) + lost
             old_bias = consumer.args[2] if len(consumer.args) > 2 else None
             bias = (shift + attribute(graph_module, old_bias).double() if isinstance(old_bias, Node) else shift).float()
         scale = _fill_dead_rows(quantized.codes, quantized.scale)
