@@ -97,7 +97,7 @@ def test_what_processes_exchange(tmp_path: Path) -> None:
 def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """A folder with model, data and the file of a single process; and the arguments of compile."""
     folder = tmp_path_factory.mktemp("shared")
-    program = torch.export.export(redraw(Encoder(2)), (sequences(4),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    program = torch.export.export(redraw(Encoder()), (sequences(4),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
     torch.export.save(program, folder / "model.pt2")
     np.save(folder / "data.npy", sequences(56).numpy())
     arguments = ["-m", "repquant_fx", "compile", "model.pt2", "--calib", "data.npy", "--wbits", "4", "--abits", "4", "--batch-size", "8"]
@@ -113,7 +113,7 @@ def integers(path: Path) -> dict[str, np.ndarray]:
             if t.data_type not in (onnx.TensorProto.FLOAT, onnx.TensorProto.INT64)}
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_same_codes_as_alone(processes: int, shared: tuple[Path, list[str]]) -> None:
     folder, arguments = shared
     out = f"shared{processes}.onnx"
