@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import Encoder, canonical, match, output, redraw, sequences
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -102,7 +102,7 @@ def test_every_kind_of_decision_is_kept(changes: dict[str, Any], encoder_graph, 
 def test_damaged_files_are_made_anew(damage: str, encoder_graph, tmp_path: Path, calibrated: list[str]) -> None:
     first = pipeline(encoder_graph(), tmp_path)
     path = kept(tmp_path)[1]
-    good = load_file(path)
+    good = load(path.read_bytes())  # a mapped file would change with the damage
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:-7])
     elif damage == "text":
@@ -114,7 +114,7 @@ def test_damaged_files_are_made_anew(damage: str, encoder_graph, tmp_path: Path,
     calibrated.clear()
     with pytest.warns(RepQuantWarning, match="anew"):
         assert torch.equal(pipeline(encoder_graph(), tmp_path), first)
-    again = load_file(path)
+    again = load(path.read_bytes())
     assert len(calibrated) == 1 and again.keys() == good.keys() and all(torch.equal(t, good[k]) for k, t in again.items())
 
 
