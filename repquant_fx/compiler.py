@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from repquant_fx import parity as parity_check
 from repquant_fx import report as reports
 from repquant_fx.calibration.data import CalibrationSet, InputSpec, load_calibration
 from repquant_fx.calibration.text import TEXT_SAMPLES, Tokenization
+from repquant_fx.checkpoint import Ledger, fingerprint, open_ledger
+from repquant_fx.distributed import World
 from repquant_fx.errors import InputError
 from repquant_fx.exporters.metadata import describe
 from repquant_fx.exporters.onnx_qdq import export_onnx
@@ -120,7 +123,8 @@ def compile(
     calibration: str | Path | Callable[[], Any] | Iterable[Any] | Tensor | None = None, recipe: Recipe | None = None, *,
     samples: int | None = None, batch_size: int = 32, seed: int = 0, example_inputs: Sequence[Tensor] | Mapping[str, Tensor] | None = None,
     arch: str | None = None, input_shape: Sequence[int] | None = None, allow_pickle: bool = False, check: bool = True,
-    task: str | None = None, seq_len: int | None = None, tokenizer: Any | None = None,
+    task: str | None = None, seq_len: int | None = None, tokenizer: Any | None = None, work_dir: str | Path | None = None,
+    offload_dir: str | Path | None = None, distributed: bool = False,
 ) -> CompiledModel:
     """Quantize a model and write it as ONNX QDQ.
 
@@ -138,6 +142,10 @@ def compile(
             compiled model takes any length.
         tokenizer: of transformers, or a directory that holds one, for calibration text; the model's own where None.
         check: run ONNX Runtime on held-back samples and compare with the FX reference.
+        work_dir: a folder to keep what was decided about each group of layers; the same compile goes on from there.
+        offload_dir: a folder for the calibration data's values between segments, which are kept in memory where None.
+        distributed: share the work with the other processes of the default process group of torch.distributed. Each must call this
+            with the same arguments, and each gets the same model (`parity` on rank 0 alone).
 
     Raises:
         InputError: something given cannot be used (its subclasses say what).
@@ -150,10 +158,11 @@ def compile(
     used, held_back = data.split_held_back(HELD_BACK)
     batches = list(used.batches)
     log.stage("quantize")
-    absorb_scales(graph_module, plan, batches, recipe)
-    reference = shared_copy(graph_module)
-    run_passes(graph_module, [InsertObservers(plan, len(batches))])
-    quantized = quantize_sequentially(graph_module, plan, batches, recipe)
+    with _ledger(graph_module, batches, recipe, seed, loaded.source, work_dir, distributed) as ledger:
+        absorb_scales(graph_module, plan, batches, recipe, ledger)
+        reference = shared_copy(graph_module)
+        run_passes(graph_module, [InsertObservers(plan, len(batches))])
+        quantized = quantize_sequentially(graph_module, plan, batches, recipe, ledger, offload_dir)
     layers = reports.describe_layers(graph_module, plan, quantized)
     log.stage("export")
     lowering = LowerToQDQ(plan, quantized.weights)
@@ -166,6 +175,7 @@ def compile(
     sqnr = reports.layer_sqnr(reference, graph_module, [e["node"] for e in layers], probe)
     with torch.no_grad():
         output_sqnr = min(parity_check.sqnr(a, b) for a, b in zip(tensors_in(graph_module(*probe)), tensors_in(reference(*probe))))
+    check = check and ledger.world.rank == 0
     parity = parity_check.compare(graph_module, proto, lowering.quantizers, probe, captured.input_names) if check else None
     report = reports.build(
         layers=layers, plan=plan, quantized=quantized, sqnr=sqnr, output_sqnr=output_sqnr, parity=parity,
@@ -248,6 +258,21 @@ def prepare(
     log.stage("calibration data")
     data = _calibration_data(matched.captured, matched.loaded, calibration, samples, batch_size, seed, seq_len, tokenizer)
     return Prepared(**vars(matched), data=data)
+
+
+@contextmanager
+def _ledger(graph_module: GraphModule, batches: list[tuple[Tensor, ...]], recipe: Recipe, seed: int, source: str, work_dir: str | Path | None,
+            distributed: bool) -> Iterator[Ledger]:
+    """Where decisions are kept, and which processes work together; the fingerprint is taken only where one of them needs it."""
+    if work_dir is None and not distributed:
+        yield Ledger()
+        return
+    world = World.current() if distributed else World()
+    digest = fingerprint(graph_module, batches, recipe, seed)
+    world.agree(digest)
+    about = {"repquant_fx": VERSION, "source": source, "seed": seed, "recipe": recipe.to_dict()}
+    with open_ledger(work_dir, digest, about, world) as ledger:
+        yield ledger
 
 
 def _peak_memory() -> float | None:

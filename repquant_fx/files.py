@@ -49,6 +49,21 @@ def check_writable(path: str | Path, force: bool) -> Path:
     return path
 
 
+def check_folder(path: str | Path) -> Path:
+    """Refuse early a folder that cannot be written, or made.
+
+    Raises:
+        OutputError: the path is a file, or the folder (its first existing parent, where it is yet to be made) cannot be written.
+    """
+    path = Path(path)
+    existing = next((p for p in [path, *path.absolute().parents] if p.exists()), path)
+    if not existing.is_dir():
+        raise OutputError(f"cannot use {path}: {existing} is not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot use {path}: no permission to write in {existing}")
+    return path
+
+
 def _possible(path: str | Path) -> Path:
     """A path that a file can have: no loop of links, not too long, without null bytes."""
     path = Path(path)

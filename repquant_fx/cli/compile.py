@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 from repquant_fx.cli.common import add_calibration, add_source, calibration_from
@@ -22,20 +23,28 @@ def add(command: argparse.ArgumentParser) -> None:
     command.add_argument("--force", action="store_true", help="replace existing output files")
     command.add_argument("--report", type=Path, help="write a JSON report, layer by layer")
     add_calibration(command)
+    long = command.add_argument_group("long compiles (under torchrun the processes share the calibration data)")
+    long.add_argument("--work-dir", type=Path, metavar="DIR", help="keep finished layers here; the same command goes on after an interruption")
+    long.add_argument("--offload-dir", type=Path, metavar="DIR", help="keep values between layers in a temporary file here, not in memory")
     add_method(command)
     command.add_argument("--check", action=argparse.BooleanOptionalAction, default=True,
                          help="compare ONNX Runtime with the FX reference (default on)")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Compile, save, summarise; returns the exit code."""
+    """Compile, save, summarise; returns the exit code. Of several processes that torchrun started, the first one writes."""
     recipe = recipe_from(options)  # cheap checks first: nothing is loaded for a wrong option or an output that cannot be written
     source = calibration_from(options)
     check_outputs(options)
     from repquant_fx import log, report
     from repquant_fx.compiler import compile
+    from repquant_fx.distributed import joined
 
-    compiled = compile(options.model, recipe=recipe, check=options.check, **source)
+    with joined() as world, log.using(log.QUIET) if world.rank else nullcontext():  # rank 0 speaks
+        compiled = compile(options.model, recipe=recipe, check=options.check, work_dir=options.work_dir, offload_dir=options.offload_dir,
+                           distributed=world.size > 1, **source)
+    if world.rank:
+        return 0
     out = compiled.save(options.out, force=options.force, report=options.report)
     log.info(report.summary(compiled.report))
     log.info(f"wrote {out} ({compiled.report['file_bytes'] / 1e6:.2f} MB)")
@@ -51,8 +60,11 @@ def check_outputs(options: argparse.Namespace) -> None:
     Raises:
         OutputError, InputError: see `files`; or two outputs with one name.
     """
-    from repquant_fx.files import MODEL, check_directory, check_writable, is_directory
+    from repquant_fx.files import MODEL, check_directory, check_folder, check_writable, is_directory
 
+    for place in (options.work_dir, options.offload_dir):
+        if place is not None:
+            check_folder(place)
     folder = is_directory(options.out)
     if folder:
         check_directory(options.out, [MODEL], options.force)

@@ -92,7 +92,7 @@ def observe(graph_module: GraphModule, plan: Plan, batches: Sequence[tuple[Tenso
                 found.elements[name] = found.elements.get(name, 0) + value.numel()
                 rows = as_rows(value, slots[n]) if n in weighted else None
                 if rows is not None:
-                    found.moments.setdefault(name, Moments()).add(rows, rows[:, :0])
+                    found.moments.setdefault(name, Moments(rows.shape[1], device=rows.device)).add(rows)
             return value
 
     recorder = Record(graph_module)
@@ -154,8 +154,8 @@ def rounded_weights(graph_module: GraphModule, group: Group, site: Site, quantiz
         channels = (quantizer.exact[0] / quantizer.exact[0].mean()).float()
     hessian = mean = None
     if moments is not None:
-        mean = moments.mean[0].float() if recipe.correction else None
-        hessian = 2 * moments.count * moments.covariance[0] if recipe.correction else 2 * moments.xx
+        mean = moments.mean.float() if recipe.correction else None
+        hessian = 2 * moments.count * moments.covariance if recipe.correction else 2 * moments.xx
         if channels is not None:
             hessian = hessian / torch.outer(channels, channels)
     found: dict[Node, dict[int, RoundedWeight]] = {consumer: {} for consumer in site.consumers}
