@@ -140,7 +140,7 @@ def table(results: dict[str, Any]) -> str:
              "| float | | " + " | ".join(f"{results[n]['rows']['float']['score']:.2f} | " for n in names) + " |"]
     for w, a in BITS:
         found = [r["rows"].get(f"{SEARCHED} W{w}A{a}") for r in results.values()]
-        sizes = [f"{entry['weight_kilobytes']:.0f}" if entry else "?" for entry in found]
+        sizes = [f"{entry['weight_kilobytes']:.0f}" if entry else "–" for entry in found]
         for label in (UNIFORM, SEARCHED):
             entries = [results[n]["rows"].get(f"{label} W{w}A{a}") for n in names]
             cells = [f"{e['score']:.2f} | {e['sqnr_db']:.2f}" if e else " | " for e in entries]

@@ -72,7 +72,7 @@ def audit(model: str | Path | bytes | onnx.ModelProto) -> list[Product]:
             continue  # an operand is float on purpose
         kernel = kernels.get(node.name, "")
         integer = kernel in INTEGER
-        reason = "" if integer else _reason(origins, kernel)  # type: ignore[arg-type]
+        reason = "" if integer else _reason(node.op_type, origins, kernel)  # type: ignore[arg-type]
         products.append(Product(node.name.rsplit("/", 1)[0], node.name, node.op_type, kernel, integer, reason))
     return products
 
@@ -108,12 +108,14 @@ def _origin(name: str, producers: Mapping[str, onnx.NodeProto]) -> onnx.NodeProt
     return node if node is not None and (node.op_type == "DequantizeLinear" or node.op_type in LOGARITHMIC) else None
 
 
-def _reason(origins: list[onnx.NodeProto], kernel: str) -> str:
+def _reason(op: str, origins: list[onnx.NodeProto], kernel: str) -> str:
     if any(node.op_type in LOGARITHMIC for node in origins):
         return "the powers of two of a logarithmic operand are multiplied in float"
     activation = origins[0]
     if any(attribute.name == "axis" and attribute.i not in (1,) for attribute in activation.attribute):
         return "the activation has a scale a channel"
+    if op == "Conv":
+        return "a convolution has an integer kernel only where its output is quantized too"
     if not kernel:
         return "not found in the optimized graph"
     return f"ONNX Runtime did not match the Q/DQ pattern and runs {kernel}"

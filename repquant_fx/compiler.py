@@ -23,6 +23,7 @@ from torch.fx import GraphModule, Node
 from repquant_fx import log
 from repquant_fx import parity as parity_check
 from repquant_fx import report as reports
+from repquant_fx.audit import audit
 from repquant_fx.calibration.data import CalibrationSet, InputSpec, load_calibration
 from repquant_fx.calibration.text import TEXT_SAMPLES, Tokenization
 from repquant_fx.checkpoint import Ledger, fingerprint, open_ledger
@@ -179,6 +180,7 @@ def compile(
     parity = parity_check.compare(graph_module, proto, lowering.quantizers, probe, captured.input_names) if check else None
     report = reports.build(
         layers=layers, plan=plan, quantized=quantized, sqnr=sqnr, output_sqnr=output_sqnr, parity=parity,
+        kernels=audit(proto) if check else None,
         about={
             "repquant_fx": VERSION, "source": loaded.source, "bits": f"W{recipe.wbits}A{recipe.abits}", "recipe": recipe.to_dict(),
             "calibration": {"origin": data.origin, "samples": used.samples, "held_back": held_back.samples,
