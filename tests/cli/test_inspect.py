@@ -28,7 +28,7 @@ def exported(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def call(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "repquant_fx", *map(str, arguments)], capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+                          env={**{k: v for k, v in os.environ.items() if k != "COLUMNS"}, "OMP_NUM_THREADS": "1", **environment})
 
 
 def test_a_file_for_people_and_for_programs(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
