@@ -190,7 +190,7 @@ def calibrated_with(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Tensor:
     """What the quantizers get to see."""
     seen: list[Tensor] = []
 
-    def watch(graph_module: object, plan: object, batches: list[tuple[Tensor, ...]], recipe: Recipe) -> None:
+    def watch(graph_module: object, plan: object, batches: list[tuple[Tensor, ...]], *rest: object) -> None:
         seen.extend(b[0] for b in batches)
         raise Stop
 

@@ -36,10 +36,10 @@ def peak() -> int:
 
 @pytest.fixture(autouse=True)
 def _cheap() -> Any:
-    """Each refusal takes at most a gigabyte more than was taken before: what is refused here asks for thousands."""
+    """Each refusal takes little more than was taken before: what is refused here asks for thousands."""
     before = peak()
     yield
-    assert peak() - before < 1e9
+    assert peak() - before < 1.5e9
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------------
