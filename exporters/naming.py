@@ -35,8 +35,8 @@ def name_by_module(model: ir.Model) -> None:
         for index, value in enumerate(node.outputs):
             if value in outputs:
                 continue
-            label = _quantized_name(node) or node.name
-            value.name = values.unique(label if index == 0 else f"{label}:{index}")
+            label = (_quantized_name(node) if index == 0 else None) or _moved_codes_name(node, value)
+            value.name = values.unique(label or (node.name if index == 0 else f"{node.name}:{index}"))
         for index, operand in enumerate(node.inputs):
             if operand is not None and operand.is_initializer() and _invented(operand):
                 _rename_initializer(graph, operand, values.unique(f"{node.name}.{_parameter(node, index)}"))
@@ -86,6 +86,15 @@ def _quantized_name(node: ir.Node) -> str | None:
         return _stem(node, 1, "_rounded" if followed else "_quantized")
     if node.op_type in ("DequantizeLinear", "Log2Softmax", "Log2Quantize"):
         return _stem(node, 1, "_dequantized")
+    return None
+
+
+def _moved_codes_name(node: ir.Node, value: ir.Value) -> str | None:
+    """The same for codes that a layout operator hands to their DequantizeLinear."""
+    if node.op_type not in ("QuantizeLinear", "Min"):
+        for use in value.uses():
+            if use.node.op_type == "DequantizeLinear" and use.idx == 0:
+                return _stem(use.node, 1, "_quantized")
     return None
 
 

@@ -39,6 +39,7 @@ from repquant_fx.frontends.loading import LoadedModel, load_model
 from repquant_fx.frontends.memory import from_memory, left_as_found
 from repquant_fx.inspection import record
 from repquant_fx.passes.base import own_tensors, run_passes, shared_copy
+from repquant_fx.passes.fuse_requantization import FuseRequantization
 from repquant_fx.passes.insert_observers import InsertObservers
 from repquant_fx.passes.lower_to_qdq import LowerToQDQ
 from repquant_fx.passes.match_sites import MatchSites, Plan
@@ -168,14 +169,15 @@ def compile(
     log.stage("export")
     lowering = LowerToQDQ(plan, quantized.weights)
     run_passes(graph_module, [lowering])
-    metadata = describe(recipe, loaded.preprocessing, record(layers, plan.left_alone, lowering.constants))
-    proto = export_onnx(graph_module, loaded.example_inputs, input_names=captured.input_names, output_names=captured.output_names,
-                        dynamic_shapes=dynamic_shapes(graph_module), metadata=metadata)
-    log.stage("check")
     probe = [torch.cat(tensors) for tensors in zip(*held_back.batches)] if captured.dynamic_batch else list(held_back.batches[0])
     sqnr = reports.layer_sqnr(reference, graph_module, [e["node"] for e in layers], probe)
     with torch.no_grad():
         output_sqnr = min(parity_check.sqnr(a, b) for a, b in zip(tensors_in(graph_module(*probe)), tensors_in(reference(*probe))))
+    run_passes(graph_module, [FuseRequantization(lowering.quantizers)])
+    metadata = describe(recipe, loaded.preprocessing, record(layers, plan.left_alone, lowering.constants))
+    proto = export_onnx(graph_module, loaded.example_inputs, input_names=captured.input_names, output_names=captured.output_names,
+                        dynamic_shapes=dynamic_shapes(graph_module), metadata=metadata)
+    log.stage("check")
     check = check and ledger.world.rank == 0
     parity = parity_check.compare(graph_module, proto, lowering.quantizers, probe, captured.input_names) if check else None
     report = reports.build(

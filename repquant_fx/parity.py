@@ -20,7 +20,8 @@ from torch.fx import GraphModule, Interpreter, Node
 from repquant_fx.errors import ParityError
 from repquant_fx.frontends.capture import tensors_in
 from repquant_fx.passes.base import attribute
-from repquant_fx.passes.lower_to_qdq import QUANTIZE
+from repquant_fx.passes.fuse_requantization import MOVES
+from repquant_fx.passes.lower_to_qdq import DEQUANTIZE, LOG2_QUANTIZE, LOG2_SOFTMAX, QUANTIZE
 from repquant_fx.quantizers.logarithmic import zero_code
 from repquant_fx.runtime import run, session
 
@@ -95,7 +96,7 @@ def compare(
         inputs: positional, one batch.
     """
     values = {name: value_name(node) for name, node in quantizers.items()}
-    exposed = expose(proto, [(values[name], node.target is QUANTIZE) for name, node in quantizers.items()])
+    exposed = expose(proto, [(values[name], not _logarithmic(node)) for name, node in quantizers.items()])
     feed = dict(zip(input_names, inputs))
     outputs = len(proto.graph.output)
     found, exposed_values = run(session(proto), feed), run(session(exposed), feed)
@@ -124,9 +125,16 @@ def sqnr(approximation: Tensor, reference: Tensor) -> float:
 
 def value_name(node: Node) -> str:
     """Name of a quantizer's value in the exported file (see `exporters.naming`)."""
-    scale = node.args[1]
+    named = node
+    if node.target is not QUANTIZE and not _logarithmic(node):  # codes that were moved about: what reads them knows the scale
+        named = next(user for user in node.users if user.target is DEQUANTIZE)
+    scale = named.args[1]
     assert isinstance(scale, Node)
-    return str(scale.target).removesuffix("_scale") + ("_quantized" if node.target is QUANTIZE else "_dequantized")
+    return str(scale.target).removesuffix("_scale") + ("_dequantized" if _logarithmic(node) else "_quantized")
+
+
+def _logarithmic(node: Node) -> bool:
+    return node.target in (LOG2_SOFTMAX, LOG2_QUANTIZE)
 
 
 def expose(proto: onnx.ModelProto, values: Sequence[tuple[str, bool]]) -> onnx.ModelProto:
@@ -141,7 +149,7 @@ def expose(proto: onnx.ModelProto, values: Sequence[tuple[str, bool]]) -> onnx.M
 
 def codes(values: Tensor, node: Node, graph_module: GraphModule) -> Tensor:
     """Integer codes (int16) of what a quantizer node gives: uint8 codes as they are, log-quantized values decoded."""
-    if node.target is QUANTIZE:
+    if not _logarithmic(node):
         return values.to(torch.int16)
     bits, steps = node.args[-2:]
     scale = float(attribute(graph_module, cast(Node, node.args[1])))
@@ -159,15 +167,21 @@ class _Recorder(Interpreter):
         self.given = given
         self.seen: dict[str, Tensor] = {}
         self.ties: dict[str, Tensor] = {}
+        self.tied: dict[Node, Any] = {}  # where codes may differ, carried along with them through layout operators
 
     @torch.no_grad()
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
+        if n.target is QUANTIZE:
+            self.tied[n] = self._ties(n)
+        elif n.target in MOVES and n.args[0] in self.tied:
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            self.tied[n] = n.target(self.tied[cast(Node, n.args[0])], *args[1:], **kwargs)  # type: ignore[operator]
         name = self.names.get(n)
         if name is None:
             return result
         self.seen[name] = codes(result, n, self.module)  # type: ignore[arg-type]
-        self.ties[name] = self._ties(n) if n.target is QUANTIZE else torch.zeros_like(self.seen[name], dtype=torch.bool)
+        self.ties[name] = self.tied[n] if n in self.tied else torch.zeros_like(self.seen[name], dtype=torch.bool)
         return self.given.get(name, result)
 
     def _ties(self, node: Node) -> Tensor:

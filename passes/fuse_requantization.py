@@ -1,0 +1,181 @@
+"""Let a Linear write the integer codes of the attention operands that read it.
+
+`Linear -> reshape, split, permute, times 1/sqrt(d) -> quantize` runs, as written, as an integer product with a float result that is
+moved about and quantized afterwards, once an operand. Layout operators commute with quantization, and so does a constant factor. The
+operands' scales and zero points go into the Linear instead: row r of the weight's scale is divided by the scale of the operand that
+row feeds, its zero point is added to the bias. Then *one* quantization with scale 1 right behind the Linear gives every operand's codes,
+ONNX Runtime fuses it into the integer product, and a quarter of the bytes is moved about.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node, map_arg
+
+from repquant_fx.passes.base import Pass, aten, attribute, constant_node, copy_meta, is_constant, replace_constant
+from repquant_fx.passes.canonicalize import refresh_metadata
+from repquant_fx.passes.channel_flow import LAYOUT, hint, hinted
+from repquant_fx.passes.lower_to_qdq import BIAS_LIMIT, DEQUANTIZE, QUANTIZE
+
+MOVES = LAYOUT | {aten.split_with_sizes.default, aten.split.Tensor, aten.unbind.int, aten.chunk.default, operator.getitem}
+
+
+@dataclass(frozen=True)
+class Branch:
+    """An operand that a Linear feeds: the node that quantizes it, and the constant factor on the way."""
+
+    quantize: Node
+    factor: float
+
+
+class FuseRequantization(Pass):
+    """Attributes: `quantizers`, the node that produces each site's codes, by site name, as `LowerToQDQ` left it and brought up to date."""
+
+    name = "fuse requantization"
+    needs = "a graph lowered to Q/DQ"
+    guarantees = "the same codes at every quantizer, up to ties; Linears that only quantized operands read write codes"
+
+    def __init__(self, quantizers: dict[str, Node]) -> None:
+        super().__init__()
+        self.quantizers = quantizers
+
+    def run(self, graph_module: GraphModule) -> bool:
+        modified = False
+        for linear in list(graph_module.graph.find_nodes(op="call_function", target=aten.linear.default)):
+            modified |= self._fuse(graph_module, linear)
+        if modified:
+            graph_module.graph.eliminate_dead_code()
+            refresh_metadata(graph_module)
+        return modified
+
+    def _fuse(self, graph_module: GraphModule, linear: Node) -> bool:
+        source, weight, bias = (*linear.args, None)[:3]
+        if not (_constant_codes(weight) and (bias is None or _constant_codes(bias)) and _per_tensor(graph_module, source)):
+            return False
+        found = list(_branches(graph_module, linear, 1.0))
+        if not found or None in found:
+            return False
+        branches = cast("list[Branch]", found)
+        rows = _rows(linear, branches)
+        if rows is None or len({b.quantize.args[3] for b in branches}) != 1 or any(b.factor <= 0 for b in branches):
+            return False
+        old = attribute(graph_module, _argument(weight, 1)).double()
+        factor, zero_point = torch.ones_like(old), torch.zeros_like(old)
+        for branch, mine in zip(branches, rows):
+            factor[mine] = branch.factor / attribute(graph_module, _argument(branch.quantize, 1)).double()
+            zero_point[mine] = attribute(graph_module, _argument(branch.quantize, 2)).double()
+        weight_scale = (old * factor).float()
+        bias_scale = attribute(graph_module, _argument(source, 1)) * weight_scale
+        codes = torch.round(zero_point / bias_scale.double())
+        if isinstance(bias, Node):
+            codes += attribute(graph_module, _argument(bias, 0)).double()
+        if not bool((weight_scale > 0).all() and torch.isfinite(weight_scale).all() and (codes.abs() < BIAS_LIMIT).all()):
+            return False
+        prefix = str(_argument(weight, 1).target).removesuffix("weight_scale")
+        replace_constant(graph_module, cast(Node, weight), 1, weight_scale, f"{prefix}weight_scale")
+        if isinstance(bias, Node):
+            replace_constant(graph_module, bias, 0, codes.to(torch.int32), f"{prefix}bias_quantized")
+            replace_constant(graph_module, bias, 1, bias_scale, f"{prefix}bias_scale")
+        else:
+            constants = (constant_node(graph_module, f"{prefix}bias_quantized", codes.to(torch.int32), linear),
+                         constant_node(graph_module, f"{prefix}bias_scale", bias_scale, linear))
+            with graph_module.graph.inserting_before(linear):
+                restored = copy_meta(linear, graph_module.graph.call_function(DEQUANTIZE, (*constants, None, 32, 0)))
+            linear.args = (source, weight, restored)
+        self._move_quantizer(graph_module, linear, branches, prefix)
+        return True
+
+    def _move_quantizer(self, graph_module: GraphModule, linear: Node, branches: Sequence[Branch], prefix: str) -> None:
+        """One quantizer behind the Linear; the operands read its codes through the layout operators that were there."""
+        graph, after = graph_module.graph, linear.next
+        one = constant_node(graph_module, f"{prefix}output_scale", torch.tensor(1.0), after)
+        zero = constant_node(graph_module, f"{prefix}output_zero_point", torch.tensor(0, dtype=torch.uint8), after)
+        with graph.inserting_before(after):
+            quantize = copy_meta(linear, graph.call_function(QUANTIZE, (linear, one, zero, branches[0].quantize.args[3], -1)))
+        linear.replace_all_uses_with(quantize, delete_user_cb=lambda user: user is not quantize)
+        for branch in branches:
+            codes = cast(Node, branch.quantize.args[0])
+            while _factor(codes) is not None:
+                codes = cast(Node, codes.args[0])
+            branch.quantize.replace_all_uses_with(codes)
+            self.quantizers.update({name: codes for name, node in self.quantizers.items() if node is branch.quantize})
+            graph.erase_node(branch.quantize)
+        for node in list(graph.nodes):  # the factors are in the scales now
+            if _factor(node) is not None and _root(node) is quantize:
+                node.replace_all_uses_with(cast(Node, node.args[0]))
+                graph.erase_node(node)
+
+
+def _branches(graph_module: GraphModule, node: Node, factor: float) -> Iterator[Branch | None]:
+    """The quantized operands that `node` feeds through layout operators and constant factors; None for any other reader."""
+    for user in node.users:
+        if user.target is QUANTIZE and user.args[0] is node and attribute(graph_module, _argument(user, 1)).ndim == 0:
+            yield Branch(user, factor)
+        elif user.target in MOVES:
+            yield from _branches(graph_module, user, factor)
+        elif (constant := _factor(user)) is not None:
+            yield from _branches(graph_module, user, factor * constant)
+        elif user.target is not aten.sym_size.int:
+            yield None
+
+
+def _rows(linear: Node, branches: Sequence[Branch]) -> list[Tensor] | None:
+    """Which output channels of the Linear each branch reads; None where two branches share one.
+
+    Found by sending the channels' numbers through the operators between, at the example sizes.
+    """
+    outputs = linear.meta["val"].shape[-1]
+    values: dict[Node, Any] = {linear: torch.arange(outputs).expand(hinted(linear))}
+
+    def known(node: Node) -> Any:
+        if node in values:
+            return values[node]
+        size = node.meta["val"]
+        return size if isinstance(size, Tensor) else hint(size)
+
+    def value(node: Node) -> Any:
+        if node not in values:
+            source = value(cast(Node, node.args[0]))
+            if _factor(node) is None:
+                args, kwargs = map_arg((node.args[1:], node.kwargs), known)
+                source = cast(Any, node.target)(source, *args, **kwargs)
+            values[node] = source
+        return values[node]
+
+    rows = [torch.unique(value(cast(Node, branch.quantize.args[0]))) for branch in branches]
+    return rows if len(torch.cat(rows).unique()) == sum(map(len, rows)) else None
+
+
+def _root(node: Node) -> Node:
+    """Back through layout operators and factors."""
+    while node.target in MOVES or _factor(node) is not None:
+        node = cast(Node, node.args[0])
+    return node
+
+
+def _factor(node: Node) -> float | None:
+    """The number that a node multiplies its one tensor by."""
+    if node.target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar) and not node.kwargs and isinstance(node.args[0], Node):
+        number = node.args[1]
+        if isinstance(number, (int, float)) and not isinstance(number, bool) and number != 0:
+            return float(number) if node.target in (aten.mul.Tensor, aten.mul.Scalar) else 1 / float(number)
+    return None
+
+
+def _constant_codes(node: object) -> bool:
+    """Whether a node dequantizes constant codes for one reader."""
+    return isinstance(node, Node) and node.target is DEQUANTIZE and is_constant(node.args[0]) and len(node.users) == 1
+
+
+def _per_tensor(graph_module: GraphModule, node: object) -> bool:
+    return isinstance(node, Node) and node.target is DEQUANTIZE and attribute(graph_module, _argument(node, 1)).ndim == 0
+
+
+def _argument(node: object, index: int) -> Node:
+    return cast(Node, cast(Node, node).args[index])
