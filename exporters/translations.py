@@ -51,6 +51,16 @@ def log2_quantize(a: Any, scale: Any, bits: int, steps: int) -> Any:
     return LOG2_QUANTIZE(a, scale, bits=bits, steps=steps, threshold=0.0)
 
 
+def rms_norm(x: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Any:
+    """In the one spelling that ONNX Runtime recognises and runs as one kernel (a division by the root, the weight last)."""
+    square = op.Pow(x, op.Constant(value=onnx.helper.make_tensor("two", onnx.TensorProto.FLOAT, [], [2.0])))
+    axes = op.Constant(value_ints=list(range(-len(normalized_shape), 0)))
+    smallest = float(torch.finfo(torch.float32).eps) if eps is None else eps
+    mean = op.Add(op.ReduceMean(square, axes, keepdims=1), op.Constant(value=onnx.helper.make_tensor("eps", onnx.TensorProto.FLOAT, [], [smallest])))
+    normalized = op.Div(x, op.Sqrt(mean))
+    return normalized if weight is None else op.Mul(normalized, weight)
+
+
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """For `torch.onnx.export(custom_translation_table=...)`."""
     operators = torch.ops.repquant_fx
@@ -59,4 +69,5 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         operators.dequantize.default: dequantize,
         operators.log2_softmax.default: log2_softmax,
         operators.log2_quantize.default: log2_quantize,
+        torch.ops.aten.rms_norm.default: rms_norm,
     }

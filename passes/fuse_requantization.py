@@ -62,6 +62,8 @@ class FuseRequantization(Pass):
         if not found or None in found:
             return False
         branches = cast("list[Branch]", found)
+        if len(branches) == 1 and branches[0].quantize.args[0] is linear:
+            return False  # it writes codes already
         rows = _rows(linear, branches)
         if rows is None or len({b.quantize.args[3] for b in branches}) != 1 or any(b.factor <= 0 for b in branches):
             return False

@@ -39,11 +39,11 @@ from repquant_fx.frontends.loading import LoadedModel, load_model
 from repquant_fx.frontends.memory import from_memory, left_as_found
 from repquant_fx.inspection import record
 from repquant_fx.passes.base import own_tensors, run_passes, shared_copy
-from repquant_fx.passes.fuse_requantization import FuseRequantization
 from repquant_fx.passes.insert_observers import InsertObservers
 from repquant_fx.passes.lower_to_qdq import LowerToQDQ
 from repquant_fx.passes.match_sites import MatchSites, Plan
 from repquant_fx.passes.normal_form import normalize
+from repquant_fx.passes.runtime_form import optimize_for_runtime
 from repquant_fx.pipeline import absorb_scales, quantize_sequentially
 from repquant_fx.recipe import LayerRule, Recipe
 from repquant_fx.version import VERSION
@@ -173,7 +173,7 @@ def compile(
     sqnr = reports.layer_sqnr(reference, graph_module, [e["node"] for e in layers], probe)
     with torch.no_grad():
         output_sqnr = min(parity_check.sqnr(a, b) for a, b in zip(tensors_in(graph_module(*probe)), tensors_in(reference(*probe))))
-    run_passes(graph_module, [FuseRequantization(lowering.quantizers)])
+    optimize_for_runtime(graph_module, lowering.quantizers)
     metadata = describe(recipe, loaded.preprocessing, record(layers, plan.left_alone, lowering.constants))
     proto = export_onnx(graph_module, loaded.example_inputs, input_names=captured.input_names, output_names=captured.output_names,
                         dynamic_shapes=dynamic_shapes(graph_module), metadata=metadata)

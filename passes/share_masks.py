@@ -1,0 +1,79 @@
+"""Mask attention by an addition instead of a choice.
+
+`where(mask, scores, lowest)` looks at every score of every head. A number as low as those that models fill in swallows any score that
+it is added to, so `scores + where(mask, 0, lowest)` is the same, bit for bit, and the second factor is small (it has no heads) and equal
+in all layers: the exporter writes it once.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from repquant_fx.passes.base import Pass, aten, attribute, constant_node, copy_meta, is_constant, is_tensor, shape_of
+from repquant_fx.passes.canonicalize import refresh_metadata
+from repquant_fx.passes.channel_flow import SOFTMAX, hinted
+from repquant_fx.passes.lower_to_qdq import LOG2_SOFTMAX
+
+SWALLOWS = -1e30  # float32 has 24 bits of precision: scores up to 1e22 vanish
+
+
+class ShareMasks(Pass):
+    name = "share masks"
+    needs = "tensor metadata"
+    guarantees = "a mask that fills a Softmax's input with a very low number is added; the outputs are unchanged for scores below 1e22"
+
+    def run(self, graph_module: GraphModule) -> bool:
+        found = [(node, *match) for node in graph_module.graph.nodes if (match := _match(graph_module, node)) is not None]
+        constants: dict[float, Node] = {}
+
+        def constant(value: float) -> Node:
+            if value not in constants:
+                first = next(iter(graph_module.graph.nodes))
+                constants[value] = constant_node(graph_module, "mask_open" if value == 0 else "mask_closed", torch.tensor(value), first)
+            return constants[value]
+
+        for node, scores, mask, when_true, lowest in found:
+            chosen = (constant(lowest), constant(0.0)) if when_true else (constant(0.0), constant(lowest))
+            with graph_module.graph.inserting_before(node):
+                bias = copy_meta(node, graph_module.graph.call_function(aten.where.self, (mask, *chosen)))
+                masked = copy_meta(node, graph_module.graph.call_function(aten.add.Tensor, (scores, bias)))
+            node.replace_all_uses_with(masked)
+            graph_module.graph.erase_node(node)
+        if found:
+            refresh_metadata(graph_module)
+        return bool(found)
+
+
+def _match(graph_module: GraphModule, node: Node) -> tuple[Node, Node, bool, float] | None:
+    """(scores, mask, whether a true mask fills, the low number) of a filling that a Softmax alone reads, and that repeats its mask."""
+    if node.target is aten.masked_fill.Scalar:
+        scores, mask, fill = node.args
+        when_true = True
+    elif node.target in (aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther):
+        mask, when, otherwise = node.args
+        when_true = is_constant(when) or not isinstance(when, Node)
+        fill, scores = (when, otherwise) if when_true else (otherwise, when)
+    else:
+        return None
+    lowest = _number(graph_module, fill)
+    if lowest is None or lowest > SWALLOWS or not is_tensor(scores) or not is_tensor(mask):
+        return None
+    assert isinstance(scores, Node) and isinstance(mask, Node)
+    if not node.users or any(user.target not in SOFTMAX and user.target is not LOG2_SOFTMAX for user in node.users):
+        return None
+    if scores.meta["val"].dtype != torch.float32 or mask.meta["val"].dtype != torch.bool or len(shape_of(scores)) != len(shape_of(node)):
+        return None
+    smaller = math.prod(hinted(mask)) < math.prod(hinted(node)) and hinted(scores) == hinted(node)
+    return (scores, mask, when_true, lowest) if smaller else None
+
+
+def _number(graph_module: GraphModule, value: Any) -> float | None:
+    if isinstance(value, (int, float)):
+        return float(value)
+    if isinstance(value, Node) and is_constant(value) and attribute(graph_module, value).numel() == 1:
+        return float(attribute(graph_module, value))
+    return None
