@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 from repquant_fx.errors import RepQuantError
 from repquant_fx.exporters import functions
 from repquant_fx.exporters.naming import name_axes, name_by_module
+from repquant_fx.exporters.narrow_codes import narrow_codes
 from repquant_fx.exporters.packing import PACKED_BITS, pack_weights
 from repquant_fx.exporters.simplify import simplify
 from repquant_fx.exporters.translations import translation_table
@@ -33,7 +34,7 @@ class ExportError(RepQuantError):
 
 def export_onnx(
     graph_module: GraphModule, example_inputs: Sequence[Tensor], *, input_names: Sequence[str], output_names: Sequence[str],
-    dynamic_shapes: object = None, metadata: Mapping[str, str] | None = None,
+    dynamic_shapes: object = None, metadata: Mapping[str, str] | None = None, container: str = "int8",
 ) -> onnx.ModelProto:
     """An ONNX model, opset 21, that computes what the lowered graph computes.
 
@@ -42,6 +43,7 @@ def export_onnx(
         example_inputs: positional, batch at least 2 where the batch is dynamic.
         dynamic_shapes: as for torch.export.
         metadata: written into the model's metadata_props.
+        container: `int8`, or `int4` for UINT4 and INT4 Q/DQ up to 4 bits (see `exporters.narrow_codes`).
 
     Returns:
         a proto that passes `onnx.checker` in full mode. The same graph gives the same bytes.
@@ -57,6 +59,9 @@ def export_onnx(
     add_zero_points(model)
     functions.set_thresholds(model)
     pack_weights(model, packed)
+    if container == "int4":
+        narrow_codes(model)
+        common.RemoveUnusedNodesPass()(model)
     used = {node.op_type for node in model.graph if node.domain == functions.DOMAIN}
     for name in sorted(used):
         function = ir.serde.deserialize_function(LOCAL_FUNCTIONS[name]())

@@ -63,6 +63,7 @@ def audit(model: str | Path | bytes | onnx.ModelProto) -> list[Product]:
             raise ModelFileError(f"not an ONNX model: {error}") from error
     kernels = {node.name: node.op_type for node in _optimized(data).graph.node}
     producers = {name: node for node in proto.graph.node for name in node.output}
+    four_bit = {t.name for t in proto.graph.initializer if t.data_type in (onnx.TensorProto.UINT4, onnx.TensorProto.INT4)}
     products = []
     for node in proto.graph.node:
         if node.op_type not in PRODUCTS:
@@ -72,7 +73,7 @@ def audit(model: str | Path | bytes | onnx.ModelProto) -> list[Product]:
             continue  # an operand is float on purpose
         kernel = kernels.get(node.name, "")
         integer = kernel in INTEGER
-        reason = "" if integer else _reason(node.op_type, origins, kernel)  # type: ignore[arg-type]
+        reason = "" if integer else _reason(node.op_type, origins, kernel, _narrow(origins, four_bit))  # type: ignore[arg-type]
         products.append(Product(node.name.rsplit("/", 1)[0], node.name, node.op_type, kernel, integer, reason))
     return products
 
@@ -108,12 +109,19 @@ def _origin(name: str, producers: Mapping[str, onnx.NodeProto]) -> onnx.NodeProt
     return node if node is not None and (node.op_type == "DequantizeLinear" or node.op_type in LOGARITHMIC) else None
 
 
-def _reason(op: str, origins: list[onnx.NodeProto], kernel: str) -> str:
+def _narrow(origins: Iterable[onnx.NodeProto], four_bit: set[str]) -> bool:
+    """Whether one dequantizes UINT4 or INT4 (its zero point, or constant codes, say so)."""
+    return any(name in four_bit for node in origins for name in (*node.input[:1], *node.input[2:]))
+
+
+def _reason(op: str, origins: list[onnx.NodeProto], kernel: str, narrow: bool) -> str:
     if any(node.op_type in LOGARITHMIC for node in origins):
         return "the powers of two of a logarithmic operand are multiplied in float"
     activation = origins[0]
     if any(attribute.name == "axis" and attribute.i not in (1,) for attribute in activation.attribute):
         return "the activation has a scale a channel"
+    if narrow:
+        return "UINT4 and INT4 operands have no integer kernel on the CPU"
     if op == "Conv":
         return "a convolution has an integer kernel only where its output is quantized too"
     if not kernel:

@@ -173,10 +173,10 @@ def compile(
     sqnr = reports.layer_sqnr(reference, graph_module, [e["node"] for e in layers], probe)
     with torch.no_grad():
         output_sqnr = min(parity_check.sqnr(a, b) for a, b in zip(tensors_in(graph_module(*probe)), tensors_in(reference(*probe))))
-    optimize_for_runtime(graph_module, lowering.quantizers)
+    optimize_for_runtime(graph_module, lowering.quantizers, adjacent=recipe.container == "int4")
     metadata = describe(recipe, loaded.preprocessing, record(layers, plan.left_alone, lowering.constants))
     proto = export_onnx(graph_module, loaded.example_inputs, input_names=captured.input_names, output_names=captured.output_names,
-                        dynamic_shapes=dynamic_shapes(graph_module), metadata=metadata)
+                        dynamic_shapes=dynamic_shapes(graph_module), metadata=metadata, container=recipe.container)
     log.stage("check")
     check = check and ledger.world.rank == 0
     parity = parity_check.compare(graph_module, proto, lowering.quantizers, probe, captured.input_names) if check else None

@@ -138,10 +138,15 @@ def _logarithmic(node: Node) -> bool:
 
 
 def expose(proto: onnx.ModelProto, values: Sequence[tuple[str, bool]]) -> onnx.ModelProto:
-    """A copy with further outputs: `(name, whether uint8 codes)`, else float32 values."""
+    """A copy with further outputs: `(name, whether integer codes)`, as uint8, else float32 values."""
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
+    narrow = {tensor.name for tensor in proto.graph.initializer if tensor.data_type == onnx.TensorProto.UINT4}
+    narrow = {node.output[0] for node in proto.graph.node if node.op_type == "QuantizeLinear" and node.input[2] in narrow}
     for name, integer in values:
+        if name in narrow:
+            copy.graph.node.append(onnx.helper.make_node("Cast", [name], [f"{name}_uint8"], to=onnx.TensorProto.UINT8))
+            name = f"{name}_uint8"
         kind = onnx.TensorProto.UINT8 if integer else onnx.TensorProto.FLOAT
         copy.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
     return copy

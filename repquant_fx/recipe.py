@@ -19,6 +19,7 @@ CHOICES = {
     "clipping": ("search", "adam", "none"),
     "activations": ("mse", "percentile", "minmax"),
     "weights": ("mse", "minmax"),
+    "container": ("int8", "int4"),
 }
 _MOST_BYTES = 1 << 18  # of a file; a rule for each of a thousand layers takes a third of it
 _DEEPEST = 8
@@ -82,6 +83,8 @@ class Recipe:
         gptq_damping: share of the mean diagonal that is added to the Hessian, 0 to 10.
         gptq_block: columns that are updated at once.
         gptq_activation_order: columns in the order of decreasing input energy.
+        container: how the file holds codes of up to 4 bits: `int8` (activations in bytes, weights packed and unpacked when a session is
+            created: what ONNX Runtime runs fast on a CPU) or `int4` (UINT4 and INT4 Q/DQ for tool chains of accelerators).
         layers: overrides by module path.
 
     Example (YAML)::
@@ -109,6 +112,7 @@ class Recipe:
     gptq_damping: float = 0.01
     gptq_block: int = 128
     gptq_activation_order: bool = True
+    container: str = "int8"
     layers: tuple[LayerRule, ...] = field(default=())
 
     def __post_init__(self) -> None:

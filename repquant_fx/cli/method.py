@@ -22,7 +22,7 @@ def add_method(command: argparse.ArgumentParser) -> None:
 
     words = {"norm": "scales of norm activations", "softmax": "grid of softmax activations", "softmax_scale": "how its scale is chosen",
              "clipping": "per-channel dual clipping of norm activations", "activations": "range of all other activations",
-             "weights": "range of weights"}
+             "weights": "range of weights", "container": "how the file holds codes of up to 4 bits"}
     for name, choices in CHOICES.items():
         method.add_argument(f"--{name.replace('_', '-')}", choices=choices, help=f"{words[name]} (default {choices[0]})")
     method.add_argument("--percentile", type=float, help="for --activations percentile (default 99.99)")
