@@ -183,7 +183,7 @@ class AbsorbScales(Pass):
         centres: dict[int, list[float]] = {}
         for name, pattern in self.absorbable.sites.items():
             labels, bound = pattern.reshape(-1).tolist(), self.bounds[name]
-            low, up = bound.low.double(), bound.up.double()
+            low, up = bound.low.double().cpu(), bound.up.double().cpu()
             shiftable = torch.tensor([label in self.absorbable.shiftable for label in labels])
             reach = torch.where(shiftable, (up - low) / 2, torch.maximum(low.abs(), up.abs()))
             reach = reach.clamp(min=max(float(reach.max()) / LARGEST, 1e-12)).log()
@@ -199,17 +199,17 @@ class AbsorbScales(Pass):
             if label in self.absorbable.shiftable and label in centres:
                 self.shifts[label] = sum(centres[label]) / len(centres[label])
 
-    def _of(self, values: Mapping[int, float], labels: Tensor, default: float) -> Tensor:
+    def _of(self, values: Mapping[int, float], labels: Tensor, default: float, device: torch.device) -> Tensor:
         return torch.tensor([values.get(label, default) if label not in (FIXED, PADDING) else default for label in labels.tolist()],
-                            dtype=torch.float64)
+                            dtype=torch.float64, device=device)
 
     def _rewrite_rows(self, graph_module: GraphModule, node: Node, labels: Tensor) -> None:
         """`x -> (x - shift) / factor` for each output channel."""
-        factor, shift = self._of(self.factors, labels, 1.0), self._of(self.shifts, labels, 0.0)
         at, bias_at = (1, 2) if node.target is aten.linear.default else (2, 3)
         weight_node = node.args[at]
         assert isinstance(weight_node, Node)
         name, weight = str(weight_node.target), attribute(graph_module, weight_node).double()
+        factor, shift = self._of(self.factors, labels, 1.0, weight.device), self._of(self.shifts, labels, 0.0, weight.device)
         replace_constant(graph_module, node, at, (weight / (factor[:, None] if weight.ndim == 2 else factor)).float(), name)
         if node.target is aten.rms_norm.default:
             return
@@ -222,10 +222,10 @@ class AbsorbScales(Pass):
 
     def _rewrite_columns(self, graph_module: GraphModule, linear: Node, labels: Tensor) -> None:
         """Undo both for each input channel."""
-        factor, shift = self._of(self.factors, labels, 1.0), self._of(self.shifts, labels, 0.0)
         weight_node = linear.args[1]
         assert isinstance(weight_node, Node)
         name, weight = str(weight_node.target), attribute(graph_module, weight_node).double()
+        factor, shift = self._of(self.factors, labels, 1.0, weight.device), self._of(self.shifts, labels, 0.0, weight.device)
         if bool(shift.any()):
             bias_node = linear.args[2] if len(linear.args) > 2 else None
             bias = weight @ shift

@@ -133,7 +133,7 @@ class CalibrateActivations(Pass):
             snapped = sorted({logarithmic.snap(s, site.bits, steps) for s in scales})
             for scale in snapped or logarithmic.scale_candidates(largest, site.bits, steps):
                 codes = logarithmic.quantize_log(log, scale, site.bits, steps)
-                values = logarithmic.level_table(scale, site.bits, steps)[codes.int()]
+                values = logarithmic.level_table(scale, site.bits, steps).to(codes.device)[codes.int()]
                 error = float(((values if product is None else product(values)) - exact).square().mean())
                 best = min(best, (error, scale, steps))
         return LogQuantizer(best[1], site.bits, best[2])

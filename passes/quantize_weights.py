@@ -89,7 +89,7 @@ class QuantizeWeights(Pass):
             if hessian is not None:
                 found["errors"] = torch.stack([output_error(rows, q.dequantize(), hessian) for q in (nearest, quantized)], dim=1)
         parts = [part for part in self.world.gather(found) if part]
-        codes, scale = (torch.cat([part[k] for part in parts]) for k in ("codes", "scale"))
+        codes, scale = (torch.cat([part[k] for part in parts]).to(weight.device) for k in ("codes", "scale"))
         return QuantizedWeight(codes, scale), torch.cat([part["errors"] for part in parts]) if hessian is not None else None
 
     def _choice(self, graph_module: GraphModule, site: Site, consumer: Node, quantized: QuantizedWeight,

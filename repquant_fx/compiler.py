@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from repquant_fx import device as devices
 from repquant_fx import log
 from repquant_fx import parity as parity_check
 from repquant_fx import report as reports
@@ -126,7 +126,7 @@ def compile(
     samples: int | None = None, batch_size: int = 32, seed: int = 0, example_inputs: Sequence[Tensor] | Mapping[str, Tensor] | None = None,
     arch: str | None = None, input_shape: Sequence[int] | None = None, allow_pickle: bool = False, check: bool = True,
     task: str | None = None, seq_len: int | None = None, tokenizer: Any | None = None, work_dir: str | Path | None = None,
-    offload_dir: str | Path | None = None, distributed: bool = False,
+    offload_dir: str | Path | None = None, distributed: bool = False, device: str | torch.device = "cpu",
 ) -> CompiledModel:
     """Quantize a model and write it as ONNX QDQ.
 
@@ -146,6 +146,7 @@ def compile(
         check: run ONNX Runtime on held-back samples and compare with the FX reference.
         work_dir: a folder to keep what was decided about each group of layers; the same compile goes on from there.
         offload_dir: a folder for the calibration data's values between segments, which are kept in memory where None.
+        device: where calibration, clipping and GPTQ compute, such as `cuda`. Codes may differ from the CPU's where rounding does.
         distributed: share the work with the other processes of the default process group of torch.distributed. Each must call this
             with the same arguments, and each gets the same model (`parity` on rank 0 alone).
 
@@ -153,6 +154,8 @@ def compile(
         InputError: something given cannot be used (its subclasses say what).
         ParityError: the exported model disagrees with the reference beyond float rounding.
     """
+    log.start()
+    there = devices.usable(device)
     prepared = prepare(model, calibration, recipe, samples=samples, batch_size=batch_size, seed=seed, example_inputs=example_inputs, arch=arch,
                        input_shape=input_shape, allow_pickle=allow_pickle, task=task, seq_len=seq_len, tokenizer=tokenizer)
     loaded, captured, recipe, data = prepared.loaded, prepared.captured, prepared.recipe, prepared.data
@@ -161,10 +164,16 @@ def compile(
     batches = list(used.batches)
     log.stage("quantize")
     with _ledger(graph_module, batches, recipe, seed, loaded.source, work_dir, distributed) as ledger:
-        absorb_scales(graph_module, plan, batches, recipe, ledger)
+        devices.move(graph_module, there)
+        batches = devices.move_batches(batches, there)
+        with log.part("absorb scales"):
+            absorb_scales(graph_module, plan, batches, recipe, ledger)
         reference = shared_copy(graph_module)
         run_passes(graph_module, [InsertObservers(plan, len(batches))])
         quantized = quantize_sequentially(graph_module, plan, batches, recipe, ledger, offload_dir)
+    for each in (graph_module, reference):
+        devices.move(each, torch.device("cpu"))
+    quantized.weights = {node: weight.to("cpu") for node, weight in quantized.weights.items()}
     layers = reports.describe_layers(graph_module, plan, quantized)
     log.stage("export")
     lowering = LowerToQDQ(plan, quantized.weights)
@@ -180,17 +189,18 @@ def compile(
     log.stage("check")
     check = check and ledger.world.rank == 0
     parity = parity_check.compare(graph_module, proto, lowering.quantizers, probe, captured.input_names) if check else None
+    kernels = audit(proto) if check else None
+    log.finish()
     report = reports.build(
         layers=layers, plan=plan, quantized=quantized, sqnr=sqnr, output_sqnr=output_sqnr, parity=parity,
-        kernels=audit(proto) if check else None,
+        kernels=kernels,
         about={
             "repquant_fx": VERSION, "source": loaded.source, "bits": f"W{recipe.wbits}A{recipe.abits}", "recipe": recipe.to_dict(),
             "calibration": {"origin": data.origin, "samples": used.samples, "held_back": held_back.samples,
                             "synthetic": data.synthetic, "seed": seed},
             "capture": {"difference_from_eager": captured.eager_difference, "dynamic_batch": captured.dynamic_batch},
-            "file_bytes": proto.ByteSize(), "peak_memory_mb": _peak_memory(),
+            "file_bytes": proto.ByteSize(), "peak_memory_mb": log.peak_memory(), "seconds": log.spent(), "peaks_mb": log.peaks(),
         })
-    log.finish()
     if parity is not None:
         parity.raise_on_problems()
     if not isinstance(model, (str, Path)):
@@ -277,16 +287,6 @@ def _ledger(graph_module: GraphModule, batches: list[tuple[Tensor, ...]], recipe
     about = {"repquant_fx": VERSION, "source": source, "seed": seed, "recipe": recipe.to_dict()}
     with open_ledger(work_dir, digest, about, world) as ledger:
         yield ledger
-
-
-def _peak_memory() -> float | None:
-    """The largest resident memory of this process so far, in MB; None where the system does not tell."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e6 if sys.platform == "darwin" else 1e3)
 
 
 def _load(model: Any, example_inputs: Sequence[Tensor] | Mapping[str, Tensor] | None, arch: str | None,

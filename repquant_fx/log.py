@@ -30,6 +30,8 @@ FORMS = (QUIET, NORMAL, VERBOSE, JSON)
 class _Log:
     form: str | None = None  # None: used as a library, silent
     stage: tuple[str, float] | None = None
+    seconds: dict[str, float] = {}
+    peaks: dict[str, float | None] = {}
 
 
 @contextmanager
@@ -51,13 +53,54 @@ def stage(name: str) -> None:
         _event("stage_started", stage=name)
 
 
+def start() -> None:
+    """A compile begins: what stages take is counted from here."""
+    finish()
+    _Log.seconds, _Log.peaks = {}, {}
+
+
+@contextmanager
+def part(name: str) -> Iterator[None]:
+    """Count the seconds of a part of the current stage, as `stage/name`, over all times that it is entered."""
+    key = f"{_Log.stage[0]}/{name}" if _Log.stage is not None else name
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        _Log.seconds[key] = _Log.seconds.get(key, 0.0) + time.perf_counter() - began
+
+
+def spent() -> dict[str, float]:
+    """Seconds of every stage and part since `start`; parts follow their stage."""
+    stages = [name for name in _Log.seconds if name in _Log.peaks]
+    return {key: round(_Log.seconds[key], 3) for stage in stages for key in _Log.seconds if key == stage or key.startswith(f"{stage}/")}
+
+
+def peaks() -> dict[str, float | None]:
+    """Peak memory (MB) of this process by the end of each stage since `start`; None where the system does not tell."""
+    return dict(_Log.peaks)
+
+
+def peak_memory() -> float | None:
+    """The largest resident set of this process so far, MB."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
+
+
 def finish() -> None:
     """The last stage has finished."""
     if _Log.stage is None:
         return
     name, started = _Log.stage
     _Log.stage = None
-    seconds = round(time.perf_counter() - started, 3)
+    elapsed = time.perf_counter() - started
+    _Log.seconds[name] = _Log.seconds.get(name, 0.0) + elapsed
+    _Log.peaks[name] = peak_memory()
+    seconds = round(elapsed, 3)
     if _Log.form == JSON:
         _event("stage_finished", stage=name, seconds=seconds)
     elif _Log.form == VERBOSE:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from repquant_fx import decisions
+from repquant_fx import decisions, log
 from repquant_fx.checkpoint import Ledger
 from repquant_fx.distributed import Tensors, World
 from repquant_fx.errors import CalibrationError, RepQuantWarning
@@ -129,7 +129,9 @@ def merge_observers(observers: Sequence[Observer], world: World) -> None:
     """Let every rank's observers hold what all ranks' recorded."""
     if world.size > 1:
         for each in observers:
-            each.merge(world.gather(each.recorded()))
+            mine = each.recorded()
+            device = next(iter(mine.values())).device if mine else torch.device("cpu")
+            each.merge([on(part, device) for part in world.gather(mine)])
 
 
 class SegmentRunner:
@@ -218,6 +220,7 @@ class _State:
         self.graph_module, self.recipe, self.ledger = graph_module, recipe, ledger
         self.order = [(segment, group) for segment in segments for group in segment.groups]
         self.batches, self.mine = len(batches), ledger.world.share(len(batches))
+        self.device = batches[0][0].device
         share = [batches[i] for i in self.mine]
         self.reference = Reference(graph_module, share, offload_dir) if recipe.correction else None
         self.runner = SegmentRunner(graph_module, share, offload_dir)
@@ -227,9 +230,10 @@ class _State:
     def reach(self, segment: Segment) -> None:
         """Advance to a segment, through all that were finished since (or before this process began)."""
         if self.reached is not None and self.reached is not segment.first:
-            self.runner.advance(self.reached, segment.first)
-            if self.reference is not None:
-                self.reference.advance(self.reached, segment.first)
+            with log.part("advance"):
+                self.runner.advance(self.reached, segment.first)
+                if self.reference is not None:
+                    self.reference.advance(self.reached, segment.first)
         self.reached = segment.first
 
     def finish(self) -> Quantized:
@@ -241,7 +245,7 @@ class _State:
 def _quantize_group(state: _State, segment: Segment, group: Group, name: str) -> None:
     """Decide about a group, or take what was decided before, and rewrite the graph accordingly."""
     graph_module, recipe, ledger = state.graph_module, state.recipe, state.ledger
-    quantizers, chosen = _recorded(group, ledger.load(name))
+    quantizers, chosen = _recorded(group, on(ledger.load(name), state.device))
     fresh = quantizers is None
     if quantizers is None:
         state.reach(segment)
@@ -253,14 +257,21 @@ def _quantize_group(state: _State, segment: Segment, group: Group, name: str) ->
     passes.append(ReparameterizeSoftmax(group))
     run_passes(graph_module, passes)
     if group.kind != "matmul":
-        statistics = _second_moments(state, segment, group) if fresh else ({}, {})
+        with log.part("second moments"):
+            statistics = _second_moments(state, segment, group) if fresh else ({}, {})
         pass_ = QuantizeWeights(group, recipe, *statistics, ledger.world, chosen)
-        run_passes(graph_module, [pass_])
+        with log.part("quantize weights"):
+            run_passes(graph_module, [pass_])
         state.result.weights.update({c: choice.weight for c, choice in pass_.chosen.items()})
         state.result.errors.update({c: choice.errors for c, choice in pass_.chosen.items() if choice.errors is not None})
         tensors |= decisions.weights_to_tensors(group, pass_.chosen)
     if fresh:
         ledger.save(name, tensors)
+
+
+def on(tensors: Tensors | None, device: torch.device) -> Any:
+    """What was read from a file or came from another process, where this one computes."""
+    return None if tensors is None else {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def _recorded(group: Group, tensors: Tensors | None) -> tuple[dict[str, torch.nn.Module] | None, dict[Node, ChosenWeight] | None]:
@@ -282,20 +293,22 @@ def _calibrate(state: _State, segment: Segment, group: Group) -> dict[str, torch
     observers = [m for m in (slot_module(state.graph_module, s) for s in group.sites) if isinstance(m, Observer)]
     for each in observers:
         each.start(state.batches, state.mine)
-    for values in state.runner.run(segment.first, segment.stop, slots):
-        for site in group.sites:
-            if site.slot is not None and not bool(torch.isfinite(values[site.slot]).all()):
-                raise CalibrationError(f"the activation at {site.name} is not finite on the calibration data; "
-                                       "check the data and the model's weights")
-    merge_observers(observers, state.ledger.world)
+    with log.part("observe"):
+        for values in state.runner.run(segment.first, segment.stop, slots):
+            for site in group.sites:
+                if site.slot is not None and not bool(torch.isfinite(values[site.slot]).all()):
+                    raise CalibrationError(f"the activation at {site.name} is not finite on the calibration data; "
+                                           "check the data and the model's weights")
+        merge_observers(observers, state.ledger.world)
 
     def choose() -> Tensors:
         run_passes(state.graph_module, [CalibrateActivations(group, state.recipe)])
         return decisions.quantizers_to_tensors(group, {site.name: slot_module(state.graph_module, site) for site in group.sites})
 
-    found = state.ledger.world.from_first(choose)
+    with log.part("choose scales"):
+        found = state.ledger.world.from_first(choose)
     assert found is not None
-    return decisions.quantizers_from_tensors(group, found)
+    return decisions.quantizers_from_tensors(group, on(found, state.device))
 
 
 def _second_moments(state: _State, segment: Segment, group: Group) -> tuple[dict[str, Tensor], dict[str, Halves]]:

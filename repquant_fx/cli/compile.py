@@ -26,6 +26,7 @@ def add(command: argparse.ArgumentParser) -> None:
     long = command.add_argument_group("long compiles (under torchrun the processes share the calibration data)")
     long.add_argument("--work-dir", type=Path, metavar="DIR", help="keep finished layers here; the same command goes on after an interruption")
     long.add_argument("--offload-dir", type=Path, metavar="DIR", help="keep values between layers in a temporary file here, not in memory")
+    long.add_argument("--device", default="cpu", help="where calibration, clipping and GPTQ compute: cpu (default), cuda, cuda:1, ...")
     add_method(command)
     command.add_argument("--check", action=argparse.BooleanOptionalAction, default=True,
                          help="compare ONNX Runtime with the FX reference (default on)")
@@ -42,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
 
     with joined() as world, log.using(log.QUIET) if world.rank else nullcontext():  # rank 0 speaks
         compiled = compile(options.model, recipe=recipe, check=options.check, work_dir=options.work_dir, offload_dir=options.offload_dir,
-                           distributed=world.size > 1, **source)
+                           device=options.device, distributed=world.size > 1, **source)
     if world.rank:
         return 0
     out = compiled.save(options.out, force=options.force, report=options.report)

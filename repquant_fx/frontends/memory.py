@@ -10,6 +10,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
+from repquant_fx.device import without_autocast
 from repquant_fx.errors import InputError
 from repquant_fx.frontends import architectures
 from repquant_fx.frontends.loading import LoadedModel, check_finite, ready
@@ -22,7 +23,7 @@ R = TypeVar("R")
 def left_as_found(function: Callable[P, R]) -> Callable[P, R]:
     """Give a function's first argument, where it is a module, its train and eval modes back, and torch its random state.
 
-    So that a training script can call it between two steps.
+    It runs outside any autocast. So that a training script can call it between two steps.
     """
     @functools.wraps(function)
     def careful(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -30,7 +31,7 @@ def left_as_found(function: Callable[P, R]) -> Callable[P, R]:
         modes = [(m, m.training) for m in model.modules()] if isinstance(model, nn.Module) else []
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
         try:
-            with torch.random.fork_rng(devices):
+            with torch.random.fork_rng(devices), without_autocast():
                 return function(*args, **kwargs)
         finally:
             for module, training in modes:

@@ -26,6 +26,10 @@ class QuantizedWeight:
     codes: Tensor
     scale: Tensor
 
+    def to(self, device: str | torch.device) -> QuantizedWeight:
+        """The same on another device."""
+        return QuantizedWeight(self.codes.to(device), self.scale.to(device))
+
     def dequantize(self) -> Tensor:
         """float32 weight, shape (out, in)."""
         return self.codes.to(torch.float32) * self.scale[:, None]

@@ -7,7 +7,7 @@ same name and the graph always runs.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +96,10 @@ class UniformQuantizer(nn.Module):
         self.exact = (scale.double(), zero_point.double())
         self.register_buffer("scale", scale.float())
         self.register_buffer("zero_point", zero_point.float())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UniformQuantizer:
+        self.exact = (fn(self.exact[0]), fn(self.exact[1]))  # follows the buffers to another device
+        return super()._apply(fn, recurse)
 
     @property
     def axis(self) -> int | None:
