@@ -194,10 +194,11 @@ def kind_of(group: str, site: str) -> str:
 
 
 def _constants(codes: str) -> list[str]:
-    """Names of the tensors that belong to a layer's weight: codes, scales, zero points, and those of the bias."""
+    """Names of the tensors that belong to a layer's weight: codes, scales, zero points, those of the bias and of codes that the layer writes."""
     weight = codes.removesuffix("_quantized")
     bias = weight[:weight.rfind("weight")] + "bias" if "weight" in weight else f"{weight}_bias"
-    return [codes, f"{weight}_scale", f"{weight}_zero_point", bias, f"{bias}_quantized", f"{bias}_scale"]
+    return [codes, f"{weight}_scale", f"{weight}_zero_point", bias, f"{bias}_quantized", f"{bias}_scale",
+            *(f"{weight.removesuffix('weight')}output_{name}" for name in ("scale", "zero_point"))]
 
 
 def _elements(tensor: onnx.TensorProto | None) -> int:

@@ -47,8 +47,8 @@ def test_sizes_add_up(swin: Path) -> None:
     weights = [p for n, p in small_swin().named_parameters() if p.ndim in (2, 4) and "bias" not in n]
     assert about["quantized_parameters"] == sum(p.numel() for p in weights)
     qkv = next(row for row in found.rows if row.site.endswith("0.attn.qkv/input"))
-    # 48x16 codes at 4 bits, 48 scales and int8 zero points, 48 int32 biases with 48 scales, one scale and one zero point
-    assert qkv.parameters == 768 and qkv.bytes == 384 + 48 * 5 + 2 * 48 * 4 + 4 + 1
+    # 48x16 codes at 4 bits, 48 scales and int8 zero points, 48 int32 biases with 48 scales, a scale and a zero point of the input, and of the output
+    assert qkv.parameters == 768 and qkv.bytes == 384 + 48 * 5 + 2 * 48 * 4 + 2 * (4 + 1)
     assert qkv.bytes == sum(len(t.raw_data) or 1 for t in tensors if t.name.startswith("layers.0.blocks.0.attn.qkv."))
 
 

@@ -1,9 +1,9 @@
 """Per-channel dual clipping (RepQuant Eq. 18-20): an upper and a lower bound for every channel of an activation.
 
 `learn_bounds` is the paper's optimisation with Adam and a straight-through estimator, kept as the reference.
-`search_bounds` is the default. Channels do not interact in Eq. 20, so each is a two-dimensional search; alternating exact
-line searches over the lower and the upper bound, for all channels at once, need no gradient. On sorted
-rows a candidate's error is exact and costs a few lookups, whatever the size of the sample.
+`search_bounds` is the default. Channels do not interact in Eq. 20, so each is a two-dimensional search; alternating line
+searches over the lower and the upper bound, for all channels at once, need no gradient. From a histogram of each channel a
+candidate's error costs a few lookups, whatever the size of the sample.
 Both start from min-max and return whichever bounds had the smallest error on the sample, so they never do worse than it.
 """
 
@@ -64,34 +64,66 @@ def percentile_bounds(x: Tensor, bits: int, percentile: float, *, include_zero: 
     return Bounds(low, up, clipping_error(x, low, up, bits, include_zero=include_zero))
 
 
-class _Sorted:
-    """The rows of a sample in order, with prefix sums: the error of a candidate costs `2^bits` lookups, not a pass over the data.
+class _Histogram:
+    """Histograms of the rows of a sample, with running sums: the error of a candidate costs `2^bits` lookups, not a pass over the data.
 
     Code all values with the largest level `v`, and let the values below each threshold `t` (midway between two levels that
     lie `s` apart) drop by one level. A drop lowers the squared error of `x` by `2 s (t - x)`, so a row's error is
 
         sum (x - v)^2 - 2 s sum_t f(t),    f(t) = sum_{x < t} (t - x) = t * (how many) - (their sum).
 
-    This is exact: a value on a threshold is as far from either level, so how ties are rounded does not matter.
+    `f` is known at the bins' edges and linear between them as far as anyone can tell. Bins are narrow around the median and widen
+    with the distance `u` from it (evenly spaced in `sqrt(1 + |u|)`, in distances of the quartiles), so that an outlier costs the
+    others no resolution.
+
+    Attributes:
+        low, up, median: of each row, shape (D, 1); the median to the width of a bin.
     """
 
-    def __init__(self, x: Tensor) -> None:
-        self.ordered = x.sort(dim=1).values
-        self.sums = torch.nn.functional.pad(self.ordered.double().cumsum(dim=1), (1, 0))
-        self.squares = self.ordered.double().square().sum(dim=1, keepdim=True)
-        self.n = x.shape[1]
+    def __init__(self, x: Tensor, bins: int) -> None:
+        rows, self.n = x.shape
+        self.bins = bins
+        self.low, self.up = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+        some = x[:, :: max(1, self.n // 256)].sort(dim=1).values
+        quarter = [some[:, [(some.shape[1] - 1) * k // 4]] for k in (1, 2, 3)]
+        self.centre = quarter[1]
+        self.spread = torch.maximum(quarter[2] - quarter[0], (self.up - self.low) * 1e-5).clamp(min=torch.finfo(x.dtype).tiny ** 0.5)
+        ends = [_squash((end - self.centre) / self.spread) for end in (self.low, self.up)]
+        self.first, self.step = ends[0], ((ends[1] - ends[0]) / bins).clamp(min=torch.finfo(x.dtype).tiny ** 0.5)
+        steps = torch.arange(bins + 1, dtype=torch.float64, device=x.device)
+        squashed = self.first.double() + self.step.double() * steps
+        edges = self.centre.double() + self.spread.double() * squashed * (2 + squashed.abs())
+        edges[:, :1], edges[:, -1:] = self.low.double(), self.up.double()
+        index = self._position(x).to(torch.int64).clamp_(0, bins - 1)
+        index += torch.arange(0, rows * bins, bins, device=x.device)[:, None]
+        index, values = index.reshape(-1), x.double().reshape(-1)
+        counts = torch.bincount(index, minlength=rows * bins).view(rows, bins).cumsum(1)
+        sums = torch.bincount(index, weights=values, minlength=rows * bins).view(rows, bins).cumsum(1)
+        self.below = edges * torch.nn.functional.pad(counts, (1, 0)) - torch.nn.functional.pad(sums, (1, 0))  # f at the edges
+        self.total, self.squares = sums[:, -1:], values.square().view(rows, -1).sum(1, keepdim=True)
+        half = torch.searchsorted(counts, torch.full_like(counts[:, :1], (self.n + 1) // 2))
+        self.median = edges.gather(1, half).to(x.dtype).clamp(self.low, self.up)
+
+    def _position(self, x: Tensor) -> Tensor:
+        """In bins from the lowest edge."""
+        return _squash((x - self.centre) / self.spread).sub_(self.first).div_(self.step)
 
     def errors(self, low: Tensor, up: Tensor, bits: int, include_zero: bool) -> Tensor:
         """Mean squared errors, shape (D, K) in float64, of K candidates a row; `low`, `up` of shape (D, K)."""
         scale, zero_point = parameters_from_range(low, up, bits, include_zero=include_zero)
-        s, z = scale.double(), zero_point.double()
         top = levels(bits) - 1
-        codes = torch.arange(top, dtype=s.dtype, device=s.device)
-        thresholds = (s[..., None] * (codes + 0.5 - z[..., None])).flatten(1).to(self.ordered.dtype)
-        below = torch.searchsorted(self.ordered, thresholds)
-        drops = (thresholds * below.double() - self.sums.gather(1, below)).unflatten(1, (-1, top)).sum(dim=2)
-        v = s * (top - z)
-        return (self.squares - 2 * v * self.sums[:, -1:] - 2 * s * drops) / self.n + v.square()
+        codes = torch.arange(top, dtype=scale.dtype, device=scale.device)
+        thresholds = (scale[..., None] * (codes + 0.5 - zero_point[..., None])).flatten(1)
+        position = self._position(thresholds).clamp_(0, self.bins)
+        index = position.to(torch.int64).clamp_(max=self.bins - 1)
+        drops = torch.lerp(self.below.gather(1, index), self.below.gather(1, index + 1), (position - index).double())
+        drops += self.n * (thresholds - self.up).clamp_(min=0)  # beyond the largest value f is a straight line
+        s, v = scale.double(), scale.double() * (top - zero_point.double())
+        return (self.squares - 2 * v * self.total - 2 * s * drops.unflatten(1, (-1, top)).sum(dim=2)) / self.n + v.square()
+
+
+def _squash(u: Tensor) -> Tensor:
+    return torch.copysign(torch.sqrt(1 + u.abs()) - 1, u)
 
 
 def search_bounds(x: Tensor, bits: int, *, include_zero: bool = False) -> Bounds:
@@ -105,7 +137,7 @@ def search_bounds(x: Tensor, bits: int, *, include_zero: bool = False) -> Bounds
     Args:
         x: sample, shape (D, N).
     """
-    rows = max(1, CHUNK // max(x.shape[1], 25 << bits))
+    rows = max(1, CHUNK // max(x.shape[1], _bins(bits), 25 << bits))
     bounds = [_search(part, bits, include_zero) for part in x.split(rows)]
     low, up = torch.cat([b[0] for b in bounds]), torch.cat([b[1] for b in bounds])
     start = minmax_bounds(x, bits, include_zero=include_zero)
@@ -114,23 +146,25 @@ def search_bounds(x: Tensor, bits: int, *, include_zero: bool = False) -> Bounds
     return Bounds(torch.where(worse, start.low, low), torch.where(worse, start.up, up), torch.minimum(error, start.error))
 
 
+def _bins(bits: int) -> int:
+    return 2048 if bits <= 5 else 4096
+
+
 def _search(x: Tensor, bits: int, include_zero: bool) -> tuple[Tensor, Tensor]:
-    # lookups grow with 2^bits while the gain from clipping shrinks: above 6 bits fewer positions and rounds do as well
-    points, zooms, zoom, rounds = (25, 2, 1 / 6, 3) if bits <= 6 else (9, 3, 2 / 9, 2)
-    data = _Sorted(x)
-    extremes = data.ordered[:, [0, -1]]
-    median = data.ordered[:, [(data.n - 1) // 2]]
+    # lookups grow with 2^bits while the gain from clipping shrinks: above 5 bits fewer positions and rounds do as well
+    begin, points, zooms, zoom, rounds = (24, 25, 2, 1 / 6, 3) if bits <= 5 else (16, 9, 3, 2 / 9, 2)
+    data = _Histogram(x, _bins(bits))
 
     def bounds(position: Tensor) -> tuple[Tensor, Tensor]:
         """Low and up at positions (2, D, K): 0 at the extreme, 1 at the median."""
-        return torch.lerp(extremes[:, :1], median, position[0]), torch.lerp(extremes[:, 1:], median, position[1])
+        return torch.lerp(data.low, data.median, position[0]), torch.lerp(data.up, data.median, position[1])
 
     def best_of(candidates: Tensor) -> tuple[Tensor, Tensor]:
         """The best of the candidate positions (2, D, K) as (2, D, 1), and its error (D, 1)."""
         error, index = data.errors(*bounds(candidates), bits, include_zero).min(dim=1, keepdim=True)
         return candidates.gather(2, index.expand(2, -1, -1)), error
 
-    together = torch.arange(24, dtype=x.dtype, device=x.device) / 24
+    together = torch.arange(begin, dtype=x.dtype, device=x.device) / begin
     position, error = best_of(together.expand(2, len(x), -1))
     for turn in range(rounds):
         before = error

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from repquant_fx.quantizers.clipping import (
-    _Sorted,
+    _Histogram,
     clipping_error,
     learn_bounds,
     minmax_bounds,
@@ -71,21 +71,46 @@ def test_no_channel_is_worse_than_at_its_extremes(kind: str, bits: int, include_
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "constant"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 @pytest.mark.parametrize("include_zero", [False, True])
-def test_the_error_from_sorted_rows_is_exact(kind: str, bits: int, include_zero: bool) -> None:
+def test_the_error_from_histograms_is_near(kind: str, bits: int, include_zero: bool) -> None:
     x = sample(kind, dtype=torch.float64)
-    data = _Sorted(x)
+    data = _Histogram(x, 4096)
     low, up = x.quantile(0.01, dim=1), x.quantile(0.995, dim=1)
     candidates = [(x.amin(1), x.amax(1)), (low, up), (low, x.amax(1)), (2 * low - up, up)]
     got = data.errors(*(torch.stack(c, dim=1) for c in zip(*candidates)), bits, include_zero)
     for k, (lo, hi) in enumerate(candidates):
-        torch.testing.assert_close(got[:, k], reference_error(x, lo, hi, bits, include_zero), rtol=1e-6, atol=0)
+        torch.testing.assert_close(got[:, k], reference_error(x, lo, hi, bits, include_zero), rtol=0.1 if bits == 8 else 0.02, atol=0)
 
 
-def test_the_error_from_sorted_rows_is_exact_on_ties() -> None:
-    """Integers on a grid of step 2: every other value lies on a threshold."""
-    x = torch.arange(0, 31, dtype=torch.float64)[None]
-    got = _Sorted(x).errors(torch.zeros(1, 1, dtype=x.dtype), torch.full((1, 1), 30.0, dtype=x.dtype), 4, False)
-    assert float(got) == pytest.approx(15 / 31)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_the_error_from_histograms_is_exact_where_thresholds_are_edges(bits: int) -> None:
+    """More bins bring it as near as one likes: the values themselves are counted and summed, nothing is rounded to a bin."""
+    x = sample("heavy", dtype=torch.float64)
+    low, up = x.quantile(0.02, dim=1), x.quantile(0.98, dim=1)
+    exact = reference_error(x, low, up, bits, False)
+    gaps = []
+    for bins in (256, 4096, 1 << 16):
+        got = _Histogram(x, bins).errors(low[:, None], up[:, None], bits, False)[:, 0]
+        gaps.append(float((got / exact - 1).abs().max()))
+    assert gaps[2] < 1e-3 and gaps[2] < gaps[1] < gaps[0]
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "constant"])
+def test_the_median_to_a_bin(kind: str) -> None:
+    x = sample(kind)
+    data, median = _Histogram(x, 4096), x.median(1, keepdim=True).values
+    assert bool(((data.median - median).abs() <= 0.02 * (x.quantile(0.75, dim=1, keepdim=True) - x.quantile(0.25, dim=1, keepdim=True))
+                 + 1e-6 * x.abs().amax()).all())
+
+
+@pytest.mark.parametrize("far", [1e2, 1e4, 1e6])
+def test_an_outlier_costs_the_others_no_resolution(far: float) -> None:
+    """The bounds found beside two outliers are no worse than those found by a scan over the exact error."""
+    x = torch.randn(8, 3000, generator=torch.Generator().manual_seed(3))
+    x[:, :2] *= far
+    t = torch.cat([torch.linspace(0, 0.98, 50), 1 - torch.logspace(-7, -2, 30)])
+    median = x.median(1).values
+    scan = torch.stack([clipping_error(x, torch.lerp(x.amin(1), median, w), torch.lerp(x.amax(1), median, w), 4) for w in t.clamp(max=0.98)])
+    assert float((search_bounds(x, 4).error / scan.amin(0)).median()) <= 1.01
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "heavy", "outliers", "gelu", "positive", "negative"])
@@ -94,7 +119,7 @@ def test_the_search_reaches_the_error_of_the_learned_bounds(kind: str, bits: int
     x = sample(kind)
     ratio = search_bounds(x, bits).error / learn_bounds(x, bits).error
     assert float(ratio.mean()) < 1
-    assert float(ratio.max()) <= (1.01 if kind in ("gaussian", "heavy") else 1.03)
+    assert float(ratio.max()) <= (1.01 if kind in ("gaussian", "heavy") else 1.06)
 
 
 @pytest.mark.parametrize("bits", [3, 4])
@@ -103,7 +128,8 @@ def test_the_search_is_near_the_best_of_a_dense_grid(bits: int) -> None:
     low, up, median = x.amin(1, keepdim=True), x.amax(1, keepdim=True), x.median(1, keepdim=True).values
     t = torch.linspace(0, 0.99, 80, dtype=x.dtype)
     a, b = torch.meshgrid(t, t, indexing="ij")
-    errors = _Sorted(x).errors(torch.lerp(low, median, a.reshape(1, -1)), torch.lerp(up, median, b.reshape(1, -1)), bits, False)
+    pairs = zip(a.reshape(-1), b.reshape(-1))
+    errors = torch.stack([clipping_error(x, *(torch.lerp(end, median, w)[:, 0] for end, w in ((low, p), (up, q))), bits) for p, q in pairs], dim=1)
     assert bool((search_bounds(x, bits).error <= 1.05 * errors.amin(1)).all())
 
 
