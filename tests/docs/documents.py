@@ -1,0 +1,63 @@
+"""Reading documents: fenced blocks of code, and the commands in a shell block."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+_BLOCK = re.compile(r"(?:^<!-- not run: (?P<why>[^\n]+?) -->\n+)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+_EXIT = re.compile(r"#.*\bexit code (\d+)")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block; `why` says why it is not run, `line` is its first line of code."""
+
+    language: str
+    code: str
+    line: int
+    why: str | None
+
+
+@dataclass(frozen=True)
+class Command:
+    """One simple command; `exit_code` is what a comment behind it promises, 0 without one; `output` the file that stdout goes to."""
+
+    words: tuple[str, ...]
+    exit_code: int = 0
+    output: str | None = None
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    """The fenced blocks of a page, in order. `<!-- not run: reason -->` above one says that it is only parsed."""
+    text = page.read_text(encoding="utf-8")
+    for match in _BLOCK.finditer(text):
+        yield Block(match["language"], match["code"], text.count("\n", 0, match.start("code")) + 1, match["why"])
+
+
+def commands(script: str) -> Iterator[Command]:
+    """The simple commands of a shell script; pipes, lists and substitutions are taken apart."""
+    for line in script.replace("\\\n", " ").splitlines():
+        promised = _EXIT.search(line)
+        for inner in re.findall(r"\$\(([^()]*)\)", line):  # commands within words
+            yield from commands(inner)
+        lexer = shlex.shlex(re.sub(r'"?\$\([^()]*\)"?', "SUBSTITUTED", line), posix=True, punctuation_chars="|&;<>()")
+        lexer.whitespace_split = True
+        words: list[str] = []
+        output, expects_output = None, False
+        for word in [*lexer, ";"]:
+            if expects_output:
+                output, expects_output = word, False
+            elif word == ">":
+                expects_output = True
+            elif set(word) <= set("|&;"):
+                if words:
+                    yield Command(tuple(words), int(promised[1]) if promised else 0, output)
+                words, output = [], None
+            else:
+                words.append(word)
