@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from documents import PAGES, ROOT, Block, Command, blocks, commands
-from helpers import vit
+from samples import images, model
 from torch.utils.data import DataLoader, TensorDataset
 
 from repquant_fx.cli import main, parser
@@ -35,7 +35,7 @@ def name_of(page: Path) -> str:
 @pytest.mark.parametrize("page", [p for p in PAGES if any(b.language in ("python", "sh") for b in blocks(p))], ids=name_of)
 def test_samples(page: Path, folder: Path, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with_labels = TensorDataset(images(), torch.arange(len(images())) % 5)
-    namespace = {"__name__": "sample", "module": vit(depth=1), "images": images(), "loader": DataLoader(with_labels, batch_size=32)}
+    namespace = {"__name__": "sample", "module": model(), "images": images(), "loader": DataLoader(with_labels, batch_size=32)}
     for block in blocks(page):
         where = f"{name_of(page)}:{block.line}"
         if block.language == "python":
@@ -48,10 +48,6 @@ def test_samples(page: Path, folder: Path, world: Path, capsys: pytest.CaptureFi
                     check(command, block, capsys)
                 except Exception as error:
                     raise AssertionError(f"{where}: {' '.join(command.words)}: {error}") from error
-
-
-def images() -> torch.Tensor:
-    return torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(2))
 
 
 def check(command: Command, block: Block, capsys: pytest.CaptureFixture[str]) -> None:
