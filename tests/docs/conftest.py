@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from samples import PIXELS, model
 from PIL import Image
+from samples import PIXELS, model
 
 PICTURES = 120
 MEAN, STD = np.array((0.485, 0.456, 0.406)), np.array((0.229, 0.224, 0.225))

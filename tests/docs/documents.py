@@ -11,6 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _BLOCK = re.compile(r"(?:^<!-- not run: (?P<why>[^\n]+?) -->\n+)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+_SUBSTITUTION = re.compile(r"\$\(([^()]*)\)")
 _EXIT = re.compile(r"#.*\bexit code (\d+)")
 
 
@@ -42,22 +43,38 @@ def blocks(page: Path) -> Iterator[Block]:
 
 def commands(script: str) -> Iterator[Command]:
     """The simple commands of a shell script; pipes, lists and substitutions are taken apart."""
-    for line in script.replace("\\\n", " ").splitlines():
+    for line, words in _lines(script.replace("\\\n", " ")):
         promised = _EXIT.search(line)
-        for inner in re.findall(r"\$\(([^()]*)\)", line):  # commands within words
+        exit_code = int(promised[1]) if promised else 0
+        for inner in _SUBSTITUTION.findall(line):  # commands within words
             yield from commands(inner)
-        lexer = shlex.shlex(re.sub(r'"?\$\([^()]*\)"?', "SUBSTITUTED", line), posix=True, punctuation_chars="|&;<>()")
+        simple: list[str] = []
+        output: str | None = None
+        for index, word in enumerate([*words, ";"]):
+            if set(word) <= set("|&;"):
+                if simple:
+                    yield Command(tuple(simple), exit_code, output)
+                simple, output = [], None
+            elif index and words[index - 1] == ">":
+                if simple[-1] == "2":  # of stderr
+                    simple.pop()
+                else:
+                    output = word
+            elif word != ">":
+                simple.append(word)
+
+
+def _lines(script: str) -> Iterator[tuple[str, list[str]]]:
+    """Lines and their words; a quoted word may go over several lines."""
+    pending = ""
+    for line in script.splitlines():
+        pending += line + "\n"
+        lexer = shlex.shlex(re.sub(rf'"?{_SUBSTITUTION.pattern}"?', "SUBSTITUTED", pending), posix=True, punctuation_chars="|&;<>()")
         lexer.whitespace_split = True
-        words: list[str] = []
-        output, expects_output = None, False
-        for word in [*lexer, ";"]:
-            if expects_output:
-                output, expects_output = word, False
-            elif word == ">":
-                expects_output = True
-            elif set(word) <= set("|&;"):
-                if words:
-                    yield Command(tuple(words), int(promised[1]) if promised else 0, output)
-                words, output = [], None
-            else:
-                words.append(word)
+        try:
+            words = list(lexer)
+        except ValueError:  # a quotation is open
+            continue
+        yield pending, words
+        pending = ""
+    assert not pending, f"a quotation is not closed: {pending[:80]}"

@@ -38,7 +38,7 @@ def has(path: str, member: str) -> bool:
     head, *rest = member.split(".")
     if path.startswith("benchmarks/"):
         tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
-        return not rest and any(getattr(n, "name", None) == head or head in {getattr(t, "id", None) for t in getattr(n, "targets", ())} for n in tree.body)
+        return not rest and head in {getattr(node, "name", None) for node in tree.body}
     module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     found: object = importlib.import_module(module if module.startswith("repquant_fx") else f"repquant_fx.{module}")
     for part in (head, *rest):

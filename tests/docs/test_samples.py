@@ -75,7 +75,7 @@ def check_other(name: str, arguments: list[str]) -> None:
     assert name in ELSEWHERE, f"unknown command {name}"
     if name == "python" and arguments[0] != "-m":
         script = (ROOT / arguments[0]).read_text(encoding="utf-8")
-        missing = [a for a in arguments[1:] if a.startswith("--") and f'"{a}"' not in script and f'--{{name}}' not in script]
+        missing = [a for a in arguments[1:] if a.startswith("--") and f'"{a}"' not in script and '--{name}' not in script]
         assert not missing, f"{arguments[0]} has no {missing}"
     if name == "pip":
         extras = {e for a in arguments for found in re.findall(r"\[([\w,]+)\]", a) for e in found.split(",")}
