@@ -1,0 +1,99 @@
+"""The samples of the documents: Python and `repquant-fx` are run, page by page, on a tiny model; what cannot be run here is parsed."""
+
+from __future__ import annotations
+
+import configparser
+import contextlib
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from documents import PAGES, ROOT, Block, Command, blocks, commands
+from samples import images, model
+from torch.utils.data import DataLoader, TensorDataset
+
+from repquant_fx.cli import main, parser
+
+LANGUAGES = {"python", "sh", "yaml", "toml", "json", "text"}
+ELSEWHERE = {"docker", "eval", "source", "netron", "pip", "make", "python", "torchrun", "jq"}  # known commands that are never run
+CLI = "repquant-fx"
+
+
+@pytest.fixture
+def folder(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(world, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if any(b.language in ("python", "sh") for b in blocks(p))], ids=name_of)
+def test_samples(page: Path, folder: Path, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with_labels = TensorDataset(images(), torch.arange(len(images())) % 5)
+    namespace = {"__name__": "sample", "module": model(), "images": images(), "loader": DataLoader(with_labels, batch_size=32)}
+    for block in blocks(page):
+        where = f"{name_of(page)}:{block.line}"
+        if block.language == "python":
+            code = compile("\n" * (block.line - 1) + block.code, name_of(page), "exec")
+            if block.why is None:
+                exec(code, namespace)
+        elif block.language == "sh":
+            for command in commands(block.code):
+                try:
+                    check(command, block, capsys)
+                except Exception as error:
+                    raise AssertionError(f"{where}: {' '.join(command.words)}: {error}") from error
+
+
+def check(command: Command, block: Block, capsys: pytest.CaptureFixture[str]) -> None:
+    """Run it, or see that it could be run."""
+    name, *arguments = command.words
+    if name == "torchrun":
+        assert arguments.count("repquant_fx") == 1
+        name, arguments = CLI, arguments[arguments.index("repquant_fx") + 1:]
+    if name != CLI:
+        check_other(name, arguments)
+    elif block.why is not None:
+        parser().parse_args(arguments)
+    else:
+        capsys.readouterr()
+        with contextlib.suppress(SystemExit):  # --version
+            code = main(arguments)
+            said = capsys.readouterr()
+            assert code == command.exit_code, f"exit code {code}\n{said.err}"
+            if command.output is not None:
+                Path(command.output).write_text(said.out, encoding="utf-8")
+
+
+def check_other(name: str, arguments: list[str]) -> None:
+    """What a sample names exists: scripts and their options, extras, targets of make."""
+    assert name in ELSEWHERE, f"unknown command {name}"
+    if name == "python" and arguments[0] != "-m":
+        script = (ROOT / arguments[0]).read_text(encoding="utf-8")
+        missing = [a for a in arguments[1:] if a.startswith("--") and f'"{a}"' not in script and '--{name}' not in script]
+        assert not missing, f"{arguments[0]} has no {missing}"
+    if name == "pip":
+        extras = {e for a in arguments for found in re.findall(r"\[([\w,]+)\]", a) for e in found.split(",")}
+        assert extras <= known_extras(), f"no extra {extras - known_extras()}"
+    if name == "make":
+        assert all(re.search(rf"^{a}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE) for a in arguments)
+
+
+def known_extras() -> set[str]:
+    configuration = configparser.RawConfigParser()
+    configuration.read(ROOT / "setup.cfg")
+    return set(configuration["options.extras_require"])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_blocks_say_what_they_are(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert text.count("```") == 2 * len(list(blocks(page))), "a fenced block is not closed, or is indented"
+    for block in blocks(page):
+        assert block.language in LANGUAGES, f"{name_of(page)}:{block.line}: a block needs one of {sorted(LANGUAGES)}, not {block.language!r}"
+    assert text.count("<!-- not run:") == sum(block.why is not None for block in blocks(page)), "a mark that belongs to no block"
