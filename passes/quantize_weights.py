@@ -12,6 +12,7 @@ from repquant_fx.passes.match_sites import Group, Site
 from repquant_fx.quantizers.correction import Moments, fit
 from repquant_fx.quantizers.gptq import QuantizedWeight, gptq, output_error, round_to_nearest, weight_grid
 from repquant_fx.recipe import Recipe
+from repquant_fx.statistics import Statistics, rounding
 
 DEQUANTIZE = torch.ops.repquant_fx.dequantize.default
 
@@ -24,9 +25,10 @@ class QuantizeWeights(Pass):
     guarantees = "each consumer reads the dequantized value of its integer codes; its float weight is gone"
 
     def __init__(self, group: Group, recipe: Recipe, hessians: dict[str, Tensor],
-                 moments: dict[Node, tuple[Moments, Moments]] | None = None) -> None:
+                 moments: dict[Node, tuple[Moments, Moments]] | None = None, statistics: Statistics | None = None) -> None:
         super().__init__()
         self.group, self.recipe, self.hessians, self.moments = group, recipe, hessians, moments or {}
+        self.statistics = statistics
         self.weights: dict[Node, QuantizedWeight] = {}
         self.errors: dict[Node, tuple[float, float]] = {}
 
@@ -55,6 +57,10 @@ class QuantizeWeights(Pass):
                 start = rows.stop
                 if hessian is not None:
                     self.errors[consumer] = (_total_error(stacked, nearest, hessian, rows), _total_error(stacked, quantized, hessian, rows))
+                if self.statistics is not None:
+                    method = "GPTQ" if use_gptq and hessian is not None else "round to nearest"
+                    parts = (QuantizedWeight(q.codes[rows], q.scale[rows]) for q in (nearest, quantized))
+                    self.statistics.weights[consumer.name] = rounding(stacked[rows], *parts, hessian, method)
                 self._install(graph_module, consumer, quantized, rows)
 
     def _hessian(self, site: Site, consumers: list[Node], inputs: int) -> Tensor | None:

@@ -38,6 +38,7 @@ from repquant_fx.passes.match_sites import MatchSites
 from repquant_fx.passes.normal_form import normalize
 from repquant_fx.pipeline import absorb_scales, quantize_sequentially
 from repquant_fx.recipe import LayerRule, Recipe
+from repquant_fx.statistics import Statistics
 from repquant_fx.version import VERSION
 
 HELD_BACK = 16  # samples kept out of calibration for the check
@@ -54,6 +55,7 @@ class CompiledModel:
         graph_module: the lowered graph, the FX reference of the file.
         quantizers: nodes of `graph_module` that produce codes, by site name.
         parity: the comparison with ONNX Runtime, None if it was not asked for.
+        statistics: what the HTML report draws of each layer, JSON data; None if it was not asked for.
     """
 
     proto: onnx.ModelProto
@@ -61,24 +63,44 @@ class CompiledModel:
     graph_module: GraphModule
     quantizers: dict[str, Node]
     parity: parity_check.Parity | None
+    statistics: dict[str, Any] | None = None
 
     def to_bytes(self) -> bytes:
         """The file's bytes; the same model, data, recipe and seed give the same bytes."""
         return self.proto.SerializeToString(deterministic=True)
 
-    def save(self, path: str | Path, *, force: bool = False, report: str | Path | None = None) -> Path:
-        """Write the model, and the report where a path is given. Complete or not at all.
+    def save(self, path: str | Path, *, force: bool = False, report: str | Path | None = None, html: str | Path | None = None,
+             command: str | None = None) -> Path:
+        """Write the model, and the report as JSON or as a page (see `html`) where a path is given. Complete or not at all.
 
         Raises:
             OutputError: a file exists and `force` is not set, or it cannot be written.
+            InputError: the page needs a package that is not installed.
         """
         path = check_writable(path, force)
-        if report is not None:
-            check_writable(report, force)
+        for extra in (report, html):
+            if extra is not None:
+                check_writable(extra, force)
+        page = self.html(command) if html is not None else ""
         write_atomically(path, self.to_bytes())
         if report is not None:
             write_atomically(report, self.report_json().encode())
+        if html is not None:
+            write_atomically(html, page.encode())
         return path
+
+    def html(self, command: str | None = None) -> str:
+        """The report as one self-contained page. Its figures of layers need a model compiled with `statistics=True`.
+
+        Args:
+            command: the command line that made the model, where one did.
+
+        Raises:
+            InputError: plotly is not installed.
+        """
+        from repquant_fx.html import page
+
+        return page(self.report, self.statistics, command=command)
 
     def report_json(self) -> str:
         """The report as indented JSON."""
@@ -96,7 +118,7 @@ def compile(
     calibration: str | Callable[[], Any] | Sequence[Any] | Tensor | None = None, samples: int | None = None, batch_size: int = 32,
     seed: int = 0, example_inputs: Sequence[Tensor] | Mapping[str, Tensor] | None = None, arch: str | None = None,
     input_shape: Sequence[int] | None = None, allow_pickle: bool = False, check: bool = True, task: str | None = None,
-    seq_len: int | None = None, tokenizer: Any | None = None,
+    seq_len: int | None = None, tokenizer: Any | None = None, statistics: bool = False,
 ) -> CompiledModel:
     """Quantize a model and write it as ONNX QDQ.
 
@@ -114,6 +136,7 @@ def compile(
             compiled model takes any length.
         tokenizer: of transformers, or a directory that holds one, for calibration text; the model's own where None.
         check: run ONNX Runtime on held-back samples and compare with the FX reference.
+        statistics: keep what the HTML report draws of each layer.
 
     Raises:
         InputError: something given cannot be used (its subclasses say what).
@@ -139,7 +162,8 @@ def compile(
     absorb_scales(graph_module, plan, batches, recipe)
     reference = shared_copy(graph_module)
     run_passes(graph_module, [InsertObservers(plan, len(batches))])
-    quantized = quantize_sequentially(graph_module, plan, batches, recipe)
+    collected = Statistics() if statistics else None
+    quantized = quantize_sequentially(graph_module, plan, batches, recipe, collected)
     layers = reports.describe_layers(graph_module, plan, quantized)
     lowering = LowerToQDQ(plan, quantized.weights)
     run_passes(graph_module, [lowering])
@@ -163,7 +187,7 @@ def compile(
         parity.raise_on_problems()
     if not isinstance(model, (str, Path)):
         own_tensors(graph_module)  # the caller may go on training
-    return CompiledModel(proto, report, graph_module, lowering.quantizers, parity)
+    return CompiledModel(proto, report, graph_module, lowering.quantizers, parity, collected.to_dict() if collected is not None else None)
 
 
 def _peak_memory() -> float | None:

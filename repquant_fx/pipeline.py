@@ -23,6 +23,7 @@ from repquant_fx.passes.calibrate_activations import CalibrateActivations, slot_
 from repquant_fx.passes.insert_observers import CHANNEL_SAMPLE
 from repquant_fx.passes.match_sites import Group, Plan, Site
 from repquant_fx.passes.quantize_weights import QuantizeWeights
+from repquant_fx.passes.record_statistics import RecordStatistics
 from repquant_fx.passes.reparameterize_norms import ReparameterizeNorms
 from repquant_fx.passes.reparameterize_softmax import ReparameterizeSoftmax
 from repquant_fx.progress import progress
@@ -31,6 +32,7 @@ from repquant_fx.quantizers.correction import Moments
 from repquant_fx.quantizers.gptq import QuantizedWeight
 from repquant_fx.quantizers.observers import Observer
 from repquant_fx.recipe import Recipe
+from repquant_fx.statistics import Statistics
 
 Values = dict[Node, Any]
 Halves = tuple[Moments, Moments]
@@ -148,13 +150,14 @@ class SegmentRunner:
 
 
 def quantize_sequentially(
-    graph_module: GraphModule, plan: Plan, batches: Sequence[tuple[Tensor, ...]], recipe: Recipe
+    graph_module: GraphModule, plan: Plan, batches: Sequence[tuple[Tensor, ...]], recipe: Recipe, statistics: Statistics | None = None
 ) -> Quantized:
     """Calibrate, reparameterize and quantize every group in graph order, editing the graph in place.
 
     Args:
         graph_module: with observers inserted.
         batches: positional inputs of the model, one tuple a batch.
+        statistics: filled with what the HTML report draws, where given.
 
     Raises:
         CalibrationError: no data, or an activation that is not finite (named).
@@ -171,7 +174,7 @@ def quantize_sequentially(
     for segment in segments:
         for group in segment.groups:
             next(ticks, None)
-            _quantize_group(runner, reference, segment, group, recipe, result)
+            _quantize_group(runner, reference, segment, group, recipe, result, statistics)
         if segment.stop is not None:
             runner.advance(segment.first, segment.stop)
             if reference is not None:
@@ -183,7 +186,7 @@ def quantize_sequentially(
 
 
 def _quantize_group(runner: SegmentRunner, reference: Reference | None, segment: Segment, group: Group, recipe: Recipe,
-                    result: Quantized) -> None:
+                    result: Quantized, statistics: Statistics | None) -> None:
     graph_module = runner.graph_module
     slots = [site.slot for site in group.sites if site.slot is not None]
     observers = [m for m in (slot_module(graph_module, s) for s in group.sites) if isinstance(m, Observer)]
@@ -195,14 +198,17 @@ def _quantize_group(runner: SegmentRunner, reference: Reference | None, segment:
                 raise CalibrationError(f"the activation at {site.name} is not finite on the calibration data; "
                                        "check the data and the model's weights")
     passes: list[Any] = [CalibrateActivations(group, recipe)]
-    if recipe.norm in ("reparameterize", "smooth"):
+    reparameterized = recipe.norm in ("reparameterize", "smooth")
+    if statistics is not None:
+        passes.append(RecordStatistics(graph_module, group, statistics, reparameterized=reparameterized))
+    if reparameterized:
         passes.append(ReparameterizeNorms(group))
     passes.append(ReparameterizeSoftmax(group))
     run_passes(graph_module, passes)
     if group.kind == "matmul":
         return
     hessians, corrections = _second_moments(runner, reference, segment, group, recipe)
-    pass_ = QuantizeWeights(group, recipe, hessians, corrections)
+    pass_ = QuantizeWeights(group, recipe, hessians, corrections, statistics)
     run_passes(graph_module, [pass_])
     result.weights.update(pass_.weights)
     result.errors.update(pass_.errors)

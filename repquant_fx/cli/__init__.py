@@ -7,6 +7,7 @@ Messages go to stderr; `--json` prints one JSON object on stdout.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import traceback
 import warnings
@@ -27,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     try:
         options = parser().parse_args(arguments)
+        options.command_line = shlex.join(["repquant-fx", *arguments])
         with warnings.catch_warnings():
             if not debug:
                 warnings.simplefilter("ignore")

@@ -22,6 +22,7 @@ def add(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", required=True, type=Path, help="the ONNX file to write")
     command.add_argument("--force", action="store_true", help="replace existing output files")
     command.add_argument("--report", type=Path, help="write a JSON report, layer by layer")
+    command.add_argument("--html", type=Path, help="write the report as one self-contained page with figures (needs plotly)")
     command.add_argument("--input-shape", metavar="C,H,W", help="shape of one input without the batch, where the model does not tell")
     command.add_argument("--task", help=TASKS)
     data = command.add_argument_group("calibration")
@@ -42,17 +43,23 @@ def run(options: argparse.Namespace) -> int:
     from repquant_fx.files import check_writable
 
     check_writable(options.out, options.force)
-    if options.report is not None:
-        check_writable(options.report, options.force)
-        if options.report.resolve() == options.out.resolve():
-            raise InputError("--out and --report name the same file")
+    written = {options.out.resolve(): "--out"}
+    for name, path in (("--report", options.report), ("--html", options.html)):
+        if path is not None:
+            check_writable(path, options.force)
+            if (other := written.setdefault(path.resolve(), name)) != name:
+                raise InputError(f"{other} and {name} name the same file")
+    if options.html is not None:
+        from repquant_fx.html import plotly_script
+
+        plotly_script()  # missing? say so now
     from repquant_fx import report
     from repquant_fx.compiler import compile
 
     compiled = compile(options.model, recipe, calibration=options.calib, samples=options.calib_samples, batch_size=options.batch_size,
                        seed=options.seed, arch=options.arch, input_shape=shape, allow_pickle=options.allow_pickle, check=options.check,
-                       task=options.task, seq_len=options.seq_len, tokenizer=options.tokenizer)
-    compiled.save(options.out, force=options.force, report=options.report)
+                       task=options.task, seq_len=options.seq_len, tokenizer=options.tokenizer, statistics=options.html is not None)
+    compiled.save(options.out, force=options.force, report=options.report, html=options.html, command=options.command_line)
     print(report.summary(compiled.report), file=sys.stderr)
     print(f"wrote {options.out} ({compiled.report['file_bytes'] / 1e6:.2f} MB)", file=sys.stderr)
     if options.json:
