@@ -102,7 +102,7 @@ class Bench:
 
     def compiled(self, recipe: Recipe, loaded: LoadedModel | None = None) -> dict[str, float]:
         start = time.perf_counter()
-        result = compile(loaded or self.loaded, recipe, calibration=self.calibration, samples=len(self.calibration), seed=self.seed)
+        result = compile(loaded or self.loaded, recipe=recipe, calibration=self.calibration, samples=len(self.calibration), seed=self.seed)
         seconds = time.perf_counter() - start
         return {**self.measure(onnx_predictor(result.session(torch.get_num_threads()))), "megabytes": result.report["file_bytes"] / 1e6,
                 "compile_seconds": seconds}

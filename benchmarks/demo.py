@@ -97,7 +97,7 @@ def table(loaded: LoadedModel, calibration: Tensor, images: Tensor, labels: Tens
     files = {"float": path}
     for w, a in BITS:
         start = time.perf_counter()
-        result = compile(loaded, Recipe(wbits=w, abits=a), calibration=calibration, samples=len(calibration))
+        result = compile(loaded, recipe=Recipe(wbits=w, abits=a), calibration=calibration, samples=len(calibration))
         parity = result.parity
         assert parity is not None
         print(f"compiled W{w}A{a} in {time.perf_counter() - start:.0f} s; ONNX Runtime against the FX reference: "

@@ -133,7 +133,7 @@ def run_all(name: str, bench: Any, path: Path, only: str | None) -> None:
 
     def compiled(recipe: Recipe) -> dict[str, float]:
         start = time.perf_counter()
-        result = compile(bench.loaded, recipe, calibration=bench.calibration, samples=len(bench.calibration["input_ids"]), batch_size=16)
+        result = compile(bench.loaded, recipe=recipe, calibration=bench.calibration, samples=len(bench.calibration["input_ids"]), batch_size=16)
         seconds, session = time.perf_counter() - start, result.session(torch.get_num_threads())
 
         def predict(ids: Tensor, mask: Tensor) -> Tensor:

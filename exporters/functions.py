@@ -1,15 +1,16 @@
 """The model-local functions of the domain `repquant_fx`: logarithmic quantization out of standard ONNX operators.
 
 They travel inside the file, so that stock ONNX Runtime runs it with nothing installed beside it (a runtime with a kernel of the
-same domain and name takes that instead). Log2 quantization is uniform quantization of the logarithm: QuantizeLinear of
-`ln(A / s)` with step `ln 2 / steps` and zero point `2^bits - 1` gives `top - q`, so that the reserved code of exact zero
-(`q = top`) is the integer 0, and saturation below is what an attention mask needs.
+same domain and name takes that instead). Log2 quantization is uniform quantization of the logarithm: the scale is a whole number m of
+steps, `s = 2^(m / steps)`, so QuantizeLinear of `ln A` with step `ln 2 / steps` and zero point `2^bits - 1 - m` gives `top - q`. The
+reserved code of exact zero (`q = top`) is the integer 0, and saturation below is what an attention mask needs.
 
 | attribute | meaning |
 |---|---|
 | `axis` | axis of the Softmax |
 | `bits` | bits of a code, 2 to 8 |
 | `steps` | codes an octave: 2 for the reparameterized log-sqrt2 quantizer (RepQuant Eq. 15-17), 1 for log2 |
+| `threshold` | between the level of the zero code and the smallest level that counts |
 
 Inputs: logits (or non-negative values), any shape, float32; `scale`, float32 scalar. Output: float32 of the same shape, the value
 `scale * 2^(-q / steps)` of each code q and exactly 0 for the zero code.
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import math
 
+import onnx_ir as ir
 from onnx import FunctionProto, TensorProto, helper
 
 DOMAIN = "repquant_fx"
@@ -26,18 +28,32 @@ VERSION = 1
 OPSET = 21
 
 
+def threshold(scale: float, bits: int, steps: int) -> float:
+    """Half a step above the level of the zero code."""
+    return float(scale * 2.0 ** ((1.5 - 2**bits) / steps))
+
+
+def set_thresholds(model: ir.Model) -> None:
+    """Give every call of a function of this domain its `threshold`, from its constant scale."""
+    for node in model.graph:
+        scale = node.inputs[1].const_value if node.domain == DOMAIN and node.inputs[1] is not None else None
+        if scale is not None:
+            bits, steps = (node.attributes[name].as_int() for name in ("bits", "steps"))
+            node.attributes["threshold"] = ir.AttrFloat32("threshold", threshold(float(scale.numpy()), bits, steps))
+
+
 def log2_softmax() -> FunctionProto:
-    """`Log2Softmax(logits, scale) <axis, bits, steps>`: Softmax, log-quantized."""
+    """`Log2Softmax(logits, scale) <axis, bits, steps, threshold>`: Softmax, log-quantized."""
     log = helper.make_node("LogSoftmax", ["logits"], ["log_a"])
     _reference(log, "axis", "INT")
-    return _function("Log2Softmax", ["logits", "scale"], ["axis", "bits", "steps"], [log],
+    return _function("Log2Softmax", ["logits", "scale"], ["axis", "bits", "steps", "threshold"], [log],
                      "Softmax whose values are stored as `bits`-bit logarithmic codes: a shift of the scale by code / steps octaves.")
 
 
 def log2_quantize() -> FunctionProto:
-    """`Log2Quantize(values, scale) <bits, steps>`: non-negative values, log-quantized."""
+    """`Log2Quantize(values, scale) <bits, steps, threshold>`: non-negative values, log-quantized."""
     log = helper.make_node("Log", ["values"], ["log_a"])
-    return _function("Log2Quantize", ["values", "scale"], ["bits", "steps"], [log],
+    return _function("Log2Quantize", ["values", "scale"], ["bits", "steps", "threshold"], [log],
                      "Values stored as `bits`-bit logarithmic codes: a shift of the scale by code / steps octaves.")
 
 
@@ -50,29 +66,31 @@ def _function(name: str, inputs: list[str], attributes: list[str], head: list, d
         _reference(node, source, "INT", "value_int")
         return node
 
+    rectify = helper.make_node("ThresholdedRelu", ["level"], ["output"])
+    _reference(rectify, "threshold", "FLOAT", "alpha")
     nodes = [
         # constants of the quantizer, folded when a session is created
         attribute("bits_int", "bits"), attribute("steps_int", "steps"),
         helper.make_node("Cast", ["bits_int"], ["bits_float"], to=TensorProto.FLOAT),
         helper.make_node("Cast", ["steps_int"], ["steps_float"], to=TensorProto.FLOAT),
-        constant("two", 2.0, TensorProto.FLOAT), constant("one", 1.0, TensorProto.FLOAT),
-        constant("ln2", math.log(2), TensorProto.FLOAT), constant("code_one", 1, TensorProto.UINT8),
+        constant("two", 2.0, TensorProto.FLOAT), constant("one", 1.0, TensorProto.FLOAT), constant("ln2", math.log(2), TensorProto.FLOAT),
         helper.make_node("Pow", ["two", "bits_float"], ["codes"]),
         helper.make_node("Sub", ["codes", "one"], ["top_float"]),
         helper.make_node("Cast", ["top_float"], ["top"], to=TensorProto.UINT8),
         helper.make_node("Div", ["ln2", "steps_float"], ["step"]),
         helper.make_node("Log", ["scale"], ["log_scale"]),
+        helper.make_node("Div", ["log_scale", "step"], ["exponent_float"]),
+        helper.make_node("Round", ["exponent_float"], ["exponent"]),
+        helper.make_node("Sub", ["top_float", "exponent"], ["zero_point_float"]),
+        helper.make_node("Cast", ["zero_point_float"], ["zero_point"], to=TensorProto.UINT8),
         # quantize
         *head,
-        helper.make_node("Sub", ["log_a", "log_scale"], ["log_ratio"]),
-        helper.make_node("QuantizeLinear", ["log_ratio", "step", "top"], ["unbounded"]),
+        helper.make_node("QuantizeLinear", ["log_a", "step", "zero_point"], ["unbounded"]),
         helper.make_node("Min", ["unbounded", "top"], ["code"]),
-        # dequantize: 2^(-q / steps), times the scale or, for the zero code, times 0
-        helper.make_node("DequantizeLinear", ["code", "step", "top"], ["log_level"]),
+        # dequantize: scale * 2^(-q / steps), and 0 for the zero code
+        helper.make_node("DequantizeLinear", ["code", "step", "zero_point"], ["log_level"]),
         helper.make_node("Exp", ["log_level"], ["level"]),
-        helper.make_node("Min", ["code", "code_one"], ["present"]),
-        helper.make_node("DequantizeLinear", ["present", "scale"], ["scale_or_zero"]),
-        helper.make_node("Mul", ["level", "scale_or_zero"], ["output"]),
+        rectify,
     ]
     return helper.make_function(DOMAIN, name, inputs, ["output"], nodes, [helper.make_opsetid("", OPSET)], attributes,
                                 doc_string=doc)

@@ -12,8 +12,8 @@ from repquant_fx.version import VERSION
 PREFIX = "repquant_fx."
 
 
-def describe(recipe: Recipe, preprocessing: Mapping[str, Any] | None) -> dict[str, str]:
-    """`repquant_fx.version`, `.method`, `.bits`, `.recipe` (JSON), and `.preprocessing` (JSON) where known."""
+def describe(recipe: Recipe, preprocessing: Mapping[str, Any] | None, layers: str | None = None) -> dict[str, str]:
+    """`repquant_fx.version`, `.method`, `.bits`, `.recipe` (JSON), and where known `.preprocessing` (JSON) and `.layers` (`inspection.record`)."""
     parts = [recipe.norm + " norms", recipe.softmax + " softmax", f"{recipe.clipping} clipping" if recipe.clipping != "none" else "no clipping",
              "GPTQ" if recipe.gptq else "round to nearest"]
     entries = {
@@ -24,4 +24,6 @@ def describe(recipe: Recipe, preprocessing: Mapping[str, Any] | None) -> dict[st
     }
     if preprocessing is not None:
         entries["preprocessing"] = json.dumps(dict(preprocessing), sort_keys=True)
+    if layers is not None:
+        entries["layers"] = layers
     return {PREFIX + key: value for key, value in entries.items()}

@@ -18,6 +18,7 @@ from repquant_fx.exporters.naming import name_axes, name_by_module
 from repquant_fx.exporters.packing import PACKED_BITS, pack_weights
 from repquant_fx.exporters.simplify import simplify
 from repquant_fx.exporters.translations import translation_table
+from repquant_fx.exporters.zero_points import add_zero_points
 from repquant_fx.frontends.capture import AXES, quiet_torch
 from repquant_fx.passes.base import attribute
 from repquant_fx.passes.lower_to_qdq import DEQUANTIZE
@@ -53,6 +54,8 @@ def export_onnx(
     simplify(model)
     name_by_module(model)
     name_axes(model, [node.meta.get(AXES, {}) for node in graph_module.graph.find_nodes(op="placeholder")])
+    add_zero_points(model)
+    functions.set_thresholds(model)
     pack_weights(model, packed)
     used = {node.op_type for node in model.graph if node.domain == functions.DOMAIN}
     for name in sorted(used):

@@ -19,7 +19,8 @@ def _local(name: str, value: str, attributes: list[str]) -> Op:
         name, DOMAIN, VERSION,
         inputs=[onnx.defs.OpSchema.FormalParameter(n, "tensor(float)") for n in (value, "scale")],
         outputs=[onnx.defs.OpSchema.FormalParameter("output", "tensor(float)")],
-        attributes=[onnx.defs.OpSchema.Attribute(a, onnx.defs.OpSchema.AttrType.INT, required=True) for a in attributes])
+        attributes=[*(onnx.defs.OpSchema.Attribute(a, onnx.defs.OpSchema.AttrType.INT, required=True) for a in attributes),
+                    onnx.defs.OpSchema.Attribute("threshold", onnx.defs.OpSchema.AttrType.FLOAT, required=True)])
     return Op(Opset(DOMAIN, VERSION), name, schema)
 
 
@@ -43,11 +44,11 @@ def dequantize(codes: Any, scale: Any, zero_point: Any, bits: int, axis: int) ->
 
 
 def log2_softmax(logits: Any, scale: Any, dim: int, bits: int, steps: int) -> Any:
-    return LOG2_SOFTMAX(logits, scale, axis=dim, bits=bits, steps=steps)
+    return LOG2_SOFTMAX(logits, scale, axis=dim, bits=bits, steps=steps, threshold=0.0)  # see `functions.set_thresholds`
 
 
 def log2_quantize(a: Any, scale: Any, bits: int, steps: int) -> Any:
-    return LOG2_QUANTIZE(a, scale, bits=bits, steps=steps)
+    return LOG2_QUANTIZE(a, scale, bits=bits, steps=steps, threshold=0.0)
 
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:

@@ -168,6 +168,10 @@ class AbsorbScales(Pass):
 
     def _tell(self) -> None:
         """In the report a norm whose channels were levelled here was not left alone for want of a Linear."""
+        for group in self.plan.groups:
+            levelled = [site.name.rpartition("/")[2] for site in group.sites if site.name in self.absorbable.sites]
+            if levelled:
+                group.notes.append(f"channels of {' and '.join(levelled)} levelled into the constants around")
         norms = {module_path(n) or n.name for n in self.absorbable.rows if n.target in NORMS}
         for index, item in enumerate(self.plan.left_alone):
             if item.path in norms:

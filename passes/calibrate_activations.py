@@ -7,6 +7,7 @@ other site a per-tensor range.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -30,11 +31,16 @@ class CalibrateActivations(Pass):
     needs = "observers that have recorded the group's sites"
     guarantees = "each site of the group holds a quantizer"
 
-    def __init__(self, group: Group, recipe: Recipe) -> None:
+    def __init__(self, group: Group, recipe: Recipe, known: Mapping[str, torch.nn.Module] | None = None) -> None:
+        """`known`: quantizers by site name that were chosen before; they are installed and nothing is calibrated."""
         super().__init__()
-        self.group, self.recipe = group, recipe
+        self.group, self.recipe, self.known = group, recipe, known
 
     def run(self, graph_module: GraphModule) -> bool:
+        if self.known is not None:
+            for site in self.group.sites:
+                install(graph_module, site, self.known[site.name])
+            return True
         recorded = {site.name: observer(graph_module, site) for site in self.group.sites}
         norm_sites = [s for s in self.group.sites if s.role == "norm"]
         if norm_sites:
@@ -124,7 +130,8 @@ class CalibrateActivations(Pass):
         exact = a if product is None else product(a)
         log, best = torch.log(a), (math.inf, 1.0, 1)
         for steps in STEPS[self.recipe.softmax]:
-            for scale in scales or logarithmic.scale_candidates(largest, site.bits, steps):
+            snapped = sorted({logarithmic.snap(s, site.bits, steps) for s in scales})
+            for scale in snapped or logarithmic.scale_candidates(largest, site.bits, steps):
                 codes = logarithmic.quantize_log(log, scale, site.bits, steps)
                 values = logarithmic.level_table(scale, site.bits, steps)[codes.int()]
                 error = float(((values if product is None else product(values)) - exact).square().mean())

@@ -29,7 +29,8 @@ BIAS_LIMIT = 2.0**31 - 1024  # float32 cannot hold the largest int32
 
 
 class LowerToQDQ(Pass):
-    """Attributes: `quantizers`, the node that produces each site's codes (or log-quantized values), by site name."""
+    """Attributes: `quantizers`, the node that produces each site's codes (or log-quantized values), by site name; `constants`, the
+    names of each site's scale and, by the consumer's node name, of each weight's codes."""
 
     name = "lower to Q/DQ"
     needs = "a quantizer at every site and the integer codes of every quantized weight"
@@ -39,6 +40,7 @@ class LowerToQDQ(Pass):
         super().__init__()
         self.plan, self.weights = plan, weights
         self.quantizers: dict[str, Node] = {}
+        self.constants: dict[str, str] = {}
 
     def run(self, graph_module: GraphModule) -> bool:
         for group in self.plan.groups:
@@ -48,6 +50,10 @@ class LowerToQDQ(Pass):
         _merge_reshapes(graph_module)
         graph_module.graph.eliminate_dead_code()
         refresh_metadata(graph_module)
+        self.constants = {name: str(cast(Node, node.args[1]).target) for name, node in self.quantizers.items()}
+        for consumer in self.weights:
+            codes = consumer.args[1].args[0]  # type: ignore[union-attr]
+            self.constants[consumer.name] = str(cast(Node, codes).target)
         return True
 
     def _lower_site(self, graph_module: GraphModule, site: Site) -> None:

@@ -1,7 +1,7 @@
 """The compiler: one function that runs the whole way, frontend to checked ONNX file.
 
     from repquant_fx import Recipe, compile
-    compiled = compile("model.pt2", Recipe(wbits=4, abits=4), calibration="images/")
+    compiled = compile("model.pt2", "images/", Recipe(wbits=4, abits=4))
     compiled.save("model.onnx")
 """
 
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +20,28 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from repquant_fx import log
 from repquant_fx import parity as parity_check
 from repquant_fx import report as reports
+from repquant_fx.audit import audit
 from repquant_fx.calibration.data import CalibrationSet, InputSpec, load_calibration
 from repquant_fx.calibration.text import TEXT_SAMPLES, Tokenization
+from repquant_fx.checkpoint import Ledger, fingerprint, open_ledger
+from repquant_fx.distributed import World
 from repquant_fx.errors import InputError
 from repquant_fx.exporters.metadata import describe
 from repquant_fx.exporters.onnx_qdq import export_onnx
-from repquant_fx.files import check_writable, write_atomically
+from repquant_fx.files import MODEL, check_directory, check_writable, is_directory, write_directory, write_together
 from repquant_fx.frontends import huggingface, signature
 from repquant_fx.frontends.capture import AXES, Captured, capture, tensors_in
+from repquant_fx.frontends.companions import companions
 from repquant_fx.frontends.loading import LoadedModel, load_model
-from repquant_fx.frontends.memory import from_memory
+from repquant_fx.frontends.memory import from_memory, left_as_found
+from repquant_fx.inspection import record
 from repquant_fx.passes.base import own_tensors, run_passes, shared_copy
 from repquant_fx.passes.insert_observers import InsertObservers
 from repquant_fx.passes.lower_to_qdq import LowerToQDQ
-from repquant_fx.passes.match_sites import MatchSites
+from repquant_fx.passes.match_sites import MatchSites, Plan
 from repquant_fx.passes.normal_form import normalize
 from repquant_fx.pipeline import absorb_scales, quantize_sequentially
 from repquant_fx.recipe import LayerRule, Recipe
@@ -55,7 +62,8 @@ class CompiledModel:
         graph_module: the lowered graph, the FX reference of the file.
         quantizers: nodes of `graph_module` that produce codes, by site name.
         parity: the comparison with ONNX Runtime, None if it was not asked for.
-        statistics: what the HTML report draws of each layer, JSON data; None if it was not asked for.
+        companions: what belongs beside the file in a directory (configuration, tokenizer, processor), by name.
+        statistics: what the page of `html` draws of each layer, JSON data; None if it was not asked for.
     """
 
     proto: onnx.ModelProto
@@ -63,6 +71,7 @@ class CompiledModel:
     graph_module: GraphModule
     quantizers: dict[str, Node]
     parity: parity_check.Parity | None
+    companions: dict[str, bytes] = field(default_factory=dict)
     statistics: dict[str, Any] | None = None
 
     def to_bytes(self) -> bytes:
@@ -71,26 +80,37 @@ class CompiledModel:
 
     def save(self, path: str | Path, *, force: bool = False, report: str | Path | None = None, html: str | Path | None = None,
              command: str | None = None) -> Path:
-        """Write the model, and the report as JSON or as a page (see `html`) where a path is given. Complete or not at all.
+        """Write the model, and the report as JSON or as a page where paths are given. Complete or not at all.
+
+        Args:
+            path: a file where it ends in `.onnx`; else a directory, which gets `model.onnx` and `companions`.
+            html, command: where the page goes, and see `html`.
+
+        Returns:
+            where the model was written.
 
         Raises:
             OutputError: a file exists and `force` is not set, or it cannot be written.
-            InputError: the page needs a package that is not installed.
+            InputError: the page needs plotly, which is not installed.
         """
-        path = check_writable(path, force)
-        for extra in (report, html):
-            if extra is not None:
-                check_writable(extra, force)
-        page = self.html(command) if html is not None else ""
-        write_atomically(path, self.to_bytes())
+        extras: dict[Path, bytes] = {}
         if report is not None:
-            write_atomically(report, self.report_json().encode())
+            extras[Path(report)] = self.report_json().encode()
         if html is not None:
-            write_atomically(html, page.encode())
+            extras[Path(html)] = self.html(command).encode()
+        if is_directory(path):
+            inside = [p for p in extras if p.parent.resolve() == Path(path).resolve()]  # these become files of the directory
+            files = {**self.companions, **{p.name: extras[p] for p in inside}, MODEL: self.to_bytes()}
+            path = check_directory(path, files, force)
+            write_together({check_writable(p, force): data for p, data in extras.items() if p not in inside})
+            write_directory(path, files)
+            return path / MODEL
+        path = check_writable(path, force)
+        write_together({path: self.to_bytes(), **{check_writable(p, force): data for p, data in extras.items()}})
         return path
 
     def html(self, command: str | None = None) -> str:
-        """The report as one self-contained page. Its figures of layers need a model compiled with `statistics=True`.
+        """The report as one self-contained page. Its figures of single layers need a model compiled with `statistics=True`.
 
         Args:
             command: the command line that made the model, where one did.
@@ -113,12 +133,14 @@ class CompiledModel:
         return session(self.to_bytes(), threads=threads)
 
 
+@left_as_found
 def compile(
-    model: str | Path | nn.Module | torch.export.ExportedProgram | LoadedModel, recipe: Recipe | None = None, *,
-    calibration: str | Callable[[], Any] | Sequence[Any] | Tensor | None = None, samples: int | None = None, batch_size: int = 32,
-    seed: int = 0, example_inputs: Sequence[Tensor] | Mapping[str, Tensor] | None = None, arch: str | None = None,
-    input_shape: Sequence[int] | None = None, allow_pickle: bool = False, check: bool = True, task: str | None = None,
-    seq_len: int | None = None, tokenizer: Any | None = None, statistics: bool = False,
+    model: str | Path | nn.Module | torch.export.ExportedProgram | LoadedModel,
+    calibration: str | Path | Callable[[], Any] | Iterable[Any] | Tensor | None = None, recipe: Recipe | None = None, *,
+    samples: int | None = None, batch_size: int = 32, seed: int = 0, example_inputs: Sequence[Tensor] | Mapping[str, Tensor] | None = None,
+    arch: str | None = None, input_shape: Sequence[int] | None = None, allow_pickle: bool = False, check: bool = True,
+    task: str | None = None, seq_len: int | None = None, tokenizer: Any | None = None, work_dir: str | Path | None = None,
+    offload_dir: str | Path | None = None, distributed: bool = False, statistics: bool = False,
 ) -> CompiledModel:
     """Quantize a model and write it as ONNX QDQ.
 
@@ -136,46 +158,46 @@ def compile(
             compiled model takes any length.
         tokenizer: of transformers, or a directory that holds one, for calibration text; the model's own where None.
         check: run ONNX Runtime on held-back samples and compare with the FX reference.
-        statistics: keep what the HTML report draws of each layer.
+        work_dir: a folder to keep what was decided about each group of layers; the same compile goes on from there.
+        offload_dir: a folder for the calibration data's values between segments, which are kept in memory where None.
+        distributed: share the work with the other processes of the default process group of torch.distributed. Each must call this
+            with the same arguments, and each gets the same model (`parity` on rank 0 alone).
+        statistics: keep what the page of `CompiledModel.html` draws of each layer. The model is the same.
 
     Raises:
         InputError: something given cannot be used (its subclasses say what).
         ParityError: the exported model disagrees with the reference beyond float rounding.
     """
-    recipe = recipe or Recipe()
-    torch.manual_seed(seed)
-    loaded = _load(model, example_inputs, arch, input_shape, allow_pickle, task)
-    if loaded.float_modules:  # the recipe's own rules come later, so they win
-        recipe = replace(recipe, layers=(*(LayerRule(glob, skip=True) for glob in loaded.float_modules), *recipe.layers))
-    captured = _capture(loaded)
-    graph_module = normalize(captured.graph_module)
-    matching = MatchSites(recipe)
-    run_passes(graph_module, [matching])
-    plan = matching.plan
-    if not plan.groups:
-        reasons = "; ".join(f"{item.operator} at {item.path}: {item.reason}" for item in plan.left_alone[:3])
-        raise InputError("nothing to quantize: the graph has no Linear, convolution or matrix product that the recipe does not skip"
-                         + (f" ({reasons})" if reasons else ""))
-    data = _calibration_data(captured, loaded, calibration, samples, batch_size, seed, seq_len, tokenizer)
+    prepared = prepare(model, calibration, recipe, samples=samples, batch_size=batch_size, seed=seed, example_inputs=example_inputs, arch=arch,
+                       input_shape=input_shape, allow_pickle=allow_pickle, task=task, seq_len=seq_len, tokenizer=tokenizer)
+    loaded, captured, recipe, data = prepared.loaded, prepared.captured, prepared.recipe, prepared.data
+    graph_module, plan = prepared.graph_module, prepared.plan
     used, held_back = data.split_held_back(HELD_BACK)
     batches = list(used.batches)
-    absorb_scales(graph_module, plan, batches, recipe)
-    reference = shared_copy(graph_module)
-    run_passes(graph_module, [InsertObservers(plan, len(batches))])
     collected = Statistics() if statistics else None
-    quantized = quantize_sequentially(graph_module, plan, batches, recipe, collected)
+    log.stage("quantize")
+    with _ledger(graph_module, batches, recipe, seed, loaded.source, work_dir, distributed) as ledger:
+        absorb_scales(graph_module, plan, batches, recipe, ledger)
+        reference = shared_copy(graph_module)
+        run_passes(graph_module, [InsertObservers(plan, len(batches))])
+        quantized = quantize_sequentially(graph_module, plan, batches, recipe, ledger, offload_dir, collected)
     layers = reports.describe_layers(graph_module, plan, quantized)
+    log.stage("export")
     lowering = LowerToQDQ(plan, quantized.weights)
     run_passes(graph_module, [lowering])
+    metadata = describe(recipe, loaded.preprocessing, record(layers, plan.left_alone, lowering.constants))
     proto = export_onnx(graph_module, loaded.example_inputs, input_names=captured.input_names, output_names=captured.output_names,
-                        dynamic_shapes=dynamic_shapes(graph_module), metadata=describe(recipe, loaded.preprocessing))
+                        dynamic_shapes=dynamic_shapes(graph_module), metadata=metadata)
+    log.stage("check")
     probe = [torch.cat(tensors) for tensors in zip(*held_back.batches)] if captured.dynamic_batch else list(held_back.batches[0])
     sqnr = reports.layer_sqnr(reference, graph_module, [e["node"] for e in layers], probe)
     with torch.no_grad():
         output_sqnr = min(parity_check.sqnr(a, b) for a, b in zip(tensors_in(graph_module(*probe)), tensors_in(reference(*probe))))
+    check = check and ledger.world.rank == 0
     parity = parity_check.compare(graph_module, proto, lowering.quantizers, probe, captured.input_names) if check else None
     report = reports.build(
         layers=layers, plan=plan, quantized=quantized, sqnr=sqnr, output_sqnr=output_sqnr, parity=parity,
+        kernels=audit(proto) if check else None,
         about={
             "repquant_fx": VERSION, "source": loaded.source, "bits": f"W{recipe.wbits}A{recipe.abits}", "recipe": recipe.to_dict(),
             "calibration": {"origin": data.origin, "samples": used.samples, "held_back": held_back.samples,
@@ -183,11 +205,94 @@ def compile(
             "capture": {"difference_from_eager": captured.eager_difference, "dynamic_batch": captured.dynamic_batch},
             "file_bytes": proto.ByteSize(), "peak_memory_mb": _peak_memory(),
         })
+    log.finish()
     if parity is not None:
         parity.raise_on_problems()
     if not isinstance(model, (str, Path)):
         own_tensors(graph_module)  # the caller may go on training
-    return CompiledModel(proto, report, graph_module, lowering.quantizers, parity, collected.to_dict() if collected is not None else None)
+    return CompiledModel(proto, report, graph_module, lowering.quantizers, parity, companions(loaded, tokenizer),
+                         collected.to_dict() if collected is not None else None)
+
+
+@dataclass(frozen=True)
+class Matched:
+    """A model in normal form and what the recipe, completed by the rules that the model brings, quantizes of it."""
+
+    loaded: LoadedModel
+    captured: Captured
+    graph_module: GraphModule
+    plan: Plan
+    recipe: Recipe
+
+
+def match(
+    model: str | Path | nn.Module | torch.export.ExportedProgram | LoadedModel, recipe: Recipe | None = None, *,
+    example_inputs: Sequence[Tensor] | Mapping[str, Tensor] | None = None, arch: str | None = None, input_shape: Sequence[int] | None = None,
+    allow_pickle: bool = False, task: str | None = None,
+) -> Matched:
+    """The first part of `compile`: load, capture, bring into normal form, match. Nothing is calibrated.
+
+    Raises:
+        InputError: the model cannot be loaded or captured.
+    """
+    recipe = recipe or Recipe()
+    log.stage("load")
+    loaded = _load(model, example_inputs, arch, input_shape, allow_pickle, task)
+    # the recipe's own rules come later, so they win; a recipe that was stored in a file has these rules already
+    own = tuple(rule for rule in (LayerRule(glob, skip=True) for glob in loaded.float_modules) if rule not in recipe.layers)
+    recipe = replace(recipe, layers=(*own, *recipe.layers))
+    log.stage("capture")
+    captured = _capture(loaded)
+    graph_module = normalize(captured.graph_module)
+    matching = MatchSites(recipe)
+    run_passes(graph_module, [matching])
+    return Matched(loaded, captured, graph_module, matching.plan, recipe)
+
+
+@dataclass(frozen=True)
+class Prepared(Matched):
+    """A matched model and the data to calibrate it with; nothing is rewritten yet."""
+
+    data: CalibrationSet
+
+
+def prepare(
+    model: str | Path | nn.Module | torch.export.ExportedProgram | LoadedModel,
+    calibration: str | Path | Callable[[], Any] | Iterable[Any] | Tensor | None = None, recipe: Recipe | None = None, *,
+    samples: int | None = None, batch_size: int = 32, seed: int = 0, example_inputs: Sequence[Tensor] | Mapping[str, Tensor] | None = None,
+    arch: str | None = None, input_shape: Sequence[int] | None = None, allow_pickle: bool = False, task: str | None = None,
+    seq_len: int | None = None, tokenizer: Any | None = None,
+) -> Prepared:
+    """Match, and read the calibration data: what every analysis starts from. Arguments are those of `compile`.
+
+    Raises:
+        InputError: the model or the data cannot be used, or there is nothing to quantize.
+    """
+    torch.manual_seed(seed)
+    matched = match(model, recipe, example_inputs=example_inputs, arch=arch, input_shape=input_shape, allow_pickle=allow_pickle, task=task)
+    plan = matched.plan
+    if not plan.groups:
+        reasons = "; ".join(f"{item.operator} at {item.path}: {item.reason}" for item in plan.left_alone[:3])
+        raise InputError("nothing to quantize: the graph has no Linear, convolution or matrix product that the recipe does not skip"
+                         + (f" ({reasons})" if reasons else ""))
+    log.stage("calibration data")
+    data = _calibration_data(matched.captured, matched.loaded, calibration, samples, batch_size, seed, seq_len, tokenizer)
+    return Prepared(**vars(matched), data=data)
+
+
+@contextmanager
+def _ledger(graph_module: GraphModule, batches: list[tuple[Tensor, ...]], recipe: Recipe, seed: int, source: str, work_dir: str | Path | None,
+            distributed: bool) -> Iterator[Ledger]:
+    """Where decisions are kept, and which processes work together; the fingerprint is taken only where one of them needs it."""
+    if work_dir is None and not distributed:
+        yield Ledger()
+        return
+    world = World.current() if distributed else World()
+    digest = fingerprint(graph_module, batches, recipe, seed)
+    world.agree(digest)
+    about = {"repquant_fx": VERSION, "source": source, "seed": seed, "recipe": recipe.to_dict()}
+    with open_ledger(work_dir, digest, about, world) as ledger:
+        yield ledger
 
 
 def _peak_memory() -> float | None:

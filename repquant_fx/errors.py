@@ -1,7 +1,7 @@
 """Errors that a user can act on. Each says what was wrong, where, and what to do; the CLI prints them without a traceback.
 
 Exit codes of the CLI: 0 success, 1 internal error (a bug), 2 bad input (`InputError`), 3 the exported file disagrees with the
-FX reference (`ParityError`), 130 interrupted.
+FX reference (`ParityError`), 130 interrupted (SIGINT), 143 terminated (SIGTERM), 129 hung up (SIGHUP).
 """
 
 from __future__ import annotations
@@ -51,3 +51,13 @@ class ParityError(RepQuantError):
 
 class RepQuantWarning(UserWarning):
     """Something the user should know; the CLI shows these and hides the libraries' own."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, in Python or in torch."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether an error is the failure of a library: any Exception, and the panic of one written in Rust, which is none."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"

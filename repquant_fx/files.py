@@ -1,12 +1,27 @@
-"""Files that are either complete or not there."""
+"""Files that are either complete or not there; and files that end."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import stat
 import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from repquant_fx.errors import OutputError
+
+MODEL = "model.onnx"  # within a directory; the name that optimum looks for
+_LONGEST_PREFIX = 200  # of the name of a temporary file
+
+
+def irregular(path: Path) -> str | None:
+    """What a path is, where reading it may not end (a device, a pipe); None for a file, a directory, or nothing."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # whoever opens it says why
+        return None
+    return None if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device or a socket"
 
 
 def check_writable(path: str | Path, force: bool) -> Path:
@@ -15,9 +30,11 @@ def check_writable(path: str | Path, force: bool) -> Path:
     Raises:
         OutputError: the folder is missing or cannot be written, the path is a folder, or the file exists and `force` is not set.
     """
-    path = Path(path)
+    path = _possible(path)
     if path.is_dir():
         raise OutputError(f"cannot write {path}: it is a folder; give a file name")
+    if irregular(path):
+        raise OutputError(f"cannot write {path}: it is {irregular(path)}; give a file name")
     if path.exists() and not force:
         raise OutputError(f"{path} exists; pass --force to replace it")
     if not path.parent.is_dir():
@@ -32,27 +49,114 @@ def check_writable(path: str | Path, force: bool) -> Path:
     return path
 
 
+def check_folder(path: str | Path) -> Path:
+    """Refuse early a folder that cannot be written, or made.
+
+    Raises:
+        OutputError: the path is a file, or the folder (its first existing parent, where it is yet to be made) cannot be written.
+    """
+    path = Path(path)
+    existing = next((p for p in [path, *path.absolute().parents] if p.exists()), path)
+    if not existing.is_dir():
+        raise OutputError(f"cannot use {path}: {existing} is not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot use {path}: no permission to write in {existing}")
+    return path
+
+
+def _possible(path: str | Path) -> Path:
+    """A path that a file can have: no loop of links, not too long, without null bytes."""
+    path = Path(path)
+    try:
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        raise OutputError(f"cannot write {str(path)[:200]!r}: {getattr(error, 'strerror', None) or error}") from error
+    return path
+
+
 def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write beside, then rename: a reader sees the old file or the new one, never a part.
+    """Write one file, see `write_together`."""
+    write_together({path: data})
+
+
+def write_together(files: Mapping[str | Path, bytes] | Mapping[Path, bytes]) -> None:
+    """Write beside, then rename: a reader sees the old file or the new one, never a part. None is renamed before all are written.
+
+    A process that is killed outright may leave the hidden file `.NAME.xxxxxxxx` behind, never a part under the name itself.
+
+    Raises:
+        OutputError: the disk is full, or a path cannot be written.
+    """
+    path = Path()
+    written: list[tuple[str, Path]] = []
+    try:
+        for path, data in ((Path(name), data) for name, data in files.items()):
+            handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:_LONGEST_PREFIX]}.", dir=path.parent)
+            written.append((temporary, path))
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+        for temporary, path in written:
+            os.replace(temporary, path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        for temporary, _ in written:
+            if os.path.exists(temporary):
+                os.unlink(temporary)
+
+
+def is_directory(path: str | Path) -> bool:
+    """Whether an output path names a directory: everything does that does not end in `.onnx`."""
+    return Path(path).suffix.lower() != ".onnx"
+
+
+def check_directory(path: str | Path, names: Iterable[str], force: bool) -> Path:
+    """Refuse early a directory that cannot be written, or that holds one of `names` while `force` is not set. Others in it do no harm.
+
+    Raises:
+        OutputError: the path is a file, its folder is missing or cannot be written, or a file exists.
+    """
+    path = _possible(path)
+    if not path.is_dir():
+        if path.exists():
+            raise OutputError(f"cannot write {path}: it is a file; a name that does not end in .onnx stands for a directory")
+        return check_writable(path, force)
+    for name in names:
+        check_writable(path / name, force)
+    return path
+
+
+def write_directory(path: str | Path, files: Mapping[str, bytes]) -> None:
+    """Write files into a directory: all of them or none. A directory that exists keeps its other files.
+
+    Everything is written beside first, so a full disk changes nothing. A new directory then appears as a whole; in an old one the files
+    are replaced one after the other, the last of `files` last.
 
     Raises:
         OutputError: the disk is full, or the path cannot be written.
     """
     path = Path(path)
-    temporary = None
+    staging = None
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        staging = Path(tempfile.mkdtemp(prefix=f".{path.name[:_LONGEST_PREFIX]}.", dir=path.parent))
+        for name, data in files.items():
+            write_atomically(staging / name, data)
+        staging.chmod(0o777 & ~_umask())
+        if not path.exists():
+            os.rename(staging, path)
+            return
+        for name in files:
+            os.replace(staging / name, path / name)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def _umask() -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from repquant_fx.errors import RecipeError
+from repquant_fx.errors import InputError, RecipeError
 
 CHOICES = {
     "norm": ("reparameterize", "layerwise", "channelwise", "smooth"),
@@ -19,12 +20,25 @@ CHOICES = {
     "activations": ("mse", "percentile", "minmax"),
     "weights": ("mse", "minmax"),
 }
+_MOST_BYTES = 1 << 18  # of a file; a rule for each of a thousand layers takes a third of it
+_DEEPEST = 8
+_DOTTED = re.compile(rf'(?<![\w"-])([\w"-]+[ \t]*\.[ \t]*){{{_DEEPEST}}}')
 ABSORB = ("values", "query_key", "linear")
+BITS = (2, 8)
+NUMBERS = {"percentile": (50.0, 100.0), "gptq_damping": (0.0, 10.0)}
 
 
 @dataclass(frozen=True)
 class LayerRule:
-    """Overrides for the layers whose module path matches the glob `match`. The last matching rule wins, field by field."""
+    """Overrides for the layers whose module path matches the glob `match`. The last matching rule wins, field by field.
+
+    Attributes:
+        match: glob of module paths, such as "blocks.*.mlp.fc2".
+        wbits: bits of the layer's weights; the recipe's where left out.
+        abits: bits of the activations it reads; the recipe's where left out.
+        gptq: false rounds its weights to nearest.
+        skip: true leaves it in float.
+    """
 
     match: str
     wbits: int | None = None
@@ -48,7 +62,8 @@ class Recipe:
     """A whole quantization recipe. The defaults are RepQuant at W8A8.
 
     Attributes:
-        wbits, abits: bits of weights and activations, 2 to 8.
+        wbits: bits of weights, 2 to 8.
+        abits: bits of activations, 2 to 8.
         input_bits: bits of the model input where a layer reads it directly (the patch embedding), 8 in the paper's code.
         norm: norm activations per channel and reparameterized (the method), `layerwise` (one scale, no rewriting),
             `channelwise` (per-channel scales kept in the file: a reference, slow) or `smooth` (SmoothQuant's factors instead).
@@ -58,13 +73,15 @@ class Recipe:
             over three percentiles.
         clipping: per-channel dual clipping of norm activations by exact `search`, by the paper's `adam`, or `none` (min-max).
         activations: bounds of all other activations: `mse`, `percentile`, `minmax`.
-        percentile: the percentile used where asked for.
+        percentile: the percentile used where asked for, 50 to 100.
         weights: weight range by `mse` search or `minmax`.
         correction: least-squares correction of weights and biases towards the float model's outputs (beyond the paper).
         absorb: where else per-channel scales move into constants, exactly (beyond the paper): `values` of attention, `linear` to linear
             through ReLU or a gate, and `query_key`, which gained nothing on the models measured and is off. Empty for none.
         gptq: error-compensating rounding; else round to nearest.
-        gptq_damping, gptq_block, gptq_activation_order: see `quantizers.gptq`.
+        gptq_damping: share of the mean diagonal that is added to the Hessian, 0 to 10.
+        gptq_block: columns that are updated at once.
+        gptq_activation_order: columns in the order of decreasing input energy.
         layers: overrides by module path.
 
     Example (YAML)::
@@ -101,13 +118,13 @@ class Recipe:
             value = getattr(self, name)
             if value not in allowed:
                 raise RecipeError(f"{name} must be one of {', '.join(allowed)}; found {value!r}{_nearest(value, allowed)}")
-        if isinstance(self.absorb, str) or not all(kind in ABSORB for kind in self.absorb):
+        if not isinstance(self.absorb, (list, tuple)) or not all(kind in ABSORB for kind in self.absorb):
             raise RecipeError(f"absorb must be a list of {', '.join(ABSORB)}, or empty; found {self.absorb!r}")
         object.__setattr__(self, "absorb", tuple(self.absorb))
         for name in ("correction", "gptq", "gptq_activation_order"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"{name} must be true or false; found {getattr(self, name)!r}")
-        for name, low, high in (("percentile", 50.0, 100.0), ("gptq_damping", 0.0, 10.0)):
+        for name, (low, high) in NUMBERS.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
                 raise RecipeError(f"{name} must be a number from {low:g} to {high:g}; found {value!r}")
@@ -162,27 +179,34 @@ class Recipe:
 
     @classmethod
     def from_file(cls, path: str | Path) -> Recipe:
-        """Read `.yaml`, `.yml` or `.toml`.
+        """Read `.yaml`, `.yml` or `.toml`, or the effective recipe in the metadata of an exported `.onnx`.
 
         Raises:
             RecipeError: unreadable, not a table, or invalid.
         """
         path = Path(path)
+        if path.suffix.lower() == ".onnx":
+            return cls.from_dict(_stored(path), f"recipe stored in {path}")
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            with path.open("rb") as file:
+                data = file.read(_MOST_BYTES + 1)
+            text = data.decode("utf-8")
+        except (OSError, ValueError) as error:
             raise RecipeError(f"cannot read recipe {path}: {error}") from error
+        if len(data) > _MOST_BYTES:
+            raise RecipeError(f"recipe {path} is larger than {_MOST_BYTES >> 10} KiB; that is no recipe")
         try:
-            data = _parse(text, path.suffix.lower())
+            parsed = _parse(text, path.suffix.lower())
         except RecipeError:
             raise
         except Exception as error:
-            raise RecipeError(f"recipe {path} is not valid {path.suffix[1:].upper()}: {str(error).splitlines()[0]}") from error
-        if data is None:
-            data = {}
-        if not isinstance(data, dict):
-            raise RecipeError(f"recipe {path} must be a table of settings, not a {type(data).__name__}")
-        return cls.from_dict(data, f"recipe {path}")
+            raise RecipeError(f"recipe {path} is not valid {path.suffix[1:].upper()}: {(str(error).splitlines() or [type(error).__name__])[0]}"
+                              ) from error
+        if parsed is None:
+            parsed = {}
+        if not isinstance(parsed, dict):
+            raise RecipeError(f"recipe {path} must be a table of settings, not a {type(parsed).__name__}")
+        return cls.from_dict(parsed, f"recipe {path}")
 
 
 def repq_vit(wbits: int, abits: int, **changes: Any) -> Recipe:
@@ -207,18 +231,39 @@ def rtn(wbits: int, abits: int, **changes: Any) -> Recipe:
 PRESETS = {"repquant": Recipe, "repq-vit": repq_vit, "smoothquant": smoothquant, "rtn": rtn}
 
 
+def _stored(path: Path) -> Any:
+    import json
+
+    from repquant_fx.inspection import read_metadata
+
+    try:
+        return json.loads(read_metadata(path)[1]["recipe"])
+    except (InputError, KeyError, ValueError) as error:
+        reason = "it holds none" if isinstance(error, KeyError) else str(error)
+        raise RecipeError(f"cannot read the recipe of {path}: {reason}") from error
+
+
 def _parse(text: str, suffix: str) -> Any:
     if suffix == ".toml":
         try:
             import tomllib
         except ModuleNotFoundError:  # Python 3.10
             import tomli as tomllib  # type: ignore[import-not-found,no-redef]
+        if _DOTTED.search(re.sub(r'"[^"\n]*"|\'[^\'\n]*\'', '""', text)):  # the memory it takes grows with the square of the length
+            raise RecipeError(f"a recipe has no key of more than {_DEEPEST} parts")
         return tomllib.loads(text)
     if suffix in (".yaml", ".yml"):
         import yaml
 
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):  # nine lines of them can stand for billions of settings
+                raise RecipeError("a recipe has no aliases (*name); write the settings out")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:
+                raise RecipeError(f"a recipe is not nested {depth} levels deep")
         return yaml.safe_load(text)
-    raise RecipeError(f"a recipe is .yaml, .yml or .toml; found {suffix or 'no suffix'!r}")
+    raise RecipeError(f"a recipe is .yaml, .yml, .toml, or an exported .onnx; found {suffix or 'no suffix'!r}")
 
 
 def _check_keys(data: Any, target: type, where: str) -> None:
@@ -236,5 +281,5 @@ def _nearest(value: Any, known: Any) -> str:
 
 
 def _check_bits(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 2 <= value <= 8:
-        raise RecipeError(f"{name} must be an integer from 2 to 8; found {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or not BITS[0] <= value <= BITS[1]:
+        raise RecipeError(f"{name} must be an integer from {BITS[0]} to {BITS[1]}; found {value!r}")

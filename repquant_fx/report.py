@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from repquant_fx import audit
+from repquant_fx.audit import Product
 from repquant_fx.parity import Parity
 from repquant_fx.passes.base import module_path
 from repquant_fx.passes.calibrate_activations import slot_module
@@ -105,7 +107,7 @@ def _values(graph_module: GraphModule, names: Sequence[str], inputs: Sequence[Te
 
 def build(
     *, layers: list[dict[str, Any]], plan: Plan, quantized: Quantized, sqnr: Mapping[str, float], output_sqnr: float | None,
-    parity: Parity | None, about: Mapping[str, Any],
+    parity: Parity | None, kernels: Sequence[Product] | None, about: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The whole report as JSON data. Infinite values are written as null."""
     for entry in layers:
@@ -114,6 +116,7 @@ def build(
         **about,
         "output_sqnr_db": output_sqnr,
         "parity": parity.to_dict() if parity is not None else None,
+        "kernels": [asdict(product) for product in kernels] if kernels is not None else None,
         "layers": layers,
         "left_alone": [asdict(item) for item in plan.left_alone],
         "segments": quantized.segments,
@@ -140,6 +143,8 @@ def summary(report: Mapping[str, Any]) -> str:
         sqnr = "identical" if parity["output_sqnr"] is None else f"{parity['output_sqnr']:.1f} dB"
         lines.append(f"ONNX Runtime against the FX reference: output {sqnr}; codes that differ {100 * parity['mean_share']:.4f} % free running, "
                      f"at most {100 * worst:.4f} % at one quantizer on equal inputs")
+    if report.get("kernels") is not None:
+        lines.append(audit.summary(Product(**product) for product in report["kernels"]))
     return "\n".join(lines)
 
 

@@ -14,6 +14,16 @@ from torch import Tensor
 from repquant_fx.errors import ModelFileError
 
 
+def session_options(threads: int | None = None) -> onnxruntime.SessionOptions:
+    """Options under which ONNX Runtime computes what the file says (see `session`)."""
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    return options
+
+
 def session(model: str | Path | bytes | onnx.ModelProto, *, threads: int | None = None) -> onnxruntime.InferenceSession:
     """A CPU session that computes what the file says.
 
@@ -27,11 +37,7 @@ def session(model: str | Path | bytes | onnx.ModelProto, *, threads: int | None 
     Raises:
         ModelFileError: the file is missing or ONNX Runtime refuses it.
     """
-    options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    options.log_severity_level = 3
-    if threads is not None:
-        options.intra_op_num_threads = threads
+    options = session_options(threads)
     if isinstance(model, onnx.ModelProto):
         model = model.SerializeToString()
     if not isinstance(model, bytes) and not Path(model).is_file():

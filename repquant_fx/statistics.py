@@ -6,27 +6,35 @@ quantiles and a histogram a channel for at most `CHANNELS` channels, any other o
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from repquant_fx.quantizers.gptq import QuantizedWeight, output_error
+from repquant_fx.quantizers.gptq import output_error
 from repquant_fx.quantizers.logarithmic import level_table
-from repquant_fx.quantizers.observers import LogQuantizer, UniformQuantizer
-from repquant_fx.quantizers.reparameterization import ChannelAffine
+from repquant_fx.quantizers.observers import LogQuantizer, Observer, UniformQuantizer
+from repquant_fx.quantizers.reparameterization import ChannelAffine, reparameterize
 from repquant_fx.quantizers.uniform import levels
+
+if TYPE_CHECKING:
+    from repquant_fx.passes.match_sites import Site
 
 CHANNELS = 64  # channels kept of an activation, and output channels of a weight
 CHANNEL_BINS, TENSOR_BINS = 40, 96
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 OCTAVES_BELOW = 4  # how far below the smallest level a histogram of logarithms reaches
+KEY = "statistics"  # in a work directory
 
 
 @dataclass
 class Statistics:
-    """Summaries as JSON data, floats of five digits.
+    """Summaries as JSON data, floats of five digits, None where one is not finite.
 
     Attributes:
         activations: by site name; see `channels`, `probabilities` and `values`. A site that was calibrated together with an earlier one
@@ -37,9 +45,47 @@ class Statistics:
     activations: dict[str, dict[str, Any]] = field(default_factory=dict)
     weights: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    def observe(self, sites: Sequence[Site], observers: Mapping[str, Observer], quantizers: Mapping[str, nn.Module], *,
+                reparameterized: bool) -> None:
+        """Summarise what calibrated the sites of one group.
+
+        Args:
+            observers, quantizers: by site name; sites without an observer are left out.
+            reparameterized: whether per-channel quantizers become one a tensor afterwards.
+        """
+        sites = [site for site in sites if site.name in observers]
+        norms = [site for site in sites if site.role == "norm"]
+        if norms:
+            quantizer = quantizers[norms[0].name]
+            assert isinstance(quantizer, UniformQuantizer)
+            affine = reparameterize(*quantizer.exact, quantizer.bits) if reparameterized and quantizer.axis is not None else None
+            sample = torch.cat([observers[site.name].sample() for site in norms], dim=1)
+            self.activations[norms[0].name] = channels(sample, quantizer, affine)
+            self.activations.update({site.name: {"same_as": norms[0].name} for site in norms[1:]})
+        for site in (site for site in sites if site.role != "norm"):
+            sample, chosen = observers[site.name].sample(), quantizers[site.name]
+            if isinstance(chosen, LogQuantizer):
+                self.activations[site.name] = probabilities(sample, chosen)
+            elif isinstance(chosen, UniformQuantizer):
+                self.activations[site.name] = values(sample, chosen)
+
+    def add(self, other: Statistics) -> None:
+        """Take in those of another group."""
+        self.activations |= other.activations
+        self.weights |= other.weights
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for `repquant_fx.html.page`."""
         return {"activations": self.activations, "weights": self.weights}
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """For a work directory: the JSON text as bytes."""
+        return {KEY: torch.tensor(list(json.dumps(self.to_dict()).encode()), dtype=torch.uint8)}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Statistics:
+        """The inverse; empty where the work directory was filled without statistics."""
+        return cls(**json.loads(tensors[KEY].numpy().tobytes())) if KEY in tensors else cls()
 
 
 def channels(sample: Tensor, quantizer: UniformQuantizer, affine: ChannelAffine | None) -> dict[str, Any]:
@@ -66,9 +112,8 @@ def channels(sample: Tensor, quantizer: UniformQuantizer, affine: ChannelAffine 
     }
     if affine is not None:
         mapped = affine.apply(sample.T.double()).T
-        one = UniformQuantizer(affine.scale, affine.zero_point, quantizer.bits)
         quantiles = np.quantile(mapped[kept].cpu().numpy(), QUANTILES, axis=1).T
-        low, up = bounds(one)
+        low, up = bounds(UniformQuantizer(affine.scale, affine.zero_point, quantizer.bits))
         result["after"] = {"quantiles": _short(quantiles), "span": _span(mapped), "low": _short(low), "up": _short(up)}
     return result
 
@@ -97,29 +142,29 @@ def values(sample: Tensor, quantizer: UniformQuantizer) -> dict[str, Any]:
             "histogram": histogram(sample.double().flatten().cpu().numpy(), TENSOR_BINS)}
 
 
-def rounding(weight: Tensor, nearest: QuantizedWeight, chosen: QuantizedWeight, hessian: Tensor | None, method: str) -> dict[str, Any]:
+def rounding(weight: Tensor, lost: Tensor, errors: Tensor | None, hessian: Tensor | None, gptq: bool) -> dict[str, Any]:
     """Errors of a weight rounded to nearest and of the codes chosen, relative to what they approximate (squared norms).
 
     Args:
         weight: shape (out, in), as it was when rounded.
-        hessian: `2 X^T X` of the inputs, None where it was not needed.
+        lost: each row's ||w^ - w||^2 to nearest and as chosen, shape (out, 2).
+        errors: the same of the layer's output on the calibration data, None where there is no Hessian.
+        hessian: `2 X^T X` of the inputs (centred where a bias correction follows).
 
     Returns:
         For `nearest` and `chosen`: `weight`, ||W^ - W||^2 / ||W||^2; `output`, the same of the layer's output on the calibration data, and
-        `channels`, the same of at most `CHANNELS` output channels by increasing error of the former. The last two None without `hessian`.
+        `channels`, the same of at most `CHANNELS` output channels by increasing error of the former. The last two None without a Hessian.
     """
-    energy = None if hessian is None else output_error(weight, weight.new_zeros(()), hessian)
-    result: dict[str, Any] = {"method": method, "total": len(weight)}
-    order: list[int] | None = None
-    for name, codes in (("nearest", nearest), ("chosen", chosen)):
-        values = codes.dequantize()
-        entry = {"weight": _ratio((values - weight).double().square().sum(), weight.double().square().sum()), "output": None, "channels": None}
-        if hessian is not None and energy is not None:
-            error = output_error(weight, values, hessian)
-            share = (error / energy.clamp(min=1e-30)).cpu().numpy()
+    result: dict[str, Any] = {"method": "GPTQ" if gptq else "round to nearest", "total": len(weight)}
+    whole = weight.double().square().sum()
+    energy = None if hessian is None or errors is None else output_error(weight, weight.new_zeros(()), hessian)
+    order: list[int] = []
+    for column, name in enumerate(("nearest", "chosen")):
+        result[name] = {"weight": _ratio(lost[:, column].sum(), whole), "output": None, "channels": None}
+        if energy is not None and errors is not None:
+            share = (errors[:, column] / energy.clamp(min=torch.finfo(energy.dtype).tiny)).cpu().numpy()
             order = order or np.argsort(share, kind="stable")[spread_over(share, by_rank=True)].tolist()
-            entry |= {"output": _ratio(error.sum(), energy.sum()), "channels": _short(share[order])}
-        result[name] = entry
+            result[name] |= {"output": _ratio(errors[:, column].sum(), energy.sum()), "channels": _short(share[order])}
     return result
 
 
@@ -157,9 +202,9 @@ def _ratio(part: Tensor, whole: Tensor) -> float | None:
 
 
 def _short(value: Any) -> Any:
-    """Five significant digits, as floats or nested lists of floats."""
+    """Five significant digits, as floats or nested lists of floats; None for what is not finite."""
     if isinstance(value, (Tensor, np.ndarray)):
         value = value.tolist()
     if isinstance(value, list):
         return [_short(v) for v in value]
-    return float(f"{float(value):.5g}")
+    return float(f"{float(value):.5g}") if math.isfinite(value) else None

@@ -28,7 +28,7 @@ def compiled(name: str, wbits: int, abits: int | None = None, *, method: str = "
     """`name` is vit, swin or small_swin; `method` is plain (fast) or repquant."""
     model = {"vit": vit, "swin": swin, "small_swin": small_swin}[name]()
     recipe = Recipe(wbits=wbits, abits=wbits if abits is None else abits, **{**(PLAIN if method == "plain" else {}), **changes})
-    return compile(model, recipe, calibration=inputs(name), batch_size=8)
+    return compile(model, recipe=recipe, calibration=inputs(name), batch_size=8)
 
 
 def inputs(name: str, count: int = 24, seed: int = 1) -> torch.Tensor:

@@ -34,7 +34,7 @@ def encoder(**options: Any) -> nn.Module:
 def fast(model: Any, recipe: Recipe = FAST, **options: Any) -> CompiledModel:
     """The quickest compilation of an encoder."""
     settings: dict[str, Any] = {"calibration": sequences(16), "batch_size": 8, "example_inputs": (sequences(2),)}
-    return compile(model, recipe, **{**settings, **options})
+    return compile(model, recipe=recipe, **{**settings, **options})
 
 
 def program(dynamic: bool = True) -> torch.export.ExportedProgram:
@@ -90,7 +90,7 @@ def test_more_than_one_output_and_input() -> None:
             return self.a(left), self.b(right) + self.a(left).mean()
 
     data = (torch.randn(16, 8), torch.randn(16, 6))
-    result = compile(redraw(Two()), FAST, calibration=[data], example_inputs=(data[0][:2], data[1][:2]))
+    result = compile(redraw(Two()), recipe=FAST, calibration=[data], example_inputs=(data[0][:2], data[1][:2]))
     assert [i.name for i in result.proto.graph.input] == ["left", "right"]
     assert [o.name for o in result.proto.graph.output] == ["output_0", "output_1"]
     assert result.parity is not None and result.parity.problems() == []
@@ -190,7 +190,7 @@ def calibrated_with(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Tensor:
     """What the quantizers get to see."""
     seen: list[Tensor] = []
 
-    def watch(graph_module: object, plan: object, batches: list[tuple[Tensor, ...]], recipe: Recipe) -> None:
+    def watch(graph_module: object, plan: object, batches: list[tuple[Tensor, ...]], *rest: object) -> None:
         seen.extend(b[0] for b in batches)
         raise Stop
 
@@ -332,5 +332,5 @@ def test_the_api_is_what_the_package_says() -> None:
 
 
 def test_images_of_a_timm_model_need_no_example() -> None:
-    result = compile(vit(depth=1), FAST, calibration=images(8), check=False)
+    result = compile(vit(depth=1), recipe=FAST, calibration=images(8), check=False)
     assert result.session(1).run(None, {"x": inputs("vit", 2).numpy()})[0].shape == (2, 5)

@@ -55,7 +55,7 @@ def test_every_token_is_scored_once_whatever_the_stride(place: Path) -> None:
 
 def test_torch_and_onnx_runtime_alike(place: Path, tmp_path: Path) -> None:
     """An 8-bit file measures near its float source, by the same code."""
-    compiled = compile(place / "llama", Recipe(gptq=False), calibration=str(place / "text.txt"), seq_len=16, samples=16, batch_size=8)
+    compiled = compile(place / "llama", recipe=Recipe(gptq=False), calibration=str(place / "text.txt"), seq_len=16, samples=16, batch_size=8)
     compiled.save(tmp_path / "m.onnx")
     options = {"seq_len": 32, "stride": 16}
     source = evaluate(str(place / "llama"), str(place / "text.txt"), **options)

@@ -161,11 +161,11 @@ SWITCHES = [{"norm": "layerwise"}, {"norm": "channelwise"}, {"softmax": "log2"},
 @pytest.mark.parametrize("changes", SWITCHES, ids=str)
 def test_every_switch(encoder_graph, changes: dict[str, object]) -> None:
     x = sequences()
-    bits = 5 if "softmax_scale" in changes else 6  # at 6 both ways find the same scale for this model
+    bits = 3 if "softmax_scale" in changes else 6  # with more bits both ways find the same scale for this model
     run = quantized(encoder_graph(), Recipe(wbits=bits, abits=bits, **changes), batches(x))  # type: ignore[arg-type]
     default = quantized(encoder_graph(), Recipe(wbits=bits, abits=bits), batches(x))
     assert bool(torch.isfinite(output(run.graph_module, x)).all())
-    assert quality(run, x) > 15
+    assert quality(run, x) > (8 if bits == 3 else 15)
     assert not torch.equal(output(run.graph_module, x), output(default.graph_module, x)), "the switch does nothing"
 
 

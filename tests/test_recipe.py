@@ -67,7 +67,7 @@ def test_empty_files_are_the_defaults(tmp_path: Path) -> None:
     ("r.yaml", "wbits: [4", "not valid YAML"),
     ("r.toml", "wbits = ", "not valid TOML"),
     ("r.toml", "wbits = '4'", "wbits must be an integer from 2 to 8"),
-    ("r.json", "{}", "recipe is .yaml, .yml or .toml"),
+    ("r.json", "{}", "recipe is .yaml, .yml, .toml, or an exported .onnx"),
     ("r.yaml", "zzz: 1", "unknown setting 'zzz'$"),
 ])
 def test_mistakes_are_named(tmp_path: Path, name: str, text: str, message: str) -> None:

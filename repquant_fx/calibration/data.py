@@ -7,6 +7,7 @@ finiteness. Samples are chosen by a seed, so the same call gives the same batche
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import random
 import re
@@ -22,7 +23,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
+from repquant_fx import limits
 from repquant_fx.calibration.images import (
     DEFAULT_SIDE,
     ImageReader,
@@ -37,6 +40,8 @@ from repquant_fx.calibration.images import (
 )
 from repquant_fx.calibration.text import TEXT_SUFFIXES, Tokenization, encode
 from repquant_fx.errors import CalibrationError, RepQuantWarning
+from repquant_fx.files import irregular
+from repquant_fx.frontends.pickled import check_pickle, first_line
 from repquant_fx.progress import progress
 
 Array: TypeAlias = Tensor | np.ndarray
@@ -215,8 +220,10 @@ class _Loader:
 
     def from_text(self, text: str) -> CalibrationSet:
         path = Path(text).expanduser()
-        if not text.strip():
-            raise CalibrationError("the path of the calibration data is empty")
+        if not text.strip() or "\0" in text:
+            raise CalibrationError("the path of the calibration data is empty" if not text.strip() else f"{text!r} is no path")
+        if kind := irregular(path):
+            raise CalibrationError(f"calibration data {path} is {kind}, not a file")
         if path.is_dir():
             return self.from_folder(path)
         if path.exists() and path.suffix.lower() in TEXT_SUFFIXES:
@@ -293,6 +300,8 @@ class _Loader:
         count = 0
         for index, batch in enumerate(progress(_guarded(batches, origin), description="reading batches")):
             where = f"{origin}, batch {index}"
+            if isinstance(batches, DataLoader):
+                batch = self._without_targets(batch)
             arrays = self._columns(batch, where)
             count += self._length(arrays, where)
             for column, array in zip(columns, arrays, strict=True):
@@ -302,6 +311,13 @@ class _Loader:
         if not columns[0]:
             raise CalibrationError(f"{origin} gave no batches")
         return [_join(column, spec, origin) for column, spec in zip(columns, self.inputs, strict=True)]
+
+    def _without_targets(self, batch: Any) -> Any:
+        """A DataLoader's batch without the labels that follow the inputs."""
+        if isinstance(batch, (tuple, list)) and len(batch) > len(self.inputs):
+            batch = batch[:len(self.inputs)]
+            return batch[0] if isinstance(batch[0], Mapping) else tuple(batch)
+        return batch
 
     def from_arrays(self, value: Any, origin: str, *, ordered: bool = True) -> CalibrationSet:
         """Arrays of all samples: check, choose by the seed, convert."""
@@ -363,6 +379,7 @@ class _Loader:
         count = next(iter(lengths.values()))
         if count == 0:
             raise CalibrationError(f"{origin}: no samples")
+        limits.check_size((count,), f"{origin}: a permutation of the samples", itemsize=8)  # one sample, expanded, can claim any number
         return count
 
 
@@ -381,20 +398,31 @@ def read_arrays(path: Path) -> Array | tuple[Array, ...] | dict[str, Array]:
                                f"{', '.join(ARRAY_SUFFIXES)} is needed")
     try:
         if suffix == ".npy":
-            return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            if not isinstance(array, np.ndarray):
+                raise ValueError("it is an archive of arrays; call it .npz")
+            return np.asarray(array)
+        if (declared := limits.unpacks_to(path)) is not None:
+            raise CalibrationError(f"calibration data {path} has {path.stat().st_size} bytes but would unpack to {declared}")
         if suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
-                return {name: file[name] for name in file.files}
+                found = {name: file[name] for name in file.files}
+            if not all(isinstance(array, np.ndarray) for array in found.values()):
+                raise ValueError("it holds other files than arrays")  # numpy gives their bytes
+            return found
         if suffix == ".safetensors":
             from safetensors.torch import load_file
 
             return dict(load_file(path))
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        data = path.read_bytes()
+        check_pickle(data, str(path))
+        loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except CalibrationError:
+        raise
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CalibrationError(f"calibration data {path} cannot be read as plain arrays "
-                               f"(pickled objects are refused): {reason}") from error
-    return tuple(found) if isinstance(found, list) else found
+                               f"(pickled objects are refused): {first_line(error)}") from error
+    return tuple(loaded) if isinstance(loaded, list) else loaded
 
 
 def check_array(array: Array, spec: InputSpec, where: str) -> None:
@@ -628,6 +656,7 @@ def _synthetic(spec: InputSpec, samples: int, preprocessing: Mapping[str, Any] |
         stored = (preprocessing or {}).get("input_size") or (3, DEFAULT_SIDE, DEFAULT_SIDE)
         size = [own if own is not None else int(other) for own, other in zip(size, stored)]
     shape = [samples, *(d if d is not None else length for d in size)]
+    limits.check_size(shape, f"made-up input {spec.name}", spec.dtype.itemsize)
     if spec.dtype.is_floating_point:
         return torch.randn(shape, generator=generator).to(spec.dtype)
     if spec.dtype == torch.bool or "mask" in spec.name.lower():

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from repquant_fx.errors import CalibrationError
+from repquant_fx.files import irregular
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,6 +30,9 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", "
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 DEFAULT_SIDE = 224
+# PIL goes by the content: without this, a file called .png could be PostScript, which it hands to a program
+_FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "GIF", "TIFF", "PPM")
+_LONGEST = 100  # times as long as wide: resizing the short edge multiplies the long one
 NAMED_FILES = 5
 _TIMM_KEYS = ("interpolation", "mean", "std", "crop_pct", "crop_mode")
 _DECODERS = max(2, min(8, os.cpu_count() or 2))
@@ -127,8 +131,12 @@ class ImageReader:
         """The image as float32 (C, H, W), or why it cannot be read."""
         from PIL import Image
 
+        if kind := irregular(path):
+            return Unreadable(path, f"it is {kind}")
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=_FORMATS) as image:
+                if max(image.size) > _LONGEST * min(image.size):
+                    return Unreadable(path, f"{image.width}x{image.height} pixels are too long and thin")
                 return self.transform(_to_channels(image, self.size[0]))
         except Exception as error:
             return Unreadable(path, str(error).splitlines()[0] if str(error) else type(error).__name__)

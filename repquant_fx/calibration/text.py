@@ -15,7 +15,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from repquant_fx.errors import CalibrationError
+from repquant_fx.errors import CalibrationError, is_failure
+from repquant_fx.files import irregular
 
 TEXT_SUFFIXES = (".txt", ".jsonl")
 TEXT_SAMPLES = 128  # sequences, as in the paper
@@ -45,6 +46,8 @@ def read_text(path: Path) -> list[Text]:
     Raises:
         CalibrationError: unreadable, not UTF-8, a line without text, or no text at all; with the number of the line.
     """
+    if kind := irregular(path):
+        raise CalibrationError(f"calibration text {path} is {kind}, not a file")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -108,7 +111,9 @@ def _tokenize(tokenizer: Any, text: Text, path: Path, **options: Any) -> list[in
     try:
         first, second = text if isinstance(text, tuple) else (text, None)
         return list(tokenizer(first, second, verbose=False, **options)["input_ids"])
-    except Exception as error:
+    except BaseException as error:
+        if not is_failure(error):
+            raise
         raise CalibrationError(f"the tokenizer fails on calibration text {path}, {str(text)[:40]!r}: "
                                f"{type(error).__name__}: {error}") from error
 

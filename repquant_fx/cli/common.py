@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from repquant_fx.errors import InputError
 
@@ -17,14 +17,68 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}\n{self.format_usage().strip()}")
 
 
-def add_source(command: argparse.ArgumentParser) -> None:
+def add_source(command: argparse.ArgumentParser, about: str = SOURCES) -> None:
     """The model, and what every command that loads one takes."""
-    command.add_argument("model", help=SOURCES)
+    command.add_argument("model", help=about)
     command.add_argument("--arch", help="architecture of a state dict, e.g. timm:vit_small_patch16_224,num_classes=10")
     command.add_argument("--allow-pickle", action="store_true", help="load files that execute code; only for files you trust")
-    command.add_argument("--seed", type=int, default=0, help="chooses samples and every random number (default 0)")
-    command.add_argument("--debug", action="store_true", help="show tracebacks and warnings of libraries")
-    command.add_argument("--json", action="store_true", help="print the result as one JSON object on stdout")
+    command.add_argument("--seed", type=seed, default=0, help="chooses samples and every random number (default 0)")
+    add_output(command)
+
+
+def add_output(command: argparse.ArgumentParser) -> None:
+    """How a command speaks; every command that does work takes these."""
+    output = command.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="print the result as one JSON object on stdout")
+    form = output.add_mutually_exclusive_group()
+    form.add_argument("--quiet", action="store_true", help="on stderr only warnings and errors, no progress")
+    form.add_argument("--verbose", action="store_true", help="on stderr also every stage and its seconds")
+    form.add_argument("--log-json", action="store_true", help="on stderr one JSON object a line: stage_started, stage_finished, info, warning, "
+                      "result, error")
+    output.add_argument("--debug", action="store_true", help="show tracebacks and warnings of libraries")
+
+
+TASKS = "of a transformers model: image-classification, text-classification, masked-lm, causal-lm, feature-extraction, " \
+    "zero-shot-image-classification, image-segmentation, object-detection or mask-generation (deduced by default)"
+
+
+def add_calibration(command: argparse.ArgumentParser) -> None:
+    """What a model is run on, for every command that calibrates."""
+    command.add_argument("--input-shape", metavar="C,H,W", help="shape of one input without the batch, where the model does not tell")
+    command.add_argument("--task", help=TASKS)
+    data = command.add_argument_group("calibration")
+    data.add_argument("--calib", help="image folder, .npy/.npz/.pt/.safetensors tensors, .txt/.jsonl text, or module:callable")
+    data.add_argument("--calib-samples", type=int, help="default 1024, of text 128; fewer if there are fewer")
+    data.add_argument("--seq-len", type=int, help="tokens of a calibration sequence (default 128, fewer if the model takes fewer)")
+    data.add_argument("--tokenizer", metavar="DIR", help="directory of a transformers tokenizer, where the model brings none")
+    data.add_argument("--batch-size", type=int, default=32, help="default 32")
+
+
+def calibration_from(options: argparse.Namespace) -> dict[str, Any]:
+    """What `add_source` and `add_calibration` name, as `compile` takes it."""
+    return {"calibration": options.calib, "samples": options.calib_samples, "batch_size": options.batch_size, "seed": options.seed,
+            "arch": options.arch, "input_shape": read_shape(options.input_shape), "allow_pickle": options.allow_pickle, "task": options.task,
+            "seq_len": options.seq_len, "tokenizer": options.tokenizer}
+
+
+def read_bits(option: str, text: str) -> list[int]:
+    """Bits such as `2,4,8`.
+
+    Raises:
+        InputError: not integers from 2 to 8.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part in ("2", "3", "4", "5", "6", "7", "8") for part in parts):
+        raise InputError(f"{option} takes bits from 2 to 8 such as 2,4,8; found {text!r}")
+    return sorted({int(part) for part in parts})
+
+
+def seed(text: str) -> int:
+    """A seed that torch takes."""
+    number = int(text)
+    if not 0 <= number < 2**63:
+        raise ValueError
+    return number
 
 
 def read_shape(text: str | None) -> list[int] | None:
@@ -40,5 +94,5 @@ def read_shape(text: str | None) -> list[int] | None:
     except ValueError:
         sizes = []
     if not sizes or any(s < 1 for s in sizes):
-        raise InputError(f"--input-shape takes positive sizes such as 3,224,224; found {text!r}")
+        raise InputError(f"--input-shape takes positive sizes such as 3,224,224; found {text[:80]!r}")
     return sizes

@@ -30,11 +30,15 @@ def run(options: argparse.Namespace) -> int:
     """Evaluate and print; returns the exit code."""
     from dataclasses import asdict
 
+    from repquant_fx import log
     from repquant_fx.evaluation import evaluate
 
+    log.stage("evaluate")
     result = evaluate(options.model, options.data, metric=options.metric, arch=options.arch, allow_pickle=options.allow_pickle,
                       batch_size=options.batch_size, limit=options.limit, threads=options.threads, seed=options.seed,
                       tokenizer=options.tokenizer, seq_len=options.seq_len, stride=options.stride, separator=options.separator,
                       prompts=options.prompts)
+    log.finish()
+    log.result({"model": options.model, **asdict(result)})
     print(json.dumps({"model": options.model, **asdict(result)}) if options.json else result)
     return 0

@@ -14,7 +14,7 @@ def add_method(command: argparse.ArgumentParser) -> None:
     from repquant_fx.recipe import CHOICES, PRESETS
 
     method = command.add_argument_group("quantization (overrides the recipe)")
-    method.add_argument("--recipe", type=Path, help="YAML or TOML file")
+    method.add_argument("--recipe", type=Path, help="YAML or TOML file, or an exported .onnx to take its recipe")
     method.add_argument("--preset", choices=tuple(PRESETS), help="start from a published method (default repquant)")
     method.add_argument("--wbits", type=int, help="bits of weights, 2 to 8 (default 8)")
     method.add_argument("--abits", type=int, help="bits of activations, 2 to 8 (default 8)")

@@ -21,6 +21,7 @@ from repquant_fx.evaluation.perplexity import Perplexity, perplexity
 from repquant_fx.evaluation.runners import Runner, open_runner, preprocessing_from_onnx, torch_threads
 from repquant_fx.evaluation.similarity import PAIR_SUFFIXES, Similarity, similarity
 from repquant_fx.evaluation.zero_shot import zero_shot
+from repquant_fx.files import irregular
 
 __all__ = ["METRICS", "Accuracy", "Perplexity", "Result", "Runner", "Similarity", "accuracy", "accuracy_of", "deduce_metric", "evaluate",
            "labelled_folder", "open_runner", "perplexity", "preprocessing_from_onnx", "similarity", "zero_shot"]
@@ -86,6 +87,8 @@ def evaluate(
     if not path.exists():
         raise InputError(f"evaluation data {path} does not exist: give class folders of images, a .npz or .safetensors with images and "
                          "labels, a text, or sentence pairs")
+    if kind := irregular(path):
+        raise InputError(f"evaluation data {path} is {kind}, not a file")
     name = metric or deduce_metric(path, prompts)
     if name not in METRICS:
         raise InputError(f"there is no metric {name!r}; the metrics are {', '.join(METRICS)}")

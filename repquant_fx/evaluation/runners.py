@@ -16,6 +16,8 @@ from torch import Tensor
 from repquant_fx.calibration.data import InputSpec
 from repquant_fx.calibration.images import shape_text
 from repquant_fx.errors import InputError, ModelFileError, RepQuantError
+from repquant_fx.files import irregular
+from repquant_fx.frontends.pickled import first_line
 
 Call: TypeAlias = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 PREPROCESSING_KEY = "repquant_fx.preprocessing"
@@ -117,6 +119,8 @@ def preprocessing_from_onnx(path: str | Path) -> dict[str, Any] | None:
     """
     import onnx
 
+    if kind := irregular(Path(path)):
+        raise ModelFileError(f"{path} is {kind}, not a file")
     try:
         model = onnx.load(str(path), load_external_data=False)
     except FileNotFoundError as error:
@@ -177,7 +181,10 @@ def _onnx_runner(path: str, threads: int | None) -> Runner:
         batches.append(entry.shape[0] if entry.shape else None)
 
     def call(feed: dict[str, Tensor]) -> dict[str, Tensor]:
-        return dict(zip(names, run(found, feed)))
+        try:
+            return dict(zip(names, run(found, feed)))
+        except Exception as error:
+            raise InputError(f"{path} fails under ONNX Runtime: {first_line(error)}") from error
 
     return Runner(call, tuple(specs), tuple(batches), path, preprocessing, _tokenizer_beside(Path(path)))
 

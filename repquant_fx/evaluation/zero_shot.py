@@ -24,6 +24,7 @@ from repquant_fx.evaluation.text import (
     tokenizer_for,
     tokenizer_limit,
 )
+from repquant_fx.files import irregular
 from repquant_fx.progress import progress
 
 _SLOT = "{}"
@@ -94,6 +95,8 @@ def read_prompts(prompts: str, folders: Sequence[str]) -> dict[str, list[str]]:
     if _SLOT in prompts:
         return {name: [prompts.replace(_SLOT, name.replace("_", " "))] for name in folders}
     path = Path(prompts).expanduser()
+    if kind := irregular(path):
+        raise InputError(f"--prompts {prompts} is {kind}, not a file")
     try:
         stored = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:

@@ -10,13 +10,14 @@ import difflib
 import inspect
 import re
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from repquant_fx import limits
 from repquant_fx.errors import InputError, ModelFileError
 
 BATCH = 2  # torch.export takes a dimension of 1 for a constant
@@ -86,8 +87,11 @@ def build(architecture: Architecture) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return create(architecture).eval()
-    except ModelFileError:
+            if architecture.options:  # they can ask for any size
+                _check_size(create, architecture)
+            with limits.bounded_modules(str(architecture)):
+                return create(architecture).eval()
+    except InputError:
         raise
     except ImportError as error:
         raise ModelFileError(f"{architecture} needs {architecture.library}: pip install 'repquant-fx[vision]'") from error
@@ -112,8 +116,9 @@ def example_inputs(module: nn.Module, input_shape: Sequence[int] | None = None) 
         raise InputError(f"--input-shape {tuple(input_shape)}: expected positive sizes without the batch dimension, "
                          "such as 3 224 224")
     given = None if input_shape is None else tuple(int(size) for size in input_shape)
-    generator = torch.Generator().manual_seed(_SEED)
-    return (torch.randn(BATCH, *(given or _image_shape(module)), generator=generator),)
+    shape = (BATCH, *(given or _image_shape(module)))
+    limits.check_size(shape, "an example input")
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(_SEED)),)
 
 
 def preprocessing(module: nn.Module) -> dict[str, Any] | None:
@@ -158,7 +163,7 @@ def _split(text: str, whole: str) -> list[str]:
 def _value(text: str, whole: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         if re.fullmatch(r"[A-Za-z_][\w.\-]*", text):
             return text
     raise ModelFileError(f"architecture {whole!r}: {text!r} is not a Python literal")
@@ -170,6 +175,17 @@ def _preprocessing_overlay(value: Any, whole: str) -> dict[str, Any]:
         raise ModelFileError(f"architecture {whole!r}: pretrained_cfg_overlay is a dict with keys of "
                              f"{', '.join(sorted(_PREPROCESSING))}")
     return value
+
+
+def _check_size(create: Callable[[Architecture], nn.Module], architecture: Architecture) -> None:
+    """Refuse an absurd size before memory is taken, by building the module without."""
+    try:
+        with torch.device("meta"), limits.bounded_modules(str(architecture)):
+            create(replace(architecture, pretrained=False))
+    except InputError:
+        raise
+    except Exception:  # some modules need values; what else is wrong, building in earnest says
+        return
 
 
 def _create_timm(architecture: Architecture) -> nn.Module:

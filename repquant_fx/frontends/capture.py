@@ -113,8 +113,11 @@ def capture(
     inputs = tuple(example_inputs)
     reference: nn.Module
     if isinstance(module, torch.export.ExportedProgram):
-        program, reference = module, module.module(check_guards=False)
-        args, kwargs = _call_arguments(program, inputs)
+        try:
+            program, reference = module, module.module(check_guards=False)
+            args, kwargs = _call_arguments(program, inputs)
+        except Exception as error:
+            raise CaptureError(f"the program is not whole: {_first_line(error)}") from error
     else:
         reference = module.eval()
         args, kwargs = (inputs, {}) if input_names is None else ((), dict(zip(input_names, inputs, strict=True)))
@@ -134,8 +137,11 @@ def capture(
         inputs = tuple(given[name] for name in names)
     for node, named in zip(_placeholders(graph_module), axes, strict=True):
         node.meta[AXES] = dict(named)
-    with torch.no_grad(), _VisibleAttention():
-        result = reference(*args, **kwargs)
+    try:
+        with torch.no_grad(), _VisibleAttention():
+            result = reference(*args, **kwargs)
+    except Exception as error:
+        raise CaptureError(f"the model does not run on its example inputs: {_first_line(error)}{_user_line(error)}") from error
     expected, labels = tensors_in(result), name_outputs(result)
     if outputs is not None:
         kept = _select(labels, outputs)

@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from repquant_fx.errors import ModelFileError
-from repquant_fx.frontends.pickled import first_line, refuse_bomb
+from repquant_fx import limits
+from repquant_fx.errors import InputError, ModelFileError
+from repquant_fx.frontends.pickled import check_pickle, first_line
 
 _MODEL = "models/model.json"
 _SAMPLES = "data/sample_inputs/model.pt"
@@ -55,6 +56,7 @@ _FUNCTIONS = set(f"""Add Mul Max Min Abs floor ceiling And Or Not Piecewise Expr
 _POWERS = {"Pow", "PowByNatural", "FloatPow", "LShift", "RShift"}  # of small exponents, few times: numbers must stay small
 _CONSTANTS = {"true", "false", "oo", "int_oo", "zoo", "nan"}
 _MOST_NODES, _MOST_POWERS, _LARGEST_EXPONENT = 2000, 4, 64
+_MOST_TERMS = 10_000  # of an expression when expanded, which torch does
 
 _CONTAINERS = {"builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict", "torch.Size"}
 
@@ -74,13 +76,18 @@ def load_exported(data: bytes, where: str, *, allow_pickle: bool = False) -> tup
         ModelFileError: damaged, unsafe (the message names the record), of another torch, or with inputs that are not
             positional tensors.
     """
-    if not allow_pickle:
-        _screen(data, where)
-    program = _load(data, where)
-    if not allow_pickle:
-        program._guards_code = []  # source text; capture compares outputs instead
-    inputs = _stored_inputs(program, where)
-    return (program, inputs, True) if inputs is not None else (program, _drawn_inputs(program, where), False)
+    try:
+        if not allow_pickle:
+            _screen(data, where)
+        program = _load(data, where)
+        if not allow_pickle:
+            program._guards_code = []  # source text; capture compares outputs instead
+        inputs = _stored_inputs(program, where)
+        return (program, inputs, True) if inputs is not None else (program, _drawn_inputs(program, where), False)
+    except InputError:
+        raise
+    except Exception as error:  # a document of another form than torch writes
+        raise ModelFileError(f"not a model file: {where} is damaged ({first_line(error)})") from error
 
 
 def is_safe_expression(text: str) -> bool:
@@ -93,7 +100,7 @@ def is_safe_expression(text: str) -> bool:
         return False
     nodes = list(ast.walk(tree))
     powers = sum(isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _POWERS for node in nodes)
-    return len(nodes) <= _MOST_NODES and powers <= _MOST_POWERS and _is_safe_node(tree)
+    return len(nodes) <= _MOST_NODES and powers <= _MOST_POWERS and _is_safe_node(tree) and _terms(tree) <= _MOST_TERMS
 
 
 def is_safe_target(target: str) -> bool:
@@ -131,6 +138,22 @@ def _is_safe_node(node: ast.expr) -> bool:
     if name in _POWERS:
         return len(arguments) == 2 and _is_safe_node(arguments[0]) and _is_small(arguments[1])
     return name in _FUNCTIONS and all(_is_safe_node(argument) for argument in arguments)
+
+
+def _terms(node: ast.expr) -> float:
+    """How many terms an expression of safe nodes has when it is expanded, at most."""
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+        return 1
+    if node.func.id in ("Symbol", "Float", "Integer", "Rational"):
+        return 1
+    terms = [_terms(argument) for argument in node.args]
+    if node.func.id in _POWERS and len(terms) == 2:
+        inside = [inner.func.id for inner in ast.walk(node.args[0]) if isinstance(inner, ast.Call) and isinstance(inner.func, ast.Name)]
+        if terms[0] > _MOST_TERMS or not _POWERS.isdisjoint(inside):
+            return math.inf  # powers of powers make numbers of any length
+        exponents = [abs(n.value) for n in ast.walk(node.args[1]) if isinstance(n, ast.Constant) and isinstance(n.value, int)]
+        return float(terms[0] ** max(exponents, default=1))
+    return math.prod(terms) if node.func.id == "Mul" else sum(terms)
 
 
 def _is_number(node: ast.expr) -> bool:
@@ -207,14 +230,21 @@ def _screen_samples(reader: Any, records: list[str], where: str) -> None:
     """torch falls back to an unrestricted unpickling where the restricted one fails; so it must not fail."""
     if _SAMPLES not in records or reader.get_record_size(_SAMPLES) == 0:
         return
-    refuse_bomb(reader.get_record(_SAMPLES), f"{_SAMPLES} in {where}")
     try:
+        check_pickle(reader.get_record(_SAMPLES), _SAMPLES)
         samples = torch.load(io.BytesIO(reader.get_record(_SAMPLES)), weights_only=True, map_location="cpu")
     except Exception:
         _refuse(where, _SAMPLES, "is a pickle of something other than tensors")
-    for leaf in pytree.tree_leaves(samples):
-        if not isinstance(leaf, (Tensor, int, float, str, bool, type(None))):
-            _refuse(where, _SAMPLES, f"holds a {type(leaf).__name__}")
+    pending, seen = [samples], set()
+    while pending:
+        value = pending.pop()
+        if isinstance(value, (list, tuple, dict)):
+            if value and id(value) in seen:  # each level twice the one below, or inside itself: whoever walks it does not end
+                _refuse(where, _SAMPLES, "has one container in two places")
+            seen.add(id(value))
+            pending.extend(value.values() if isinstance(value, dict) else value)
+        elif not isinstance(value, (Tensor, int, float, str, bool, type(None))):
+            _refuse(where, _SAMPLES, f"holds a {type(value).__name__}")
 
 
 def _screen_program(program: Any, where: str) -> None:
@@ -323,15 +353,17 @@ def _refuse(where: str, record: str, reason: str) -> NoReturn:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """torch logs a traceback and a warning for each damaged file; ours is the message."""
-    logger = logging.getLogger("torch.export")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx.experimental.symbolic_shapes")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
 
 
 def _load(data: bytes, where: str) -> ExportedProgram:
@@ -378,6 +410,7 @@ def _drawn_inputs(program: ExportedProgram, where: str) -> tuple[Tensor, ...]:
         if not isinstance(value, Tensor):
             raise ModelFileError(f"{where}: the input {node.name} is not a tensor; export the module with tensors only")
         shape = tuple(_size(size, first=position == 0) for position, size in enumerate(value.shape))
+        limits.check_size(shape, f"{where}: the input {node.name}", value.element_size())
         drawn.append(torch.randn(shape, generator=generator).to(value.dtype) if value.dtype.is_floating_point
                      else torch.zeros(shape, dtype=value.dtype))
     return tuple(drawn)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,8 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from repquant_fx.errors import InputError, ModelFileError, RepQuantWarning
-from repquant_fx.frontends.pickled import first_line
+from repquant_fx import limits
+from repquant_fx.errors import InputError, ModelFileError, RepQuantWarning, is_failure
+from repquant_fx.files import irregular
+from repquant_fx.frontends.pickled import check_pickle, first_line
 from repquant_fx.frontends.tasks import GENERAL, class_for, task_of
 
 PREFIX = "hf:"
@@ -28,11 +31,15 @@ _DESCRIPTIONS = ["*.json", "*.txt", "*.model", "*.jinja"]  # of the model, its t
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _SHOWN = 8
+_MOST_COUNTED = 1_000_000
 
 
 def is_huggingface(source: str) -> bool:
     """Whether a source is `hf:...` or a directory with a `config.json`."""
-    return source.startswith(PREFIX) or (Path(source) / "config.json").is_file()
+    try:
+        return source.startswith(PREFIX) or (Path(source) / "config.json").is_file()
+    except (OSError, ValueError):  # too long for a path, or with a null byte
+        return False
 
 
 def find_directory(source: str) -> Path:
@@ -78,7 +85,8 @@ def load_directory(folder: Path, task: str | None = None) -> tuple[nn.Module, st
         except Exception as error:
             raise ModelFileError(f"{folder}/config.json does not describe a model that transformers {transformers.__version__} knows: "
                                  f"{first_line(error)}") from error
-        named = next((name for name in config.architectures or () if _is_model_class(getattr(transformers, name, None), config)), None)
+        listed = config.architectures if isinstance(config.architectures, list) else []
+        named = next((name for name in map(str, listed) if _is_model_class(getattr(transformers, name, None), config)), None)
         cls = getattr(transformers, named) if task is None and named else class_for(config, task or GENERAL)
         model, found = _read(cls, config, folder)
         pooling = "add_pooling_layer"  # a headless model drawn from one with a head: its pooler is nobody's output
@@ -101,13 +109,20 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         with quiet_offline():
             return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
+    except BaseException as error:
+        if not is_failure(error):
+            raise
         raise InputError(f"the tokenizer of {folder} cannot be read: {first_line(error)}") from error
 
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a directory holds a tokenizer's files."""
     return any((folder / name).is_file() for name in _TOKENIZERS)
+
+
+def descriptions(folder: Path) -> list[Path]:
+    """The files of a directory that describe the model, its tokenizer and its processor; no weights and no index of weights."""
+    return sorted({path for pattern in _DESCRIPTIONS for path in folder.glob(pattern) if path.is_file() and not path.match("*.index.json")})
 
 
 def load_preprocessing(folder: Path, expected: Sequence[int] | None) -> dict[str, Any] | None:
@@ -124,11 +139,11 @@ def load_preprocessing(folder: Path, expected: Sequence[int] | None) -> dict[str
     try:
         with quiet_offline():
             processor = _library().AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return preprocessing_of(processor, expected)
     except Exception as error:
         warnings.warn(f"the image processor of {folder} cannot be read ({first_line(error)}); images will get the default preprocessing",
                       RepQuantWarning, stacklevel=3)
         return None
-    return preprocessing_of(processor, expected)
 
 
 def preprocessing_of(processor: Any, expected: Sequence[int] | None) -> dict[str, Any] | None:
@@ -153,6 +168,8 @@ def preprocessing_of(processor: Any, expected: Sequence[int] | None) -> dict[str
         warnings.warn(f"the model's image processor resizes to {dict(get('size', {}))}, which does not lead to one size; images are "
                       f"resized to {expected[1]}x{expected[2]} as a whole", RepQuantWarning, stacklevel=3)
         size, mode, share = (expected[1], expected[2]), "squash", 1.0
+    if not all(isinstance(side, int) and side > 0 for side in size):
+        raise ValueError(f"its size is {size}")
     channels = expected[0] if expected is not None else 3
     # the processor computes (pixel * factor - mean) / std of 0..255, timm the same of 0..1
     factor = 255 * float(get("rescale_factor", 1 / 255)) if get("do_rescale", True) else 255.0
@@ -195,12 +212,17 @@ def _check_description(folder: Path) -> None:
     if not path.is_file():
         adapter = "; it holds an adapter, merge that into its base model first" if (folder / "adapter_config.json").is_file() else ""
         raise ModelFileError(f"not a transformers directory: {folder} has no config.json{adapter}")
+    for file in folder.iterdir():
+        if kind := irregular(file):
+            raise ModelFileError(f"not a transformers directory: {file} is {kind}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelFileError(f"{path} is not valid JSON: {first_line(error)}") from error
     if not isinstance(config, dict):
         raise ModelFileError(f"{path} does not hold an object")
+    if (count := _absurd_count(config)) is not None:
+        raise ModelFileError(f"{path} asks for {count}")
     if "auto_map" in config:
         raise ModelFileError(f"{path} asks for code of its own (auto_map: {config['auto_map']}), which is never run. If a class of "
                              "transformers itself is meant, remove auto_map; else save the model with torch.export.save")
@@ -210,6 +232,30 @@ def _check_description(folder: Path) -> None:
         raise ModelFileError(f"{folder} holds an adapter (adapter_config.json); merge it into the model first")
     if not any(file for pattern in _WEIGHTS for file in folder.glob(pattern)):
         raise ModelFileError(f"{folder} has no weights: expected model.safetensors, its shards with an index, or pytorch_model.bin")
+    if not any(folder.glob(_WEIGHTS[0])):
+        for file in folder.glob(_WEIGHTS[1]):
+            check_pickle(file.read_bytes(), str(file))
+    for file in folder.glob("*.index.json"):
+        _check_index(file)
+
+
+def _absurd_count(value: Any, key: str = "") -> str | None:
+    """A number of layers or labels that no model has: a configuration makes a list of that length before there is a model to measure."""
+    if isinstance(value, dict):
+        return next((found for inner, item in value.items() if (found := _absurd_count(item, inner))), None)
+    wrong = isinstance(value, int) and value > _MOST_COUNTED and re.fullmatch(r"num_labels|\w*layers?|depths?", key)
+    return f"{key} = {str(value)[:40]}" if wrong else None
+
+
+def _check_index(path: Path) -> None:
+    """Shards lie beside their index."""
+    try:
+        shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        wrong = [shard for shard in shards if Path(shard).name != shard]
+    except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
+        raise ModelFileError(f"{path} is not an index of shards: {first_line(error)}") from error
+    if wrong:
+        raise ModelFileError(f"{path} names files outside of its directory: {_named(sorted(wrong))}")
 
 
 def _is_model_class(cls: Any, config: Any) -> bool:
@@ -222,9 +268,12 @@ def _read(cls: Any, config: Any, folder: Path, **options: Any) -> tuple[nn.Modul
     """The model, and what transformers reports of the names."""
     for attention in ("sdpa", "eager"):
         try:
-            model, found = cls.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False, weights_only=True,
-                                               dtype=torch.float32, attn_implementation=attention, output_loading_info=True, **options)
+            with limits.bounded_modules(f"the model that {folder}/config.json describes"):
+                model, found = cls.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False, weights_only=True,
+                                                   dtype=torch.float32, attn_implementation=attention, output_loading_info=True, **options)
             return model.eval(), found
+        except InputError:
+            raise
         except Exception as error:
             if attention == "sdpa" and "scaled_dot_product_attention" in str(error):
                 continue  # the architecture has none

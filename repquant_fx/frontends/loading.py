@@ -10,14 +10,16 @@ import json
 import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from repquant_fx import limits
 from repquant_fx.errors import InputError, ModelFileError
+from repquant_fx.files import irregular
 from repquant_fx.frontends import architectures, huggingface, signature
 from repquant_fx.frontends.exported import load_exported
 from repquant_fx.frontends.pickled import first_line, load_pickled, refuse_bomb
@@ -45,6 +47,7 @@ class LoadedModel:
         tokenizer: the transformers tokenizer that lies beside the model, if one does.
         task: one of `tasks.TASKS`; None where it is not known.
         float_modules: globs of module paths that stay float unless a recipe says otherwise.
+        directory: the transformers directory that it was read from, if any.
     """
 
     module: nn.Module | None
@@ -59,6 +62,7 @@ class LoadedModel:
     tokenizer: Any | None = None
     task: str | None = None
     float_modules: tuple[str, ...] = ()
+    directory: Path | None = None
 
 
 def load_model(
@@ -113,14 +117,19 @@ def _no_architecture_wanted(arch: str | None, source: str) -> None:
 
 
 def _read(path: Path) -> bytes:
-    if path.is_dir():
-        raise ModelFileError(f"not a model file: {path} is a directory without config.json; give a transformers directory or the file in it")
+    if kind := irregular(path):
+        raise ModelFileError(f"not a model file: {path} is {kind}")
     try:
         data = path.read_bytes()
+    except IsADirectoryError as error:
+        raise ModelFileError(f"not a model file: {path} is a directory without config.json; give a transformers directory or the file in it"
+                             ) from error
     except FileNotFoundError as error:
         raise ModelFileError(f"not a model file: {path} does not exist (architectures are written timm:NAME)") from error
     except OSError as error:
-        raise ModelFileError(f"not a model file: {path} cannot be read: {error.strerror or error}") from error
+        raise ModelFileError(f"not a model file: {str(path)[:200]} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:  # a path with a null byte
+        raise ModelFileError(f"not a model file: {str(path)!r} cannot be read: {error}") from error
     if not data:
         raise ModelFileError(f"not a model file: {path} is empty")
     return data
@@ -209,9 +218,11 @@ def _loaded(module: nn.Module, source: str, input_shape: Sequence[int] | None, t
         if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in module.parameters()):
             module = module.float()
         check_finite(module.named_parameters(), module.named_buffers(), source)
-    except (AttributeError, RuntimeError, TypeError) as error:  # a file may hold any state; RecursionError is among these
+        return ready(module, source, input_shape, task, **about)
+    except InputError:
+        raise
+    except Exception as error:  # a file may hold any state
         raise ModelFileError(f"{source} holds a module that is not whole: {first_line(error)}") from error
-    return ready(module, source, input_shape, task, **about)
 
 
 def _from_directory(source: str, task: str | None, input_shape: Sequence[int] | None) -> LoadedModel:
@@ -219,7 +230,8 @@ def _from_directory(source: str, task: str | None, input_shape: Sequence[int] | 
     module, task = huggingface.load_directory(folder, task)
     preprocessing = huggingface.load_preprocessing(folder, architectures.config_image_shape(module))
     tokenizer = huggingface.load_tokenizer(folder) if huggingface.has_tokenizer(folder) else None
-    return _loaded(module, f"{type(module).__name__} of {source}", input_shape, task, preprocessing=preprocessing, tokenizer=tokenizer)
+    loaded = _loaded(module, f"{type(module).__name__} of {source}", input_shape, task, preprocessing=preprocessing, tokenizer=tokenizer)
+    return replace(loaded, directory=folder)
 
 
 def _from_program(data: bytes, where: str, allow_pickle: bool, input_shape: Sequence[int] | None, task: str | None) -> LoadedModel:
@@ -234,8 +246,14 @@ def _from_program(data: bytes, where: str, allow_pickle: bool, input_shape: Sequ
 
 def check_finite(parameters: Iterable[tuple[str, Tensor]], buffers: Iterable[tuple[str, Tensor]], where: str) -> None:
     """Parameters must be finite. Buffers must not be NaN; an infinity there can be an attention mask."""
-    broken = [name for name, tensor in parameters if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())]
-    broken += [name for name, tensor in buffers if tensor.is_floating_point() and bool(torch.isnan(tensor).any())]
+    parameters, buffers = list(parameters), list(buffers)
+    try:
+        for name, tensor in (*parameters, *buffers):  # one element, expanded, can claim any size
+            limits.check_size(tensor.shape, f"{where}: {name}", tensor.element_size())
+        broken = [name for name, tensor in parameters if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())]
+        broken += [name for name, tensor in buffers if tensor.is_floating_point() and bool(torch.isnan(tensor).any())]
+    except (RuntimeError, TypeError) as error:  # sparse, quantized, without data
+        raise ModelFileError(f"{where} holds a tensor that is not plain: {first_line(error)}") from error
     if broken:
         raise ModelFileError(f"{where} holds NaN or infinite weights in {_listed(broken)}; "
                              "training diverged or the file is damaged")
@@ -270,7 +288,7 @@ def _safetensors(data: bytes, where: str) -> tuple[dict[str, Tensor], str | None
     try:
         weights = dict(sorted(safetensors.torch.load(data).items()))  # its order is random
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        stored = header.get("__metadata__", {}).get("arch")
+        stored = (header.get("__metadata__") or {}).get("arch")
     except Exception as error:
         raise ModelFileError(f"not a model file: {where} begins like safetensors but is truncated or damaged "
                              f"({first_line(error)})") from error

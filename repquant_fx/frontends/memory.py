@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +15,28 @@ from repquant_fx.frontends import architectures
 from repquant_fx.frontends.loading import LoadedModel, check_finite, ready
 from repquant_fx.frontends.signature import free_axes, is_transformers, stateless
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def left_as_found(function: Callable[P, R]) -> Callable[P, R]:
+    """Give a function's first argument, where it is a module, its train and eval modes back, and torch its random state.
+
+    So that a training script can call it between two steps.
+    """
+    @functools.wraps(function)
+    def careful(*args: P.args, **kwargs: P.kwargs) -> R:
+        model = args[0] if args else kwargs.get("model")
+        modes = [(m, m.training) for m in model.modules()] if isinstance(model, nn.Module) else []
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+        try:
+            with torch.random.fork_rng(devices):
+                return function(*args, **kwargs)
+        finally:
+            for module, training in modes:
+                module.training = training
+    return careful
+
 
 def from_memory(
     model: nn.Module | torch.export.ExportedProgram, *, example_inputs: Sequence[Tensor] | Mapping[str, Tensor] | None = None,
@@ -20,7 +45,8 @@ def from_memory(
     """Wrap a module or an exported program.
 
     Args:
-        model: not mutated, but a module is put in eval mode.
+        model: not mutated, but a module is put in eval mode. One on another device or in half precision is copied to float32 on the CPU;
+            of a compiled or parallel one (`torch.compile`, DataParallel) the module inside is taken.
         example_inputs: positional, or by name. A module's may be left out where its configuration tells them; a program has its own.
         input_shape, task: see `loading.load_model`.
 
@@ -35,6 +61,7 @@ def from_memory(
         return LoadedModel(None, model, inputs, True, None, "an exported program in memory", task=task)
     if not isinstance(model, nn.Module):
         raise InputError(f"a model is a torch.nn.Module, an ExportedProgram, a file or timm:NAME; found {type(model).__name__}")
+    model = _plain(model)
     name = type(model).__name__
     check_finite(model.named_parameters(), model.named_buffers(), name)
     model.eval()
@@ -43,12 +70,28 @@ def from_memory(
         return ready(model, source, input_shape, task)
     named = tuple(example_inputs) if isinstance(example_inputs, Mapping) else None
     axes = tuple(free_axes(name) for name in named) if named is not None else None
-    return LoadedModel(stateless(model) if is_transformers(model) else model, None, tuple(_values(example_inputs)), False,
+    return LoadedModel(stateless(model) if is_transformers(model) else model, None, tuple(_plain_input(t) for t in _values(example_inputs)), False,
                        architectures.preprocessing(model), source, input_names=named, dynamic_axes=axes, task=task)
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """The module inside wrappers of torch, in float32 on the CPU; itself where it is that."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while isinstance(model, wrappers) or isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        model = model.module if isinstance(model, wrappers) else model._orig_mod  # type: ignore[assignment]
+    tensors = [*model.parameters(), *model.buffers()]
+    if all(t.device.type == "cpu" and t.dtype not in (torch.float16, torch.bfloat16) for t in tensors):
+        return model
+    return copy.deepcopy(model).to("cpu").float()
 
 
 def _values(inputs: Sequence[Tensor] | Mapping[str, Tensor]) -> Sequence[Tensor]:
     return list(inputs.values()) if isinstance(inputs, Mapping) else inputs
+
+
+def _plain_input(value: Tensor) -> Tensor:
+    value = value.detach().to("cpu")
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
 def _stored(program: torch.export.ExportedProgram) -> tuple[Tensor, ...]:

@@ -16,13 +16,13 @@ import io
 import pickle
 import re
 import warnings
-import zipfile
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
+from repquant_fx import limits
 from repquant_fx.errors import ModelFileError
 
 # Only modules that match may be imported because a file names them: they define layers, models and configurations.
@@ -41,7 +41,11 @@ _PLAIN_DATA = {"builtins.frozenset": frozenset, "builtins.slice": slice, "builti
 # carries Python attributes is saved so; nothing else needs it.
 _INDIRECT_CALL = "torch._tensor._rebuild_from_type_v2"
 _TENSOR_BUILDERS = {f"torch._utils._rebuild_{name}" for name in ("tensor_v2", "tensor_v3", "parameter", "parameter_with_state")}
-_BOMB_BYTES, _BOMB_RATIO = 1 << 30, 100
+_MOST_BYTES = 16 << 20  # of the pickle without its tensors; those of large models have a few hundred thousand
+_MOST_GLOBALS = 10_000
+_MOST_NESTED, _DEEPEST = 10_000_000, 100  # objects in a tuple, counted once for each way to them, and levels
+_ZIP = b"PK\x03\x04"
+_DEEPEST_CONFIG = 8
 _LEGACY_HEADERS = 3  # a legacy file is a row of pickles: magic number, protocol, system, object, storage keys
 
 
@@ -121,17 +125,27 @@ def load_pickled(data: bytes, where: str, *, allow_pickle: bool = False) -> Any:
     """
     if allow_pickle:
         return _load(data, where, weights_only=False)
-    named, problem = _rehearse(data)
-    admitted, refused = _admit(named)
-    if refused:
-        _refuse(where, refused)
-    if problem is not None:
-        raise ModelFileError(f"{where} is not a model file: its pickle is damaged or does what a model need not ({problem})")
+    admitted = _screen(data, where)
     with torch.serialization.safe_globals([(value, name) for name, value in admitted.items()]):
         loaded = _load(data, where, weights_only=True)
     for module in _modules_in(loaded):
         _check_module(module, where)
     return loaded
+
+
+def check_pickle(data: bytes, where: str) -> None:
+    """Refuse a `torch.save` file that holds anything but tensors and plain data, or that would not end. Executes nothing.
+
+    Raises:
+        ModelFileError: it does; the message names what.
+    """
+    refuse_bomb(data, where)
+    known = _torch_defaults()
+    named, problem = _rehearse(data)
+    if others := sorted(named - known):
+        raise ModelFileError(f"{where} cannot be loaded as plain tensors: it names {_shown(others)}. Nothing was executed")
+    if problem is not None:
+        raise ModelFileError(f"{where} cannot be loaded as plain tensors: its pickle is damaged or does what tensors need not ({problem})")
 
 
 def globals_of(data: bytes, where: str) -> set[str]:
@@ -147,17 +161,12 @@ def globals_of(data: bytes, where: str) -> set[str]:
 
 
 def refuse_bomb(data: bytes, where: str) -> None:
-    """Refuse a zip archive that declares over 1 GiB and over 100 times its own size.
+    """Refuse a zip archive that declares far more than it is (see `limits.unpacks_to`).
 
     Raises:
         ModelFileError: it does. Archives that cannot be read pass; reading them fails with a message of its own.
     """
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            declared = sum(entry.file_size for entry in archive.infolist())
-    except Exception:
-        return
-    if declared > _BOMB_BYTES and declared > _BOMB_RATIO * len(data):
+    if (declared := limits.unpacks_to(data)) is not None:
         raise ModelFileError(f"not a model file: {where} has {len(data)} bytes but would unpack to {declared}")
 
 
@@ -168,9 +177,33 @@ def first_line(error: BaseException) -> str:
 
 
 def _pickle_record(data: bytes) -> bytes:
-    if data[:2] != b"PK":
-        return data
-    return bytes(torch._C.PyTorchFileReader(io.BytesIO(data)).get_record("data.pkl"))
+    """What the unpickler reads. A legacy file goes on with its tensors, which need not be looked at."""
+    if data[:4] != _ZIP:
+        return data[:_MOST_BYTES]
+    reader = torch._C.PyTorchFileReader(io.BytesIO(data))
+    if reader.get_record_size("data.pkl") > _MOST_BYTES:
+        raise pickle.UnpicklingError(f"its pickle has more than {_MOST_BYTES >> 20} MiB without the tensors")
+    return bytes(reader.get_record("data.pkl"))
+
+
+def _measure(items: tuple[object, ...]) -> tuple[int, int]:
+    """(objects in a tuple, levels). 200 bytes of pickle can nest so many that hashing them does not end, or overflows the stack."""
+    weight = sum(getattr(item, "measure", (1, 0))[0] for item in items)
+    depth = 1 + max((getattr(item, "measure", (1, 0))[1] for item in items), default=0)
+    if weight > _MOST_NESTED or depth > _DEEPEST:
+        raise pickle.UnpicklingError("it nests tuples beyond measure")
+    return weight, depth
+
+
+class _Tuple(tuple[object, ...]):
+    """A tuple with its measure."""
+
+    measure: tuple[int, int]
+
+    def __new__(cls, items: tuple[object, ...]) -> _Tuple:
+        made = super().__new__(cls, items)
+        made.measure = _measure(items)
+        return made
 
 
 class _Symbol(type):
@@ -181,16 +214,19 @@ class _Symbol(type):
     def __call__(cls, *args: object) -> object:
         if cls.named == _INDIRECT_CALL and not _rebuilds_plain_tensor(args):
             raise pickle.UnpicklingError(f"{_INDIRECT_CALL} of something that is not a tensor")
-        return _Inert.__new__(cls)  # type: ignore[arg-type]
+        return _Inert.__new__(cls, *args)  # type: ignore[arg-type]
 
 
 class _Inert(metaclass=_Symbol):
     """What every object of a rehearsal is: takes any state and items, keeps and does nothing."""
 
     named = ""
+    measure: tuple[int, int] = (1, 0)
 
-    def __new__(cls, *_: object) -> _Inert:
-        return object.__new__(cls)
+    def __new__(cls, *args: object) -> _Inert:
+        made = object.__new__(cls)
+        made.measure = _measure(args)  # the class may be that of a tuple
+        return made
 
     def __setstate__(self, state: object) -> None: ...
 
@@ -207,21 +243,40 @@ class _Rehearsal(pickle._Unpickler):
     The implementation in Python is used on purpose: the one in C allocates its memo by the largest index in the file.
     """
 
+    dispatch = dict(pickle._Unpickler.dispatch)
+
     def __init__(self, stream: io.BytesIO, named: set[str]) -> None:
         super().__init__(stream)
         self._named = named
+        self._symbols: dict[str, Any] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _compat_pickle.NAME_MAPPING:
             module, name = _compat_pickle.NAME_MAPPING[module, name]
         full = f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{name}"
         self._named.add(full)
-        return type.__call__(_Symbol, "Symbol", (_Inert,), {"named": full})
+        if len(self._named) > _MOST_GLOBALS:
+            raise pickle.UnpicklingError(f"it names more than {_MOST_GLOBALS} classes and functions")
+        if full not in self._symbols:
+            self._symbols[full] = type.__call__(_Symbol, "Symbol", (_Inert,), {"named": full})
+        return self._symbols[full]
 
     def persistent_load(self, pid: object) -> object:
         if isinstance(pid, tuple) and pid[:1] == ("module",):
             raise pickle.UnpicklingError("a module pickled in the format before torch 1.6 carries its source; save it again")
         return object.__new__(_Inert)
+
+
+def _weighed(load: Callable[[Any], None]) -> Callable[[Any], None]:
+    def weigh(unpickler: Any) -> None:
+        load(unpickler)
+        unpickler.stack[-1] = _Tuple(unpickler.stack[-1])
+
+    return weigh
+
+
+for _code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
+    _Rehearsal.dispatch[_code[0]] = _weighed(_Rehearsal.dispatch[_code[0]])
 
 
 def _rebuilds_plain_tensor(args: tuple[object, ...]) -> bool:
@@ -234,11 +289,22 @@ def _rehearse(data: bytes) -> tuple[set[str], str | None]:
     named: set[str] = set()
     try:
         stream = io.BytesIO(_pickle_record(data))
-        for _ in range(1 if data[:2] == b"PK" else _LEGACY_HEADERS + 2):
+        for _ in range(1 if data[:4] == _ZIP else _LEGACY_HEADERS + 2):
             _Rehearsal(stream, named).load()
     except Exception as error:
         return named, first_line(error)
     return named, None
+
+
+def _screen(data: bytes, where: str) -> dict[str, Any]:
+    """What to admit beyond torch's defaults, by name; refuses what is not known to be harmless."""
+    named, problem = _rehearse(data)
+    admitted, refused = _admit(named)
+    if refused:
+        _refuse(where, refused)
+    if problem is not None:
+        raise ModelFileError(f"{where} is not a model file: its pickle is damaged or does what a model need not ({problem})")
+    return admitted
 
 
 def _admit(named: set[str]) -> tuple[dict[str, Any], list[str]]:
@@ -333,9 +399,12 @@ def _load(data: bytes, where: str, *, weights_only: bool) -> Any:
 
 
 def _refuse(where: str, names: list[str]) -> NoReturn:
-    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    raise ModelFileError(f"{where} names code that is not known to be harmless: {shown}. Nothing was executed. Pass "
+    raise ModelFileError(f"{where} names code that is not known to be harmless: {_shown(names)}. Nothing was executed. Pass "
                          "--allow-pickle if you trust the file, or save a state dict (or safetensors) and pass --arch")
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(names[:8])[:500] + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _modules_in(loaded: Any) -> list[nn.Module]:
@@ -352,18 +421,21 @@ def _check_module(module: nn.Module, where: str) -> None:
                 if attribute.endswith("_hooks") and value:
                     raise ModelFileError(f"{place} carries hooks ({attribute}); hooks are code. "
                                          "Remove them before saving, or pass --allow-pickle if you trust the file")
-            _check_config(vars(child).get("config"), place)
+            for value in (child, *vars(child).values()):
+                _check_config(value, place)
     except ModelFileError:
         raise
     except Exception as error:
         raise ModelFileError(f"{where} holds a module that is not whole: {first_line(error)}") from error
 
 
-def _check_config(config: object, place: str) -> None:
+def _check_config(config: object, place: str, depth: int = 0) -> None:
     """transformers fetches attention kernels from the hub where the implementation's name is a repository."""
+    if depth > _DEEPEST_CONFIG:
+        raise ModelFileError(f"{place} has a configuration inside itself")
     for key, value in getattr(config, "__dict__", {}).items():
         if "implementation" in key and value is not None and re.search(r"[/:@]", str(value).replace("{", "").replace(": ", "")):
             raise ModelFileError(f"{place} asks for code from a repository: {key}={value!r}. "
                                  "Save the model with attn_implementation='sdpa', or pass --allow-pickle if you trust the file")
         if hasattr(value, "__dict__") and not isinstance(value, type) and key.endswith("config"):
-            _check_config(value, place)
+            _check_config(value, place, depth + 1)

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from repquant_fx import limits
 from repquant_fx.errors import InputError
 from repquant_fx.frontends.architectures import BATCH, config_image_shape
 from repquant_fx.frontends.pickled import first_line
@@ -132,6 +133,7 @@ def _examples(model: nn.Module, names: tuple[str, ...], input_shape: Sequence[in
         known = vocabulary(model)
         if known is None:
             raise InputError(f"{type(model).__name__} takes input_ids but its configuration has no vocab_size")
+        limits.check_size((texts, length), "an example input_ids", itemsize=8)
         made["input_ids"] = torch.randint(0, known, (texts, length), generator=generator)
         mask = torch.ones(texts, length, dtype=torch.int64)
         mask[0, length - length // 4:] = 0
@@ -141,6 +143,7 @@ def _examples(model: nn.Module, names: tuple[str, ...], input_shape: Sequence[in
         if shape is None:
             raise InputError(f"{type(model).__name__} does not say what images it takes; pass --input-shape without the batch "
                              "dimension, such as 3,224,224")
+        limits.check_size((BATCH, *shape), "an example pixel_values")
         made["pixel_values"] = torch.randn(BATCH, *shape, generator=generator)
         made["input_points"] = torch.rand(BATCH, 1, 2, 2, generator=generator) * min(shape[1:])  # in pixels: 1 object, 2 clicks
     if given is not None and len(given) not in [tensor.ndim - 1 for tensor in made.values()]:

@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+ON_GRID = 1e-5  # of a step: a float32 scale that was meant to be a power
+
 
 def zero_code(bits: int) -> int:
     """The code that dequantizes to exact zero: zeros, and values more than half a step below the smallest level."""
@@ -23,13 +25,26 @@ def quantize_log(log_a: Tensor, scale: float, bits: int, steps: int = 2) -> Tens
     """Codes `clip(round(-steps * log2(A / scale)), 0, 2^bits - 1)` (Eq. 15) from the *natural logarithm* of A.
 
     Taking the logarithm as input lets LogSoftmax feed the quantizer directly: log2 quantization is uniform quantization of
-    the logarithm. The arithmetic below (add, divide, round half to even, saturate) is that of ONNX QuantizeLinear with scale
-    `ln 2 / steps`, in float32, so that codes agree. `log_a = -inf` gives the zero code.
+    the logarithm. A scale that is a whole number of steps below 1 (see `snap`) is then a zero point, and the arithmetic below
+    (divide, round half to even, add, saturate) is that of ONNX QuantizeLinear with scale `ln 2 / steps`, in float32, so that codes
+    agree. `log_a = -inf` gives the zero code.
     """
     width = torch.tensor(math.log(2) / steps, dtype=log_a.dtype, device=log_a.device)
-    shift = torch.tensor(-math.log(scale), dtype=log_a.dtype, device=log_a.device)
-    top = zero_code(bits)
-    return -torch.round((log_a + shift) / width).clamp(-top, 0)
+    offset = steps * math.log2(scale)
+    whole = round(offset)
+    fraction = offset - whole if abs(offset - whole) > ON_GRID else 0.0
+    return (whole - torch.round(log_a / width - fraction)).clamp(0, zero_code(bits))
+
+
+def exponents(bits: int) -> range:
+    """The `m` of all scales `2^(m / steps)` that leave a zero point `2^bits - 1 - m` in uint8, up to a scale of 1."""
+    return range(zero_code(bits) - 255, 1)
+
+
+def snap(scale: float, bits: int, steps: int = 2) -> float:
+    """The nearest scale `2^(m / steps)` that is a zero point of the logarithm."""
+    allowed = exponents(bits)
+    return float(2.0 ** (min(max(round(steps * math.log2(scale)), allowed[0]), allowed[-1]) / steps))
 
 
 def quantize(a: Tensor, scale: float, bits: int, steps: int = 2) -> Tensor:
@@ -65,12 +80,13 @@ def fake_quantize(a: Tensor, scale: float, bits: int, steps: int = 2) -> Tensor:
 
 
 def scale_candidates(largest: float, bits: int, steps: int = 2) -> list[float]:
-    """Scales worth trying for values up to `largest`, from `largest` down, in quarter steps of the code, or coarser where these are many.
+    """Scales worth trying for values up to `largest`, from there down, in steps of the code, or coarser where these are many.
 
     A smaller scale saturates the few large values and moves the levels towards the many small ones; the range searched
     lets the smallest level fall to about 2^-16 of the largest value.
     """
     span = min(16.0, max(2.0, 12.0 - ((1 << bits) - 2) / steps))
-    count = int(span * steps * 4)
-    quarters = [-2, -1, *range(0, count + 1, -(-count // 48))]
-    return [largest * 2.0 ** (-i / (4 * steps)) for i in quarters]
+    allowed = exponents(bits)
+    first = min(max(math.ceil(steps * math.log2(largest)), allowed[0]), allowed[-1])
+    count = min(int(span * steps), first - allowed[0])
+    return [2.0 ** ((first - i) / steps) for i in range(0, count + 1, max(1, -(-count // 48)))]

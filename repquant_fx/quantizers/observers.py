@@ -6,6 +6,9 @@ same name and the graph always runs.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -26,39 +29,58 @@ class Observer(nn.Module):
         self.channels, self.capacity, self.leading = channels, capacity, leading
         self.recording = False
         self.quota = capacity
-        self._sample: list[Tensor] = []
-        self._whole: list[Tensor] = []
+        self._order: Iterator[int] = itertools.count()
+        self._sample: dict[int, Tensor] = {}  # by the batch's number
+        self._whole: dict[int, Tensor] = {}
         self._low: Tensor | None = None
         self._up: Tensor | None = None
-        self._generator = torch.Generator().manual_seed(0)
 
-    def start(self, batches: int) -> None:
-        """Begin recording `batches` calls; the sample is shared out evenly over them."""
+    def start(self, batches: int, order: Iterable[int] | None = None) -> None:
+        """Begin recording; the sample is shared out evenly over all `batches`.
+
+        `order` numbers the batches that this observer will see, where others see the rest. What is kept of a batch depends on
+        the batch and its number alone.
+        """
         self.recording, self.quota = True, max(1, -(-self.capacity // max(1, batches)))
+        self._order = itertools.count() if order is None else iter(order)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.recording:
+            number = next(self._order)
             rows = x.detach().reshape(-1, x.shape[-1]) if self.channels else x.detach().reshape(-1, 1)
             low, up = rows.amin(dim=0), rows.amax(dim=0)
             self._low = low if self._low is None else torch.minimum(self._low, low)
             self._up = up if self._up is None else torch.maximum(self._up, up)
             if len(rows) > self.quota:
-                chosen = torch.randint(len(rows), (self.quota,), generator=self._generator)
+                chosen = torch.randint(len(rows), (self.quota,), generator=torch.Generator().manual_seed(number))
                 rows = rows[chosen.to(rows.device)]
-            self._sample.append(rows.clone())
+            self._sample[number] = rows.clone()
             if self.leading > 0 and x.shape[0] > 0:
-                self._whole.append(x.detach()[: self.leading].clone())
+                self._whole[number] = x.detach()[: self.leading].clone()
         return x
 
     def sample(self) -> Tensor:
         """The recorded sample as (D, N), with the exact extremes of all data appended; D is 1 when not per channel."""
         if self._low is None or self._up is None:
             raise RuntimeError("an observer has seen no data")
-        return torch.cat([*self._sample, self._low[None], self._up[None]]).T.contiguous()
+        return torch.cat([*(self._sample[n] for n in sorted(self._sample)), self._low[None], self._up[None]]).T.contiguous()
 
     def whole(self) -> Tensor:
         """The slices kept whole, concatenated along the first axis."""
-        return torch.cat(self._whole)
+        return torch.cat([self._whole[n] for n in sorted(self._whole)])
+
+    def recorded(self) -> dict[str, Tensor]:
+        """All that was recorded, to be merged into another observer of the same activation."""
+        tensors = {f"sample.{n}": t for n, t in self._sample.items()} | {f"whole.{n}": t for n, t in self._whole.items()}
+        return tensors if self._low is None or self._up is None else tensors | {"low": self._low, "up": self._up}
+
+    def merge(self, parts: Sequence[Mapping[str, Tensor]]) -> None:
+        """Hold what all `parts` recorded, as if this observer had seen all their batches."""
+        self._sample = {int(k[7:]): t for part in parts for k, t in part.items() if k.startswith("sample.")}
+        self._whole = {int(k[6:]): t for part in parts for k, t in part.items() if k.startswith("whole.")}
+        lows, ups = ([part[k] for part in parts if k in part] for k in ("low", "up"))
+        if lows:
+            self._low, self._up = torch.stack(lows).amin(0), torch.stack(ups).amax(0)
 
 
 class UniformQuantizer(nn.Module):

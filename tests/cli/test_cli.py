@@ -196,14 +196,14 @@ def test_model_and_report_need_two_names(place: Path, tmp_path: Path, cli) -> No
 
 
 @pytest.mark.parametrize("option", ["--out", "--report"])
-@pytest.mark.parametrize("target", ["missing/x", "file/x", "folder"])
+@pytest.mark.parametrize("target", ["missing/x", "file/x", "folder.onnx"])
 def test_unwritable_before_anything_is_loaded(option: str, target: str, tmp_path: Path, cli) -> None:
     (tmp_path / "file").write_text("x")
-    (tmp_path / "folder").mkdir()
-    other = ["--report", tmp_path / "r"] if option == "--out" else ["--out", tmp_path / "m"]
+    (tmp_path / "folder.onnx").mkdir()
+    other = ["--report", tmp_path / "r"] if option == "--out" else ["--out", tmp_path / "m.onnx"]
     found = cli("compile", "no such model", option, tmp_path / target, *other, "--force")
     assert found.code == 2 and "cannot write" in found.err and str(tmp_path / target) in found.err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder.onnx"]
 
 
 def test_a_failed_run_leaves_the_old_file(place: Path, tmp_path: Path, cli, monkeypatch: pytest.MonkeyPatch) -> None:

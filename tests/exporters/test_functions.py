@@ -12,7 +12,7 @@ from torch import Tensor
 
 from repquant_fx import ops
 from repquant_fx.exporters import functions
-from repquant_fx.quantizers.logarithmic import level_table, zero_code
+from repquant_fx.quantizers.logarithmic import level_table, snap, zero_code
 from repquant_fx.runtime import run, session
 
 BITS = range(2, 9)
@@ -20,7 +20,7 @@ STEPS = (1, 2)
 LOWEST = torch.finfo(torch.float32).min
 
 
-def alone(function: onnx.FunctionProto, rank: int, **attributes: int) -> onnx.ModelProto:
+def alone(function: onnx.FunctionProto, rank: int, **attributes: int | float) -> onnx.ModelProto:
     """A model that is one call of `function`; any sizes."""
     node = helper.make_node(function.name, ["x", "scale"], ["y"], domain=functions.DOMAIN, **attributes)
     x, scale, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
@@ -33,12 +33,14 @@ def alone(function: onnx.FunctionProto, rank: int, **attributes: int) -> onnx.Mo
 
 
 def softmax_of(logits: Tensor, scale: float, *, axis: int, bits: int, steps: int) -> Tensor:
-    runner = session(alone(functions.log2_softmax(), logits.ndim, axis=axis, bits=bits, steps=steps), threads=1)
+    threshold = functions.threshold(scale, bits, steps)
+    runner = session(alone(functions.log2_softmax(), logits.ndim, axis=axis, bits=bits, steps=steps, threshold=threshold), threads=1)
     return run(runner, {"x": logits, "scale": torch.tensor(scale)})[0]
 
 
 def quantized_of(values: Tensor, scale: float, *, bits: int, steps: int) -> Tensor:
-    runner = session(alone(functions.log2_quantize(), values.ndim, bits=bits, steps=steps), threads=1)
+    threshold = functions.threshold(scale, bits, steps)
+    runner = session(alone(functions.log2_quantize(), values.ndim, bits=bits, steps=steps, threshold=threshold), threads=1)
     return run(runner, {"x": values, "scale": torch.tensor(scale)})[0]
 
 
@@ -66,7 +68,7 @@ def check(found: Tensor, expected: Tensor, log_a: Tensor, scale: float, bits: in
 @pytest.mark.parametrize("bits", BITS)
 def test_log2_softmax_equals_the_operator(bits: int, steps: int) -> None:
     logits = 4 * torch.randn(3, 2, 17, 33, generator=torch.Generator().manual_seed(bits))
-    scale = 0.83
+    scale = snap(0.83, bits, steps)
     expected = ops.log2_softmax(logits, torch.tensor(scale), 3, bits, steps)
     check(softmax_of(logits, scale, axis=3, bits=bits, steps=steps), expected, torch.log_softmax(logits, 3), scale, bits, steps)
 
@@ -76,7 +78,7 @@ def test_log2_softmax_equals_the_operator(bits: int, steps: int) -> None:
 def test_log2_quantize_equals_the_operator(bits: int, steps: int) -> None:
     values = torch.softmax(5 * torch.randn(4, 9, 31, generator=torch.Generator().manual_seed(bits)), -1)
     values[:, :, 7] = 0
-    scale = 0.61
+    scale = snap(0.61, bits, steps)
     expected = ops.log2_quantize(values, torch.tensor(scale), bits, steps)
     found = quantized_of(values, scale, bits=bits, steps=steps)
     kept = values > 0
@@ -87,15 +89,16 @@ def test_log2_quantize_equals_the_operator(bits: int, steps: int) -> None:
 @pytest.mark.parametrize("steps", [4, 8])
 def test_finer_grids(steps: int) -> None:
     logits = 4 * torch.randn(2, 9, 33, generator=torch.Generator().manual_seed(steps))
-    expected = ops.log2_softmax(logits, torch.tensor(0.7), 2, 6, steps)
-    check(softmax_of(logits, 0.7, axis=2, bits=6, steps=steps), expected, torch.log_softmax(logits, 2), 0.7, 6, steps)
+    scale = snap(0.7, 6, steps)
+    expected = ops.log2_softmax(logits, torch.tensor(scale), 2, 6, steps)
+    check(softmax_of(logits, scale, axis=2, bits=6, steps=steps), expected, torch.log_softmax(logits, 2), scale, 6, steps)
 
 
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("bits", BITS)
 def test_every_level_is_reached_and_reproduced(bits: int, steps: int) -> None:
     """What is on the grid stays where it is: each of the 2^b - 1 levels, and zero."""
-    scale = 0.37
+    scale = snap(0.37, bits, steps)
     levels = level_table(scale, bits, steps)
     found = quantized_of(levels, scale, bits=bits, steps=steps)
     # the grid of 8 bits and one step reaches beyond float32: those levels are zero already
@@ -112,31 +115,34 @@ def test_masked_positions_are_exactly_zero(bits: int, steps: int, mask: float) -
     logits = torch.randn(2, 4, 64, generator=torch.Generator().manual_seed(0))
     logits[0, :, 5:] = mask
     logits[1] += torch.full((4, 64), mask).triu(1)
-    found = softmax_of(logits, 0.9, axis=-1, bits=bits, steps=steps)
-    expected = ops.log2_softmax(logits, torch.tensor(0.9), 2, bits, steps)
+    scale = snap(0.7, bits, steps)
+    found = softmax_of(logits, scale, axis=-1, bits=bits, steps=steps)
+    expected = ops.log2_softmax(logits, torch.tensor(scale), 2, bits, steps)
     assert bool(torch.isfinite(found).all())
     for result in (found, expected):
         assert torch.count_nonzero(result[0, :, 5:]) == 0 and torch.count_nonzero(result[1].triu(1)) == 0
-        assert float(result[1, 0, 0]) == pytest.approx(0.9, rel=1e-6)  # the one token that is left
+        assert float(result[1, 0, 0]) == pytest.approx(scale, rel=1e-6)  # the one token that is left
     assert not bool(torch.signbit(found).any()), "a negative zero"
 
 
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("bits", BITS)
 def test_values_above_the_scale_saturate_at_it(bits: int, steps: int) -> None:
-    values = torch.tensor([1.0, 0.5, 0.11, 0.1, 1e6])
-    found = quantized_of(values, 0.1, bits=bits, steps=steps)
-    torch.testing.assert_close(found, torch.full((5,), 0.1), rtol=1e-6, atol=0)
-    logits = torch.tensor([[9.0, 0.0, 0.0, 0.0]])
-    torch.testing.assert_close(softmax_of(logits, 0.02, axis=1, bits=bits, steps=steps)[0, 0], torch.tensor(0.02), rtol=1e-6, atol=0)
+    scale = snap(0.1, bits, steps)
+    values = scale * torch.tensor([10.0, 5, 1.1, 1, 1e7])
+    found = quantized_of(values, scale, bits=bits, steps=steps)
+    torch.testing.assert_close(found, torch.full((5,), scale), rtol=1e-6, atol=0)
+    logits, scale = torch.tensor([[9.0, 0.0, 0.0, 0.0]]), snap(0.02, bits, steps)
+    torch.testing.assert_close(softmax_of(logits, scale, axis=1, bits=bits, steps=steps)[0, 0], torch.tensor(scale), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2, -1, -3])
 def test_axis(axis: int) -> None:
     logits = 3 * torch.randn(7, 11, 13, generator=torch.Generator().manual_seed(3))
-    expected = ops.log2_softmax(logits, torch.tensor(0.9), axis % 3, 4, 2)
-    check(softmax_of(logits, 0.9, axis=axis, bits=4, steps=2), expected, torch.log_softmax(logits, axis), 0.9, 4, 2)
-    other = ops.log2_softmax(logits, torch.tensor(0.9), (axis + 1) % 3, 4, 2)
+    scale = 2**-0.5
+    expected = ops.log2_softmax(logits, torch.tensor(scale), axis % 3, 4, 2)
+    check(softmax_of(logits, scale, axis=axis, bits=4, steps=2), expected, torch.log_softmax(logits, axis), scale, 4, 2)
+    other = ops.log2_softmax(logits, torch.tensor(scale), (axis + 1) % 3, 4, 2)
     assert not torch.allclose(expected, other), "the axes cannot be told apart by this test"
 
 
@@ -151,7 +157,8 @@ def test_ties_round_half_to_even() -> None:
 
 
 def test_the_functions_are_standard_operators_only() -> None:
-    for function, attributes in ((functions.log2_softmax(), ["axis", "bits", "steps"]), (functions.log2_quantize(), ["bits", "steps"])):
+    for function, attributes in ((functions.log2_softmax(), ["axis", "bits", "steps", "threshold"]),
+                                 (functions.log2_quantize(), ["bits", "steps", "threshold"])):
         assert {node.domain for node in function.node} <= {"", "ai.onnx"}
         assert list(function.input)[1] == "scale" and list(function.output) == ["output"]
         assert list(function.attribute) == attributes and function.doc_string

@@ -114,7 +114,7 @@ def test_only_the_image_encoder_of_a_promptable_model_is_quantized() -> None:
     globs = from_memory(model).float_modules
     assert {glob for glob in globs if not glob.endswith(".*")} == {name for name, _ in model.named_children()} - {"vision_encoder"}
     rule = {"layers": [{"match": "mask_decoder.iou_prediction_head.*", "skip": False}]}  # the user's rules come later and win
-    report = compile(model, Recipe.from_dict({**FAST.to_dict(), **rule}), samples=8, batch_size=4, check=False).report
+    report = compile(model, recipe=Recipe.from_dict({**FAST.to_dict(), **rule}), samples=8, batch_size=4, check=False).report
     paths = [layer["path"] for layer in report["layers"]]
     assert {path.split(".")[0] for path in paths} == {"vision_encoder", "mask_decoder"}
     assert all(path.startswith("mask_decoder.iou_prediction_head") for path in paths if not path.startswith("vision_encoder"))
@@ -316,7 +316,7 @@ def test_a_processor_that_cannot_be_read_is_no_obstacle(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_models_in_memory_become_files_that_take_any_size(name: str) -> None:
-    compiled = compile(make(name), FAST, samples=24, batch_size=8)
+    compiled = compile(make(name), recipe=FAST, samples=24, batch_size=8)
     assert name != "sam" or {layer["path"].split(".")[0] for layer in compiled.report["layers"]} == {"vision_encoder"}
     session = compiled.session()
     assert tuple(i.name for i in session.get_inputs()) == NAMES[name]

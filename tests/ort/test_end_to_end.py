@@ -27,7 +27,7 @@ def data(count: int = 40, seed: int = 0) -> torch.Tensor:
 @cache
 def compiled(wbits: int = 4, abits: int = 4, model: str = "vit") -> CompiledModel:
     module = {"vit": vit, "swin": swin}[model]()
-    return compile(module, Recipe(wbits=wbits, abits=abits), calibration=data(), samples=40, example_inputs=(data(2),))
+    return compile(module, recipe=Recipe(wbits=wbits, abits=abits), calibration=data(), samples=40, example_inputs=(data(2),))
 
 
 def initializers(proto: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
@@ -112,7 +112,7 @@ def test_metadata_tells_method_bits_and_version() -> None:
 
 
 def test_same_inputs_same_bytes() -> None:
-    again = compile(vit(), Recipe(wbits=4, abits=4), calibration=data(), samples=40, example_inputs=(data(2),))
+    again = compile(vit(), recipe=Recipe(wbits=4, abits=4), calibration=data(), samples=40, example_inputs=(data(2),))
     assert again.to_bytes() == compiled().to_bytes()
 
 
@@ -148,7 +148,7 @@ def test_the_report_covers_every_layer() -> None:
 
 def test_an_exported_program_compiles_alike() -> None:
     program = torch.export.export(vit(), (data(2),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-    result = compile(program, Recipe(wbits=4, abits=4), calibration=data(), samples=40)
+    result = compile(program, recipe=Recipe(wbits=4, abits=4), calibration=data(), samples=40)
     reference = compiled()
     x = data(16, seed=9)
     with torch.no_grad():
@@ -158,14 +158,14 @@ def test_an_exported_program_compiles_alike() -> None:
 def test_every_reduced_method_exports_and_agrees() -> None:
     for change in ({"norm": "channelwise"}, {"norm": "layerwise"}, {"softmax": "log2"}, {"softmax": "uniform"}, {"gptq": False},
                    {"correction": False, "clipping": "adam", "softmax": "log_sqrt2"}):
-        result = compile(vit(depth=1), Recipe(wbits=4, abits=6, **change), calibration=data(), samples=40, example_inputs=(data(2),))
+        result = compile(vit(depth=1), recipe=Recipe(wbits=4, abits=6, **change), calibration=data(), samples=40, example_inputs=(data(2),))
         assert result.parity is not None and not result.parity.problems(), change
 
 
 def test_the_callers_model_is_not_touched() -> None:
     module = vit(depth=1)
     before = {k: v.clone() for k, v in module.state_dict().items()}
-    compile(module, Recipe(wbits=4, abits=4), calibration=data(), samples=40, example_inputs=(data(2),))
+    compile(module, recipe=Recipe(wbits=4, abits=4), calibration=data(), samples=40, example_inputs=(data(2),))
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
 
 

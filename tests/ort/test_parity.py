@@ -61,18 +61,21 @@ def end_to_end(result: CompiledModel, x: Tensor) -> None:
     expected = dict(zip([*uniform, *logarithmic], values_at(result.graph_module, nodes, x)))
     bits = {site["name"].replace("/", "."): site["bits"] for layer in result.report["layers"] for site in layer["inputs"]}
     assert sorted(bits) == sorted(sites)
+    flipped = 0.0
     for name in uniform:
         codes = expected[name].numpy()
         assert codes.dtype == values[name].dtype == np.uint8 and codes.shape == values[name].shape
         assert values[name].max() <= 2 ** bits[name.removesuffix("_quantized")] - 1
         assert len(np.unique(codes)) > 1
         apart = np.abs(codes.astype(int) - values[name].astype(int))
-        assert (apart > 0).mean() <= 0.02, name  # a flip on a rounding boundary moves the whole token in what follows
+        # a flip on a rounding boundary moves the whole token in what follows
+        assert (apart > 0).mean() <= (0.2 if flipped else 0.02) and apart.max(initial=0) <= (3 if flipped else 1), name
+        flipped += (apart > 0).sum()
     for name in logarithmic:
         theirs, ours = values[name], expected[name].numpy()
         assert len(np.unique(theirs)) <= 2 ** bits[name.removesuffix("_dequantized")]
         assert np.array_equal(theirs == 0, ours == 0)
-        assert np.isclose(theirs, ours, rtol=1e-5, atol=0).mean() >= 0.995, name
+        assert np.isclose(theirs, ours, rtol=1e-5, atol=0).mean() >= (0.95 if flipped else 0.995), name
     reference = result.graph_module(x).numpy()
     assert output.shape == reference.shape and np.isfinite(output).all()
     assert np.abs(output - reference).max() <= 0.05 * np.abs(reference).max()
@@ -185,7 +188,8 @@ def test_weights_and_biases(case: tuple[str, int, CompiledModel]) -> None:
     assert len(gemms) >= 9
     for gemm in gemms:
         x, w, b = (producer[name] for name in gemm.input)
-        assert {a.name: a.i for a in w.attribute}.get("axis", 1) == 0 and len(w.input) == 2
+        assert {a.name: a.i for a in w.attribute}.get("axis", 1) == 0
+        assert not array(tensors[w.input[2]]).any(), "written out, or ONNX Runtime leaves the product in float"
         stored, scale = w.input[0], tensors[w.input[1]]
         if bits <= 4:
             cast = producer[stored]
@@ -259,7 +263,7 @@ def test_every_operator_of_a_layer_is_named_after_it(case: tuple[str, int, Compi
 def test_metadata(case: tuple[str, int, CompiledModel]) -> None:
     name, bits, result = case
     entries = {e.key: e.value for e in result.proto.metadata_props}
-    assert set(entries) == {f"repquant_fx.{k}" for k in ("version", "method", "bits", "recipe", "preprocessing")}
+    assert set(entries) == {f"repquant_fx.{k}" for k in ("version", "method", "bits", "recipe", "preprocessing", "layers")}
     assert entries["repquant_fx.version"] == repquant_fx.__version__ and entries["repquant_fx.bits"] == f"W{bits}A{bits}"
     assert Recipe.from_dict(json.loads(entries["repquant_fx.recipe"])) == Recipe.from_dict(result.report["recipe"])
     assert json.loads(entries["repquant_fx.preprocessing"])["input_size"] == list(inputs(name).shape[1:])
@@ -342,9 +346,8 @@ def test_an_untouched_copy_passes() -> None:
     ("blocks.1.attn.query_scale", multiply(1.1)),
     ("blocks.0.attn.probabilities_scale", multiply(1.5)),
     ("blocks.1.mlp.fc1.weight_scale", multiply(1.2)),
-    ("blocks.0.mlp.fc2.bias_quantized", add(40)),
+    ("blocks.0.mlp.fc2.bias_quantized", add(40)),  # not its scale: integer kernels take that to be input's times weight's
     ("blocks.1.norm2.bias", add(1)),
-    ("head.bias_scale", multiply(2)),
     ("head/Min.top", first(7)),
     ("patch_embed.proj.weight_patches_quantized", far),
     ("blocks.0.attn.qkv.weight_quantized", far),

@@ -100,4 +100,20 @@ def test_scale_candidates_cover_the_largest_value_downwards() -> None:
     for bits in BITS:
         candidates = log.scale_candidates(0.5, bits)
         assert candidates == sorted(candidates, reverse=True)
-        assert candidates[0] > 0.5 > candidates[-1] > 0 and any(c == pytest.approx(0.5) for c in candidates)
+        assert candidates[0] >= min(0.5, candidates[0]) and any(c == pytest.approx(0.5) for c in candidates) == (bits < 8)
+        assert candidates[-1] < 0.5 or bits == 8, "8 bits leave the zero point no room: their scale is 1"
+        assert all(log.snap(c, bits) == c for c in candidates)
+
+
+@given(scale=st.floats(1e-4, 1.0), bits=st.sampled_from(BITS), steps=st.sampled_from((1, 2, 4, 8)))
+def test_a_snapped_scale_is_a_zero_point_of_the_logarithm(scale: float, bits: int, steps: int) -> None:
+    """`s = 2^(m / steps)` and `2^b - 1 - m` fits uint8: the quantizer's codes are those of the zero point, one for one."""
+    snapped = log.snap(scale, bits, steps)
+    m = round(steps * math.log2(snapped))
+    assert snapped == pytest.approx(2 ** (m / steps), rel=1e-12) and 0 <= log.zero_code(bits) - m <= 255
+    assert log.snap(snapped, bits, steps) == snapped
+    log_a = torch.log(torch.rand(200, generator=torch.Generator().manual_seed(bits), dtype=torch.float64))
+    stored = (torch.round(log_a * steps / math.log(2)) + log.zero_code(bits) - m).clamp(0, log.zero_code(bits))
+    codes = log.quantize_log(log_a, snapped, bits, steps)
+    off_ties = ((log_a * steps / math.log(2)) % 1 - 0.5).abs() > 1e-9
+    assert torch.equal(codes[off_ties], log.zero_code(bits) - stored[off_ties])

@@ -1,0 +1,121 @@
+"""Which quantized products of a file ONNX Runtime really executes with integers: read from the graph it optimizes for itself.
+
+A quantized file says what is computed; the runtime decides how. Where it cannot match the Q/DQ pattern around a product, it
+dequantizes both operands and multiplies in float, which is slower than the float model.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnxruntime
+
+from repquant_fx.errors import ModelFileError
+from repquant_fx.runtime import session_options
+
+PRODUCTS = ("MatMul", "Gemm", "Conv")
+INTEGER = {"QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger", "DynamicQuantizeMatMul", "QLinearConv", "ConvInteger", "QAttention"}
+LAYOUT = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Split", "Expand", "Identity", "Gather", "Concat"}
+LOGARITHMIC = {"Log2Softmax", "Log2Quantize"}
+
+
+@dataclass(frozen=True)
+class Product:
+    """One MatMul, Gemm or Conv of a file whose operands are both quantized.
+
+    Attributes:
+        path: module path, the node's name without its operator.
+        node: the node's name.
+        op: `MatMul`, `Gemm` or `Conv`.
+        kernel: the operator that ONNX Runtime runs in its place, "" where it is not found under its name.
+        integer: whether that multiplies integers.
+        reason: why not, "" where it does.
+    """
+
+    path: str
+    node: str
+    op: str
+    kernel: str
+    integer: bool
+    reason: str
+
+
+def audit(model: str | Path | bytes | onnx.ModelProto) -> list[Product]:
+    """The quantized products of a model, in graph order, and what ONNX Runtime (CPU) makes of each.
+
+    Args:
+        model: a path, serialized bytes or a proto.
+
+    Raises:
+        ModelFileError: not an ONNX model, or ONNX Runtime refuses it.
+    """
+    if isinstance(model, onnx.ModelProto):
+        proto, data = model, model.SerializeToString()
+    else:
+        try:
+            data = model if isinstance(model, bytes) else Path(model).read_bytes()
+            proto = onnx.load_from_string(data)
+        except Exception as error:
+            raise ModelFileError(f"not an ONNX model: {error}") from error
+    kernels = {node.name: node.op_type for node in _optimized(data).graph.node}
+    producers = {name: node for node in proto.graph.node for name in node.output}
+    products = []
+    for node in proto.graph.node:
+        if node.op_type not in PRODUCTS:
+            continue
+        origins = [_origin(name, producers) for name in node.input[:2]]
+        if None in origins:
+            continue  # an operand is float on purpose
+        kernel = kernels.get(node.name, "")
+        integer = kernel in INTEGER
+        reason = "" if integer else _reason(node.op_type, origins, kernel)  # type: ignore[arg-type]
+        products.append(Product(node.name.rsplit("/", 1)[0], node.name, node.op_type, kernel, integer, reason))
+    return products
+
+
+def summary(products: Iterable[Product]) -> str:
+    """One line: how many run with integers, and why the others do not."""
+    products = list(products)
+    lost: dict[str, int] = {}
+    for product in products:
+        if not product.integer:
+            lost[product.reason] = lost.get(product.reason, 0) + 1
+    text = f"{sum(p.integer for p in products)} of {len(products)} quantized products run as integer kernels under ONNX Runtime"
+    return text + "".join(f"; {count} in float: {reason}" for reason, count in lost.items())
+
+
+def _optimized(data: bytes) -> onnx.ModelProto:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "optimized.onnx"
+        options = session_options()
+        options.optimized_model_filepath = str(path)
+        try:
+            onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise ModelFileError(f"ONNX Runtime cannot load the model: {str(error).splitlines()[0]}") from error
+        return onnx.load(str(path), load_external_data=False)
+
+
+def _origin(name: str, producers: Mapping[str, onnx.NodeProto]) -> onnx.NodeProto | None:
+    """The node that dequantizes a product's operand; None where it is float."""
+    node = producers.get(name)
+    while node is not None and node.op_type in LAYOUT:
+        node = producers.get(node.input[0])
+    return node if node is not None and (node.op_type == "DequantizeLinear" or node.op_type in LOGARITHMIC) else None
+
+
+def _reason(op: str, origins: list[onnx.NodeProto], kernel: str) -> str:
+    if any(node.op_type in LOGARITHMIC for node in origins):
+        return "the powers of two of a logarithmic operand are multiplied in float"
+    activation = origins[0]
+    if any(attribute.name == "axis" and attribute.i not in (1,) for attribute in activation.attribute):
+        return "the activation has a scale a channel"
+    if op == "Conv":
+        return "a convolution has an integer kernel only where its output is quantized too"
+    if not kernel:
+        return "not found in the optimized graph"
+    return f"ONNX Runtime did not match the Q/DQ pattern and runs {kernel}"

@@ -1,0 +1,105 @@
+"""Resuming: what was decided about each group is kept in a folder, so that a killed compile goes on where it stopped.
+
+A folder holds one sub-folder a compile, named by a fingerprint of everything its result depends on; in it a safetensors file a
+group, written atomically, and `about.json` for people. Nothing is unpickled. Calibrating is what takes time: a resumed compile
+replays the decisions through the same passes and runs the finished part once over the data to reach the next group.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+from torch.fx import GraphModule
+
+from repquant_fx.distributed import Tensors, World
+from repquant_fx.errors import OutputError, RepQuantWarning
+from repquant_fx.files import write_atomically
+from repquant_fx.passes.base import attribute
+from repquant_fx.recipe import Recipe
+from repquant_fx.version import VERSION
+
+
+class Ledger:
+    """Decisions by name, the same on every rank. Without a folder nothing is kept."""
+
+    def __init__(self, folder: Path | None = None, world: World | None = None) -> None:
+        self.folder, self.world = folder, world or World()
+
+    def load(self, name: str) -> Tensors | None:
+        """What was recorded under a name; None where nothing was, or (with a warning) where the file is damaged."""
+        return None if self.folder is None else self.world.from_first(lambda: self._read(name))
+
+    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Record under a name; complete or not at all."""
+        if self.folder is not None and self.world.rank == 0:
+            write_atomically(self.folder / f"{name}.safetensors", save({k: t.detach().cpu().contiguous() for k, t in tensors.items()}))
+
+    def _read(self, name: str) -> Tensors | None:
+        assert self.folder is not None
+        path = self.folder / f"{name}.safetensors"
+        try:
+            return load(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, SafetensorError) as error:
+            warnings.warn(f"{path} cannot be used and is made anew: {error}", RepQuantWarning, stacklevel=2)
+            return None
+
+
+@contextmanager
+def open_ledger(work_dir: str | Path | None, digest: str, about: Mapping[str, Any], world: World) -> Iterator[Ledger]:
+    """The ledger of one compile in a work directory, locked against other processes while the block runs.
+
+    Raises:
+        OutputError: the folder cannot be made, or another process compiles the same model there.
+    """
+    if work_dir is None or world.rank:
+        yield Ledger(None if work_dir is None else Path(work_dir), world)  # rank 0 alone reads and writes
+        return
+    folder = Path(work_dir) / digest[:16]
+    lock = FileLock(folder / "lock", blocking=False)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise OutputError(f"another process compiles the same model with the same recipe in {folder}; "
+                          "wait for it or give another --work-dir") from error
+    except OSError as error:
+        raise OutputError(f"cannot work in {folder}: {error.strerror or error}") from error
+    try:
+        for leftover in folder.glob(".*"):  # of a file that was being written when a process was killed
+            leftover.unlink()
+        write_atomically(folder / "about.json", (json.dumps({**about, "fingerprint": digest}, indent=2) + "\n").encode())
+        yield Ledger(folder, world)
+    finally:
+        lock.release()
+
+
+def fingerprint(graph_module: GraphModule, batches: Sequence[tuple[Tensor, ...]], recipe: Recipe, seed: int) -> str:
+    """SHA-256 (hex) of the graph, its constants, the calibration data, the recipe, the seed and the versions of this package and torch."""
+    digest = hashlib.sha256(json.dumps([VERSION, torch.__version__, recipe.to_dict(), seed], sort_keys=True).encode())
+    for node in graph_module.graph.nodes:
+        digest.update(f"\n{node.format_node()}".encode())
+        if node.op == "get_attr":
+            _update(digest, attribute(graph_module, node))
+    for batch in batches:
+        digest.update(b"\nbatch")
+        for tensor in batch:
+            _update(digest, tensor)
+    return digest.hexdigest()
+
+
+def _update(digest: hashlib._Hash, tensor: Tensor) -> None:
+    digest.update(f"\n{tensor.dtype} {list(tensor.shape)} ".encode())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

@@ -1,0 +1,122 @@
+"""`repquant-fx inspect`: what was done to every layer of an exported file, or what would be matched in a model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from repquant_fx.cli.common import SOURCES, add_source, read_shape
+from repquant_fx.cli.method import add_method, recipe_from
+
+if TYPE_CHECKING:
+    from repquant_fx.inspection import Inspection, Row
+
+PIPE_WIDTH = 240  # columns where stdout is no terminal
+
+
+def add(command: argparse.ArgumentParser) -> None:
+    """The options of `inspect`."""
+    command.set_defaults(run=run)
+    add_source(command, f"an exported .onnx; or what is not compiled yet: {SOURCES}")
+    command.add_argument("--input-shape", metavar="C,H,W", help="shape of one input without the batch, where the model does not tell")
+    command.add_argument("--task", help="of a transformers model, see `compile`")
+    add_method(command)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Inspect and print; returns the exit code."""
+    recipe, shape = recipe_from(options), read_shape(options.input_shape)
+    from repquant_fx import log
+    from repquant_fx.inspection import inspect
+
+    found = inspect(options.model, recipe, arch=options.arch, input_shape=shape, allow_pickle=options.allow_pickle, task=options.task)
+    log.finish()
+    log.result(found.about)
+    if options.json:
+        print(json.dumps(found.to_dict()))
+    else:
+        show(found)
+    return 0
+
+
+def show(found: Inspection) -> None:
+    """Tables for a terminal: the sites, what was left alone, totals."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
+    console = Console(file=sys.stdout, width=width, highlight=False)
+    words = ["site", "kind", "bits"] + (["grid", "scale", "zero point", "fused", "size"] if found.compiled else ["parameters"]) + ["rewritten"]
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for word in words:
+        table.add_column(word, justify="right" if word in ("scale", "zero point", "size", "parameters") else "left",
+                         overflow="fold", no_wrap=word in ("bits", "scale", "zero point", "size", "kind"))
+    said: list[str] = []
+    for row in found.rows:
+        notes = "" if row.rewritten == said else "; ".join(row.rewritten)
+        said = row.rewritten
+        middle = [row.grid, _numbers(row.scale), _numbers(row.zero_point), _fused(row), _size(row.bytes)] if found.compiled else \
+            [f"{row.parameters:,}" if row.parameters else ""]
+        table.add_row(*(Text(cell) for cell in (_name(row), row.kind, _bits(row), *middle, notes)))
+    console.print(table)
+    console.print()
+    if found.left_alone:
+        left = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0), title="left alone", title_justify="left")
+        for word in ("operator", "module", "reason"):
+            left.add_column(word, overflow="fold")
+        for item in found.left_alone:
+            left.add_row(*(Text(item[key]) for key in ("operator", "path", "reason")))
+        console.print(left)
+        console.print()
+    for line in totals(found):
+        console.print(Text(line), soft_wrap=True)
+
+
+def totals(found: Inspection) -> list[str]:
+    """A few lines below the tables."""
+    about = found.about
+    kinds = ", ".join(f"{count} {kind}" for kind, count in about["kinds"].items())
+    lines = [f"{about['sites']} quantized sites ({kinds}); {len(found.left_alone)} operators left alone; "
+             f"{about['quantized_parameters']:,} weights"]
+    if not found.compiled:
+        return [f"{found.source}: what `compile` would do, {about['bits']}", *lines]
+    if about["integer_sites"] is None:
+        lines.append("fused under ONNX Runtime: not known (?)")
+    else:
+        known = sum(row.integer is not None for row in found.rows)
+        lines.append(f"computed with integers by ONNX Runtime: {about['integer_sites']} of {known}")
+        reasons = Counter(row.reason for row in found.rows if row.integer is False)
+        lines += [f"  {count} not: {reason or 'for no known reason'}" for reason, count in reasons.items()]
+    lines.append(f"file {_size(about['file_bytes'])}: weights {_size(about['quantized_bytes'])}, other constants {_size(about['other_bytes'])}; "
+                 f"in float {_size(about['float_bytes'])}, {about['float_bytes'] / max(about['file_bytes'], 1):.2f} times as much")
+    return [f"{found.source}: {about['bits']}, {about['method']}, written by repquant-fx {about['version']}", *lines]
+
+
+def _name(row: Row) -> str:
+    """The site; of several layers the first and the last parts of the others: `attn.q_proj/input (also k_proj, v_proj)`."""
+    others = [path.rsplit(".", 1)[-1] for path in row.layers[1:]]
+    return row.site + (f" (also {', '.join(others)})" if others else "")
+
+
+def _bits(row: Row) -> str:
+    weights = "/".join(str(bits) for bits in dict.fromkeys(row.weight_bits))
+    return f"W{weights}A{row.bits}" if weights else f"A{row.bits}"
+
+
+def _numbers(value: Any) -> str:
+    if isinstance(value, list):
+        return f"{_numbers(min(value))}…{_numbers(max(value))} ×{len(value)}" if value else ""
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _fused(row: Row) -> str:
+    return "?" if row.integer is None else "yes" if row.integer else "no"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB" if count >= 1e3 else f"{count} B"

@@ -1,0 +1,105 @@
+"""`repquant-fx search`: choose bits for each layer and write them as a recipe."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from repquant_fx.cli.common import add_calibration, add_source, calibration_from, read_bits
+from repquant_fx.cli.method import add_method, recipe_from
+from repquant_fx.errors import InputError
+
+
+def add(command: argparse.ArgumentParser) -> None:
+    """The options of `search`."""
+    command.set_defaults(run=run)
+    add_source(command)
+    command.add_argument("--out", required=True, type=Path, help="the recipe to write, .yaml or .toml; give it to compile --recipe")
+    command.add_argument("--force", action="store_true", help="replace an existing file")
+    add_calibration(command)
+    target = command.add_argument_group("target (one of the first three)")
+    target.add_argument("--target-size", metavar="SIZE", help="of the weights at most: 400kB, 1.5MB, or 3.5b for bits a weight")
+    target.add_argument("--target-sqnr", metavar="DB", type=float, help="of the output on held-back samples at least; smallest size, measured")
+    target.add_argument("--max-drop", metavar="POINTS", type=float, help="accuracy or 100 x Spearman that may be lost against float on --data, or "
+                        "percent of perplexity gained; smallest size, measured")
+    target.add_argument("--data", help="for --max-drop: what repquant-fx evaluate takes")
+    target.add_argument("--limit", type=int, help="of --data: evaluate a random subset of this size")
+    target.add_argument("--count", choices=("stored", "information"), default="stored",
+                        help="size as the file stores it (up to 4 bits take 4, more take 8), or as bits alone (default stored)")
+    space = command.add_argument_group("choices")
+    space.add_argument("--choices", metavar="B,B,...", default="2,3,4,6,8", help="bits of weights (default 2,3,4,6,8)")
+    space.add_argument("--mean-abits", type=float, help="let bits of activations vary too, with this mean (default: all as the recipe says)")
+    space.add_argument("--activation-choices", metavar="B,B,...", default="2,3,4,6,8", help="for --mean-abits (default 2,3,4,6,8)")
+    space.add_argument("--loss", choices=("error", "kl"), default="error", help="see repquant-fx sensitivity (default error)")
+    space.add_argument("--probes", type=int, default=4, help="likewise (default 4)")
+    space.add_argument("--trials", type=int, default=8, help="models compiled at most, for --target-sqnr and --max-drop (default 8)")
+    add_method(command)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Search, write, summarise; returns the exit code."""
+    recipe, source = recipe_from(options), calibration_from(options)
+    choices, activation_choices = read_bits("--choices", options.choices), read_bits("--activation-choices", options.activation_choices)
+    if sum(t is not None for t in (options.target_size, options.target_sqnr, options.max_drop)) != 1:
+        raise InputError("give one of --target-size, --target-sqnr and --max-drop")
+    if (options.max_drop is None) != (options.data is None):
+        raise InputError("--max-drop needs --data to measure on, and --data is for --max-drop alone")
+    form = {".yaml": "yaml", ".yml": "yaml", ".toml": "toml"}.get(options.out.suffix.lower())
+    if form is None:
+        raise InputError(f"--out writes a recipe, .yaml, .yml or .toml; found {options.out}")
+    from repquant_fx.files import check_writable, write_atomically
+
+    check_writable(options.out, options.force)
+    from repquant_fx import log
+    from repquant_fx.sensitivity import search
+
+    quality, at_least = (None, None) if options.max_drop is None else _measured(options)
+    found = search(options.model, recipe=recipe, target_size=options.target_size, target_sqnr=options.target_sqnr, quality=quality, at_least=at_least,
+                   choices=choices, mean_abits=options.mean_abits, activation_choices=activation_choices, count=options.count,
+                   loss=options.loss, probes=options.probes, trials=options.trials, **source)
+    write_atomically(options.out, found.to_text(form).encode())
+    log.info(str(found))
+    for trial in found.trials:
+        log.info(f"tried {trial.bits_per_weight:.2f} bits: {trial.quality:.4g}, {'enough' if trial.accepted else 'too little'}")
+    log.info(f"wrote {options.out}")
+    outcome = {"out": str(options.out), **found.to_dict()}
+    log.result({key: value for key, value in outcome.items() if key not in ("recipe", "units")})
+    if options.json:
+        print(json.dumps(outcome))
+    return 0
+
+
+def _measured(options: argparse.Namespace) -> tuple[Callable[[Any], float], float]:
+    """A measure of compiled models on the data, larger is better, and what it must reach."""
+    import tempfile
+
+    from repquant_fx.evaluation import METRICS, Accuracy, Perplexity, deduce_metric, evaluate
+
+    more: dict[str, Any] = {"limit": options.limit, "seed": options.seed}
+    metric = deduce_metric(Path(options.data))
+    if "tokenizer" in METRICS[metric].options:
+        more["tokenizer"] = options.tokenizer or _tokenizer_of(options.model)
+
+    def score(source: str, **how: Any) -> float:
+        result = evaluate(source, options.data, **more, **how)
+        if isinstance(result, Perplexity):
+            return -result.perplexity
+        return result.top1 if isinstance(result, Accuracy) else 100 * result.spearman
+
+    def quality(compiled: Any) -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            return score(str(compiled.save(Path(folder) / "trial.onnx")))
+
+    best = score(options.model, arch=options.arch, allow_pickle=options.allow_pickle)
+    return quality, best * (1 + options.max_drop / 100) if metric == "perplexity" else best - options.max_drop
+
+
+def _tokenizer_of(model: str) -> str | None:
+    """The directory of a transformers model with a tokenizer: a trial is measured in a folder that has none."""
+    from repquant_fx.frontends.huggingface import find_directory, has_tokenizer, is_huggingface
+
+    folder = find_directory(model) if is_huggingface(model) else None
+    return str(folder) if folder is not None and has_tokenizer(folder) else None

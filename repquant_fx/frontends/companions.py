@@ -1,0 +1,52 @@
+"""The files that belong beside a model in its directory: how it is configured and how its inputs are made."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from repquant_fx.frontends import huggingface
+from repquant_fx.frontends.loading import LoadedModel
+
+
+def companions(loaded: LoadedModel, tokenizer: Any | None = None) -> dict[str, bytes]:
+    """Contents by name.
+
+    Of a transformers directory its descriptions as they are (config, generation, tokenizer, processor); of a transformers model in memory
+    its configuration; of a timm model a `config.json` as timm writes it (architecture, classes, preprocessing). Nothing of other models.
+
+    Args:
+        tokenizer: of transformers, or its directory; written where the model's directory has none.
+    """
+    if loaded.directory is not None:
+        files = {path.name: path.read_bytes() for path in huggingface.descriptions(loaded.directory)}
+        has_tokenizer = huggingface.has_tokenizer(loaded.directory)
+    else:
+        files, has_tokenizer = _configuration(loaded), False
+    if tokenizer is None:
+        tokenizer = loaded.tokenizer
+    if not has_tokenizer and tokenizer is not None:
+        if isinstance(tokenizer, (str, Path)):
+            tokenizer = huggingface.load_tokenizer(huggingface.find_directory(str(tokenizer)))
+        files |= _saved(tokenizer)
+    return files
+
+
+def _configuration(loaded: LoadedModel) -> dict[str, bytes]:
+    config: Any = getattr(loaded.module, "config", None)
+    if hasattr(config, "to_json_string"):
+        return {"config.json": config.to_json_string().encode()}
+    known: Any = getattr(loaded.module, "pretrained_cfg", None)
+    if not isinstance(known, dict) or "architecture" not in known:
+        return {}
+    about = {"architecture": known["architecture"], "num_classes": getattr(loaded.module, "num_classes", None),
+             "num_features": getattr(loaded.module, "num_features", None), "pretrained_cfg": loaded.preprocessing}
+    return {"config.json": (json.dumps({key: value for key, value in about.items() if value is not None}, indent=2) + "\n").encode()}
+
+
+def _saved(tokenizer: Any) -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as folder, huggingface.quiet_offline():
+        tokenizer.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}

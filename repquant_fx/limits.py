@@ -1,0 +1,138 @@
+"""What a file or an option asks for, judged before memory is taken: sizes of tensors, of modules, of archives."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import re
+import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+
+from torch import Tensor, nn
+from torch.nn.modules import module as registration
+
+from repquant_fx.errors import InputError
+
+_MOST_MODULES = 30_000  # the largest public transformers have a few thousand
+_BOMB_BYTES, _BOMB_RATIO = 1 << 30, 100
+_CGROUP = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+def memory() -> int:
+    """Bytes that this process may use: memory with swap, or the limit of its control group or of its resources where that is lower."""
+    limits = [_physical_memory()]
+    try:
+        import resource
+    except ImportError:  # Windows
+        return limits[0]
+    soft = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return min(limits + ([soft] if soft != resource.RLIM_INFINITY else []))
+
+
+@cache
+def _physical_memory() -> int:
+    limits = [1 << 50]
+    for path in _CGROUP:
+        try:
+            limits.append(int(path.read_text()))
+        except (OSError, ValueError):  # no control group, or "max"
+            continue
+    try:
+        known = dict(re.findall(r"(\w+): +(\d+) kB", Path("/proc/meminfo").read_text()))
+        limits.append(1024 * (int(known["MemTotal"]) + int(known.get("SwapTotal", 0))))
+    except (OSError, KeyError):
+        with suppress(AttributeError, OSError, ValueError):
+            limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min(limits)
+
+
+def check_size(shape: Iterable[int], what: str, itemsize: int = 4) -> None:
+    """Refuse a tensor that this machine cannot hold.
+
+    Args:
+        shape: of the tensor.
+        what: for the message.
+        itemsize: bytes an element.
+
+    Raises:
+        InputError: it is larger than the memory, or a size is negative.
+    """
+    shape = tuple(shape)
+    if any(side < 0 for side in shape):
+        raise InputError(f"{what} has the shape {_short(shape)}")
+    size = math.prod(shape) * itemsize
+    if size > memory():
+        raise InputError(f"{what} of shape {_short(shape)} takes {readable(size)}, and this machine has {readable(memory())}")
+
+
+@contextmanager
+def bounded_modules(what: str) -> Iterator[None]:
+    """While modules are built, refuse parameters and buffers beyond the memory, and more layers than any model has.
+
+    They are counted as they are registered. On the meta device that is before memory is taken.
+
+    Raises:
+        InputError: too large.
+    """
+    sizes: dict[tuple[int, str], int] = {}
+    total = modules = 0
+    most = memory()
+
+    def tensor(module: nn.Module, name: str, value: Tensor | None) -> None:
+        nonlocal total
+        if value is None:
+            return
+        key = id(module), name  # weights that are read later take the place of the first ones
+        size = value.numel() * value.element_size()
+        total += size - sizes.get(key, 0)
+        sizes[key] = size
+        if total > most:
+            raise InputError(f"{what} is too large: its weights take more than the {readable(most)} that this machine has")
+
+    def child(module: nn.Module, name: str, value: nn.Module | None) -> None:
+        nonlocal modules
+        modules += 1
+        if modules > _MOST_MODULES:
+            raise InputError(f"{what} is too large: more than {_MOST_MODULES} layers")
+
+    handles = [registration.register_module_parameter_registration_hook(tensor), registration.register_module_buffer_registration_hook(tensor),
+               registration.register_module_module_registration_hook(child)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def unpacks_to(data: bytes | Path) -> int | None:
+    """Bytes that a zip archive declares, where these are over 1 GiB and over 100 times its own size; None for any other data."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data) if isinstance(data, bytes) else data) as archive:
+            declared = sum(entry.file_size for entry in archive.infolist())
+        size = len(data) if isinstance(data, bytes) else data.stat().st_size
+    except Exception:  # whoever reads it says what is wrong with it
+        return None
+    return declared if declared > _BOMB_BYTES and declared > _BOMB_RATIO * size else None
+
+
+def readable(size: int) -> str:
+    """Bytes in words.
+
+    >>> readable(3 * 10**12)
+    '3.0 TB'
+    """
+    unit, amount = "B", float(min(size, 10**27))
+    for unit in ("B", "KB", "MB", "GB", "TB", "PB", "EB"):
+        if amount < 1000 or unit == "EB":
+            break
+        amount /= 1000
+    return f"{amount:.1f} {unit}"
+
+
+def _short(shape: tuple[int, ...]) -> str:
+    text = str(list(shape))
+    return text if len(text) <= 80 else f"{text[:80]}..."

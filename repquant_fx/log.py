@@ -1,0 +1,102 @@
+"""What a long run says while it works: stages, warnings and the result, for people or as one JSON object a line, on stderr.
+
+The compiler calls `stage(name)` where a new stage begins; nothing is said unless `using` chose a form. stdout belongs to results.
+
+| event | fields beside `event` and `time` (UTC, ISO 8601) |
+|---|---|
+| `stage_started`, `stage_finished` | `stage`; of a finished one `seconds` |
+| `info` | `message` |
+| `warning` | `message` |
+| `result` | what the command prints with `--json`, without its long lists |
+| `error` | `message`, `kind` (class of the error), `exit_code` |
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from typing import Any
+
+from repquant_fx import progress
+
+QUIET, NORMAL, VERBOSE, JSON = "quiet", "normal", "verbose", "json"
+FORMS = (QUIET, NORMAL, VERBOSE, JSON)
+
+
+class _Log:
+    form: str | None = None  # None: used as a library, silent
+    stage: tuple[str, float] | None = None
+
+
+@contextmanager
+def using(form: str) -> Iterator[None]:
+    """Speak in one of FORMS within the block; progress bars only in the forms for people, and only on a terminal."""
+    before = _Log.form, _Log.stage, progress.enabled
+    _Log.form, _Log.stage, progress.enabled = form, None, form in (NORMAL, VERBOSE)
+    try:
+        yield
+    finally:
+        _Log.form, _Log.stage, progress.enabled = before
+
+
+def stage(name: str) -> None:
+    """A stage begins; the one before has finished."""
+    finish()
+    _Log.stage = (name, time.perf_counter())
+    if _Log.form == JSON:
+        _event("stage_started", stage=name)
+
+
+def finish() -> None:
+    """The last stage has finished."""
+    if _Log.stage is None:
+        return
+    name, started = _Log.stage
+    _Log.stage = None
+    seconds = round(time.perf_counter() - started, 3)
+    if _Log.form == JSON:
+        _event("stage_finished", stage=name, seconds=seconds)
+    elif _Log.form == VERBOSE:
+        _say(f"{name}: {seconds:.2f} s")
+
+
+def info(message: str) -> None:
+    """Something a person may want to read; not with --quiet."""
+    if _Log.form == JSON:
+        _event("info", message=message)
+    elif _Log.form in (NORMAL, VERBOSE):
+        _say(message)
+
+
+def warning(message: str) -> None:
+    """Something the user should know, --quiet or not."""
+    if _Log.form == JSON:
+        _event("warning", message=message)
+    elif _Log.form is not None:
+        _say(f"repquant-fx: warning: {message}")
+
+
+def result(fields: Mapping[str, Any]) -> None:
+    """The outcome, for those who read events; people and pipes get it on stdout."""
+    if _Log.form == JSON:
+        _event("result", **fields)
+
+
+def error(message: str, kind: str, exit_code: int) -> None:
+    """Why a command ended; always said."""
+    if _Log.form == JSON:
+        _event("error", message=message, kind=kind, exit_code=exit_code)
+    else:
+        _say(f"repquant-fx: {message}")
+
+
+def _event(event: str, **fields: Any) -> None:
+    _say(json.dumps({"event": event, "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), **fields}))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

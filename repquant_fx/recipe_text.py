@@ -1,0 +1,101 @@
+"""Recipes as text: commented YAML or TOML, and a JSON schema (draft 2020-12). Words and limits are those of the dataclass itself."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import textwrap
+import typing
+from dataclasses import MISSING, fields
+from typing import Any
+
+from repquant_fx.recipe import ABSORB, BITS, CHOICES, NUMBERS, LayerRule, Recipe
+
+FORMATS = ("yaml", "toml")
+WIDTH = 100  # of comments
+_EXAMPLE = '{match: "blocks.*.mlp.fc2", wbits: 8, abits: 8}', '[[layers]]\nmatch = "blocks.*.mlp.fc2"\nwbits = 8\nabits = 8'
+
+
+def write(recipe: Recipe, form: str = "yaml") -> str:
+    """A recipe with a comment on every setting; `Recipe.from_file` reads an equal recipe back.
+
+    Args:
+        form: `yaml` or `toml`.
+    """
+    yaml, words = form == "yaml", descriptions(Recipe)
+    data = recipe.to_dict()
+    rules = data.pop("layers")
+    lines = ["# A recipe of repquant-fx; a setting that is left out keeps its default.",
+             "# `repquant-fx recipe schema` prints the JSON schema of this file.", ""]
+    for name, value in data.items():
+        lines += [*_comment(words[name] + _allowed(name)), f"{name}{': ' if yaml else ' = '}{_value(value)}", ""]
+    lines += _comment(words["layers"] + " The last rule that matches wins, setting by setting. For example:")
+    lines += [f"#   {line}" for line in (f"- {_EXAMPLE[0]}" if yaml else _EXAMPLE[1]).splitlines()]
+    if yaml:
+        lines += ["layers:" + (" []" if not rules else ""), *(f"  - {{{_pairs(rule, ': ')}}}" for rule in rules)]
+    else:
+        for rule in rules:
+            lines += ["", "[[layers]]", *(f"{key} = {_value(value)}" for key, value in rule.items())]
+    return "\n".join(lines) + "\n"
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a recipe, for editors and pipelines. It accepts what `Recipe.from_dict` accepts."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "repquant-fx recipe", **_object(Recipe)}
+
+
+def descriptions(cls: type) -> dict[str, str]:
+    """What the `Attributes:` section of a dataclass's docstring says of each field."""
+    text = (inspect.getdoc(cls) or "").partition("Attributes:\n")[2]
+    found: dict[str, str] = {}
+    for entry in re.split(r"\n(?=    \w)", "\n" + re.split(r"\n(?=\S)", text)[0])[1:]:
+        names, _, words = entry.strip().partition(":")
+        for name in names.split(","):
+            found[name.strip()] = " ".join(words.split())
+    return found
+
+
+def _object(cls: Any) -> dict[str, Any]:
+    words, types = descriptions(cls), typing.get_type_hints(cls)
+    properties = {f.name: {**_property(f.name, types[f.name], cls), "description": words[f.name]} for f in fields(cls)}
+    required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+    for f in fields(cls):
+        if f.default is not MISSING and f.default is not None:
+            properties[f.name]["default"] = list(f.default) if isinstance(f.default, tuple) else f.default
+    return {"type": "object", "properties": properties, "additionalProperties": False, **({"required": required} if required else {})}
+
+
+def _property(name: str, annotation: Any, cls: type) -> dict[str, Any]:
+    kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)] or [annotation]
+    if name == "layers":
+        return {"type": "array", "items": _object(LayerRule)}
+    if name == "absorb":
+        return {"type": "array", "items": {"enum": list(ABSORB)}}
+    if name in CHOICES:
+        return {"enum": list(CHOICES[name])}
+    kind = {int: "integer", float: "number", bool: "boolean", str: "string"}[kinds[0]]
+    optional = cls is LayerRule and len(kinds) < len(typing.get_args(annotation))
+    limits = {"minimum": BITS[0], "maximum": BITS[1]} if name.endswith("bits") else \
+        dict(zip(("minimum", "maximum"), NUMBERS[name])) if name in NUMBERS else {"minimum": 1} if kind == "integer" else {}
+    return {"type": [kind, "null"] if optional else kind, **limits}
+
+
+def _allowed(name: str) -> str:
+    if name in CHOICES:
+        return f" One of: {', '.join(CHOICES[name])}."
+    return f" Any of: {', '.join(ABSORB)}." if name == "absorb" else ""
+
+
+def _comment(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent="# ", subsequent_indent="# ", break_long_words=False, break_on_hyphens=False)
+
+
+def _pairs(rule: dict[str, Any], separator: str) -> str:
+    return ", ".join(f"{key}{separator}{_value(value)}" for key, value in rule.items())
+
+
+def _value(value: Any) -> str:
+    """A scalar or a list of strings, as YAML 1.1 and TOML both read it: JSON, but an exponent needs a decimal point before it."""
+    text = json.dumps(value)
+    return text.replace("e", ".0e") if isinstance(value, float) and "e" in text and "." not in text else text

@@ -1,0 +1,180 @@
+"""What each choice of bits would do to each activation and each weight, calibrated on the float model in one run over the data.
+
+The compiler calibrates a layer on what the quantized prefix produces; here every layer sees float values, so that the errors are those
+of quantizing one layer at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node
+
+from repquant_fx.frontends.capture import tensors_in
+from repquant_fx.passes.base import attribute, module_path, run_passes
+from repquant_fx.passes.calibrate_activations import CalibrateActivations, install, slot_module
+from repquant_fx.passes.match_sites import Group, Plan, Site
+from repquant_fx.passes.quantize_weights import round_weight
+from repquant_fx.pipeline import as_rows
+from repquant_fx.progress import progress
+from repquant_fx.quantizers.correction import Moments
+from repquant_fx.quantizers.gptq import QuantizedWeight
+from repquant_fx.quantizers.observers import Observer, UniformQuantizer
+from repquant_fx.recipe import Recipe
+
+
+@dataclass
+class Observed:
+    """What one run of the float model left behind.
+
+    Attributes:
+        moments: of the input rows of each weighted site, by site name.
+        power: squared sum of each output, over all data.
+        rows: predictions (vectors of the last axis) of each output.
+        samples: sizes of the batch dimension, summed.
+        elements: values of each site, over all data.
+    """
+
+    moments: dict[str, Moments] = field(default_factory=dict)
+    power: list[float] = field(default_factory=list)
+    rows: list[float] = field(default_factory=list)
+    samples: int = 0
+    elements: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RoundedWeight:
+    """A weight with so many bits.
+
+    Attributes:
+        quantized: codes and scales of the weight times `channels`.
+        channels: factors of the input channels that a reparameterized norm leaves to the weight, shape (in,), or None.
+        mean: of the input rows, shape (in,), where the bias makes up for a mean error; else None.
+    """
+
+    quantized: QuantizedWeight
+    channels: Tensor | None
+    mean: Tensor | None
+
+    def error(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What rounding adds to `weight` (its shape), and to the bias (out,)."""
+        found = self.quantized.dequantize()
+        if self.channels is not None:
+            found = found / self.channels
+        difference = found - weight.reshape(len(weight), -1)
+        return difference.reshape(weight.shape), None if self.mean is None else -(difference @ self.mean)
+
+
+@torch.no_grad()
+def observe(graph_module: GraphModule, plan: Plan, batches: Sequence[tuple[Tensor, ...]], mask_index: int | None) -> Observed:
+    """Run the float model once; observers in the slots record, and the moments that GPTQ needs are summed up.
+
+    Args:
+        mask_index: which input says what tokens are real, if one does (see `valid`).
+    """
+    found = Observed()
+    slots = {site.slot: site for group in plan.groups for site in group.sites if site.slot is not None}
+    weighted = {site.slot for group in plan.groups if group.kind != "matmul" for site in group.sites}
+    for slot in slots:
+        module = graph_module.get_submodule(str(slot.target))
+        assert isinstance(module, Observer)
+        module.start(len(batches))
+
+    class Record(Interpreter):
+        def run_node(self, n: Node) -> Any:
+            value = super().run_node(n)
+            if n in slots:
+                name = slots[n].name
+                found.elements[name] = found.elements.get(name, 0) + value.numel()
+                rows = as_rows(value, slots[n]) if n in weighted else None
+                if rows is not None:
+                    found.moments.setdefault(name, Moments(rows.shape[1], device=rows.device)).add(rows)
+            return value
+
+    recorder = Record(graph_module)
+    for batch in progress(batches, total=len(batches), description="observe"):
+        outputs = tensors_in(recorder.run(*batch))
+        found.samples += len(batch[0])
+        found.power = found.power or [0.0] * len(outputs)
+        found.rows = found.rows or [0.0] * len(outputs)
+        for index, output in enumerate(outputs):
+            real = valid(output, None if mask_index is None else batch[mask_index])
+            found.power[index] += float((output.double().square() * real).sum())
+            found.rows[index] += float(real.expand(output.shape)[..., 0].sum()) if output.ndim else 1.0
+    for slot in slots:
+        graph_module.get_submodule(str(slot.target)).recording = False  # type: ignore[assignment]
+    return found
+
+
+def valid(output: Tensor, mask: Tensor | None) -> Tensor:
+    """1 where an output counts, in a shape that broadcasts to it: padded tokens do not, where the mask has the output's tokens."""
+    if mask is None or output.ndim < 2 or output.shape[:2] != mask.shape:
+        return torch.ones((1,) * max(1, output.ndim))
+    return (mask != 0).to(torch.float32).reshape(*mask.shape, *(1,) * (output.ndim - 2))
+
+
+def activation_quantizers(graph_module: GraphModule, group: Group, choices: Mapping[str, Sequence[int]],
+                          recipe: Recipe) -> dict[str, dict[int, nn.Module]]:
+    """Calibrated quantizers of a group's sites, by site name and bits; the graph keeps its observers.
+
+    Args:
+        choices: bits to try at each site, by name.
+    """
+    observers = {site.name: slot_module(graph_module, site) for site in group.sites}
+    wanted = {site.name: site.bits for site in group.sites}
+    found: dict[str, dict[int, nn.Module]] = {site.name: {} for site in group.sites}
+    for bits in sorted({b for site in group.sites for b in choices[site.name]}):
+        for site in group.sites:
+            site.bits = bits if bits in choices[site.name] else wanted[site.name]
+        run_passes(graph_module, [CalibrateActivations(group, recipe)])
+        for site in group.sites:
+            if bits in choices[site.name]:
+                found[site.name][bits] = slot_module(graph_module, site)
+            install(graph_module, site, observers[site.name])
+    for site in group.sites:
+        site.bits = wanted[site.name]
+    return found
+
+
+def rounded_weights(graph_module: GraphModule, group: Group, site: Site, quantizer: nn.Module, choices: Mapping[Node, Sequence[int]],
+                    moments: Moments | None, recipe: Recipe) -> dict[Node, dict[int, RoundedWeight]]:
+    """The weights that read one site, by consumer and bits, rounded as the compiler would on float inputs.
+
+    Args:
+        quantizer: the site's, at the recipe's bits: its channel scales move into the weights where norms are reparameterized.
+        choices: bits to try, by consumer.
+        moments: of the site's rows; None where there are none for this kind of layer (weights are then rounded to nearest).
+    """
+    channels = None
+    if recipe.norm in ("reparameterize", "smooth") and isinstance(quantizer, UniformQuantizer) and quantizer.axis is not None:
+        channels = (quantizer.exact[0] / quantizer.exact[0].mean()).float()
+    hessian = mean = None
+    if moments is not None:
+        mean = moments.mean.float() if recipe.correction else None
+        hessian = 2 * moments.count * moments.covariance if recipe.correction else 2 * moments.xx
+        if channels is not None:
+            hessian = hessian / torch.outer(channels, channels)
+    found: dict[Node, dict[int, RoundedWeight]] = {consumer: {} for consumer in site.consumers}
+    for bits in sorted({b for c in site.consumers for b in choices[c]}):
+        for use_gptq in (True, False):  # those that share a method share one sweep
+            consumers = [c for c in site.consumers if bits in choices[c] and (group.plans[c].gptq and recipe.gptq) is use_gptq]
+            if not consumers:
+                continue
+            flat = [_matrix(graph_module, c) for c in consumers]
+            stacked = torch.cat(flat) if channels is None else torch.cat(flat) * channels
+            _, chosen = round_weight(stacked, bits, hessian, recipe, use_gptq, module_path(consumers[0]))
+            start = 0
+            for consumer, rows in zip(consumers, map(len, flat)):
+                part = QuantizedWeight(chosen.codes[start:start + rows], chosen.scale[start:start + rows])
+                found[consumer][bits] = RoundedWeight(part, channels, mean)
+                start += rows
+    return found
+
+
+def _matrix(graph_module: GraphModule, consumer: Node) -> Tensor:
+    weight = attribute(graph_module, consumer.args[1])  # type: ignore[arg-type]
+    return weight.reshape(len(weight), -1).float()

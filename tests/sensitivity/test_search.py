@@ -1,0 +1,172 @@
+"""The search: targets met, sizes as stored, recipes that compile, pins and errors."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from compiled import PLAIN
+from helpers import Encoder, images, redraw, sequences, vit
+from torch import Tensor, nn
+
+from repquant_fx import LayerRule, Recipe, compile
+from repquant_fx.errors import InputError
+from repquant_fx.sensitivity import Sensitivity, search, sensitivity
+from repquant_fx.sensitivity.search import _bisect, _Space
+from repquant_fx.sensitivity.size import read_size, weight_bits
+from repquant_fx.sensitivity.units import Unit
+
+CHOICES = (2, 3, 4, 6, 8)
+BASE = Recipe(wbits=4, abits=4, **PLAIN)
+
+
+@pytest.fixture(scope="module")
+def data() -> Tensor:
+    return images(64)
+
+
+@pytest.fixture(scope="module")
+def analysed(data: Tensor) -> Sensitivity:
+    return sensitivity(vit(), recipe=BASE, calibration=data, weight_choices=CHOICES, activation_choices=CHOICES, probes=16)
+
+
+def _sqnr(recipe: Recipe, data: Tensor) -> float:
+    """Of a compiled model on data it has not seen."""
+    model, fresh = vit(), images(256, seed=5)
+    compiled = compile(model, recipe=recipe, calibration=data, check=False)
+    with torch.no_grad():
+        expected, found = model(fresh), compiled.graph_module(fresh)
+    found = found[0] if isinstance(found, (tuple, list)) else found
+    return 10 * math.log10(float(expected.square().sum() / (found - expected).square().sum()))
+
+
+@pytest.mark.parametrize(("bits", "activations"), [(3, False), (3, True), (4, True)])
+def test_better_than_uniform_at_equal_size(analysed: Sensitivity, data: Tensor, bits: int, activations: bool) -> None:
+    found = search(vit(), sensitivity=analysed, target_size=f"{bits}b", count="information", mean_abits=4 if activations else None)
+    assert found.bits_per_weight <= bits and found.mean_abits <= 4
+    uniform = Recipe(wbits=bits, abits=4, **PLAIN)
+    assert found.predicted_uniform is not None and found.predicted_uniform[0] == bits and found.predicted < found.predicted_uniform[1]
+    assert _sqnr(found.recipe, data) > _sqnr(uniform, data) + 0.3
+
+
+def test_the_recipe_does_what_was_chosen(analysed: Sensitivity, data: Tensor, tmp_path: Path) -> None:
+    """Read back from its file, every layer compiles to the bits of the result."""
+    found = search(vit(), sensitivity=analysed, target_size="3.5b", count="information", mean_abits=5)
+    for form in ("yaml", "toml"):
+        path = tmp_path / f"recipe.{form}"
+        path.write_text(found.to_text(form))
+        assert Recipe.from_file(path) == found.recipe
+    report = compile(vit(), recipe=found.recipe, calibration=data, check=False).report
+    weights = {e["path"]: e["weight"]["bits"] for e in report["layers"] if "weight" in e}
+    sites = {i["name"]: i["bits"] for e in report["layers"] for i in e["inputs"]}
+    assert weights == {u.paths[0]: b for u, b in found.bits.items() if u.kind == "weights"}
+    assert sites == {name: b for u, b in found.bits.items() for name in u.sites}
+    assert len(set(weights.values())) > 1 and len(set(sites.values())) > 1
+
+
+@pytest.mark.parametrize("target", ["4b", "5b", "6.5b", "8b"])
+def test_stored_size_is_what_the_file_holds(analysed: Sensitivity, data: Tensor, target: str) -> None:
+    found = search(vit(), sensitivity=analysed, target_size=target)
+    proto = compile(vit(), recipe=found.recipe, calibration=data, check=False).proto
+    stored = sum(len(t.raw_data) for t in proto.graph.initializer
+                 if t.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.INT8) and len(t.dims) > 1)
+    assert stored == found.weight_bytes <= float(target[:-1]) * sum(u.elements for u in found.bits if u.kind == "weights") / 8
+    assert 6 not in {b for u, b in found.bits.items() if u.kind == "weights"}  # as dear as 8
+
+
+def test_target_sqnr_is_measured(data: Tensor) -> None:
+    found = search(vit(), recipe=Recipe(abits=8, **PLAIN), calibration=data, target_sqnr=22.0, count="information", trials=6)
+    assert compile(vit(), recipe=found.recipe, calibration=data, check=False).report["output_sqnr_db"] >= 22.0
+    assert 1 < len(found.trials) <= 6 and any(not t.accepted for t in found.trials)
+    assert min(t.bits_per_weight for t in found.trials if t.accepted) == pytest.approx(found.bits_per_weight)
+    assert found.bits_per_weight < 7
+
+
+def test_bisection_finds_the_smallest(analysed: Sensitivity) -> None:
+    space = _Space(analysed, list(CHOICES), list(CHOICES), "information", None)
+    for least in (2.6, 3.3, 5.9):
+        found = _bisect(space, lambda result: result.bits_per_weight, least, None, 12)  # quality grows with size
+        assert least <= found.bits_per_weight < least + 0.1
+    with pytest.raises(InputError, match="out of reach"):
+        _bisect(space, lambda result: result.bits_per_weight, 9.0, None, 12)
+
+
+def test_rules_of_the_recipe_stay(data: Tensor) -> None:
+    """A rule's bits are measured, counted and left."""
+    base = Recipe(wbits=4, abits=6, **PLAIN, layers=(LayerRule("head", wbits=8, abits=8), LayerRule("blocks.0.attn.proj", skip=True)))
+    found = search(vit(), recipe=base, calibration=data, target_size="3b", count="information", mean_abits=5)
+    head = {u.kind: b for u, b in found.bits.items() if u.paths == ("head",)}
+    assert head == {"weights": 8, "activations": 8}
+    assert found.recipe.layers[:2] == base.layers and not any(r.match == "head" for r in found.recipe.layers[2:])
+    assert not any("blocks.0.attn.proj" in u.paths for u in found.bits)
+    assert found.recipe.layer("head").wbits == 8 and found.recipe.layer("blocks.0.attn.proj").skip
+    assert weight_bits(list(found.bits), found.bits, "information") / 8 == found.weight_bytes
+
+
+def test_layers_that_share_an_activation_share_its_bits() -> None:
+    model, data = redraw(Encoder()), sequences(64)
+    found = search(model, recipe=Recipe(abits=4, **PLAIN), calibration=data, example_inputs=(data[:2],), target_size="4b", mean_abits=4)
+    (unit,) = [u for u in found.bits if "blocks.0.q" in u.paths and u.kind == "activations"]
+    assert set(unit.paths) == {"blocks.0.q", "blocks.0.k", "blocks.0.v"}
+    assert len({found.recipe.layer(p).abits for p in unit.paths}) == 1
+    assert {u.paths[0] for u in found.bits if u.kind == "weights"} >= {"blocks.0.q", "blocks.0.k", "blocks.0.v"}  # weights have their own
+
+
+def test_paths_with_wildcards_are_matched_literally() -> None:
+    from repquant_fx.sensitivity.search import _recipe
+
+    odd, plain = (Unit("weights", (p,), (), 4, False, 10) for p in ("blocks[0].w*", "blocks0.ww"))
+    recipe = _recipe(Recipe(), {odd: 2, plain: 3, Unit("weights", ("other",), (), 4, False, 1): 3})
+    assert recipe.layer("blocks[0].w*").wbits == 2 and recipe.layer("blocks0.ww").wbits == 3
+
+
+@pytest.mark.parametrize(("text", "bits"), [("3.5b", 3500), ("1kB", 8000), ("0.5MB", 4_000_000), ("2 KiB", 16384), ("100B", 800)])
+def test_sizes(text: str, bits: int) -> None:
+    assert read_size(text, 1000) == bits
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({}, "one target"), ({"target_size": "1MB", "target_sqnr": 20.0}, "one target"), ({"target_size": "many"}, "target-size"),
+    ({"target_size": "3b"}, "count the size as information"), ({"target_size": "1b", "count": "information"}, "do not fit"),
+    ({"target_size": "4b", "mean_abits": 1.5}, "cannot be had"), ({"target_size": "4b", "count": "bytes"}, "count is one of"),
+    ({"target_size": "4b", "choices": (5,)}, "does not hold"), ({"target_size": "4b", "choices": ()}, "no bits")])
+def test_bad_targets(analysed: Sensitivity, options: dict, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        search(vit(), sensitivity=analysed, **options)
+
+
+def test_ranking_and_table(analysed: Sensitivity) -> None:
+    ranked = analysed.ranking()
+    damages = [u.damage[u.bits] for u in ranked]
+    assert damages == sorted(damages, reverse=True) and len(ranked) == len(analysed.units)
+    table = analysed.table(3).splitlines()
+    assert ranked[0].name in table[1] and table[-1] == f"... and {len(ranked) - 3} more"
+    assert json.loads(json.dumps(analysed.to_dict(), allow_nan=False))["ranking"][0]["name"] == ranked[0].name
+    fc1 = next(u for u in analysed.units if u.kind == "weights" and u.paths == ("blocks.0.mlp.fc1",))
+    assert fc1.sqnr_db[2] < fc1.sqnr_db[3] < fc1.sqnr_db[4] < fc1.sqnr_db[6] < fc1.sqnr_db[8]
+    assert {u.elements for u in analysed.units if u.sites == ("blocks.0.mlp.fc2/input",)} == {17 * 128}  # tokens, hidden
+
+
+def test_outputs_without_a_gradient_are_refused() -> None:
+    class Labels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x).argmax(-1)
+
+    data = sequences(16)
+    with pytest.raises(InputError, match="gradient"):
+        sensitivity(Labels(), recipe=Recipe(**PLAIN), calibration=data, example_inputs=(data[:2],))
+
+
+@pytest.mark.parametrize(("options", "words"), [({"loss": "top1"}, "the loss is one of"), ({"probes": 0}, "probe"),
+                                                 ({"weight_choices": [9]}, "2 to 8")])
+def test_bad_analysis(data: Tensor, options: dict, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        sensitivity(vit(depth=1), recipe=BASE, calibration=data, **options)

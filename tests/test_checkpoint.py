@@ -1,0 +1,203 @@
+"""Resuming: the same bytes from a work directory, whether it is empty, half full, full or damaged."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import Encoder, canonical, match, output, redraw, sequences
+from safetensors.torch import load, save_file
+from torch import Tensor
+from torch.fx import GraphModule
+
+from repquant_fx import Recipe, compile
+from repquant_fx import pipeline as pipeline_module
+from repquant_fx.checkpoint import fingerprint, open_ledger
+from repquant_fx.cli import main
+from repquant_fx.compiler import CompiledModel
+from repquant_fx.distributed import World
+from repquant_fx.errors import OutputError, RepQuantWarning
+from repquant_fx.passes.base import run_passes
+from repquant_fx.passes.insert_observers import InsertObservers
+from repquant_fx.pipeline import absorb_scales, quantize_sequentially
+
+RECIPE = Recipe(wbits=4, abits=4)
+
+
+def compiled(work_dir: Path | None) -> CompiledModel:
+    return compile(redraw(Encoder()), sequences(24), RECIPE, batch_size=8, check=False, example_inputs=[sequences(2)], work_dir=work_dir)
+
+
+def kept(work_dir: Path) -> list[Path]:
+    return sorted(work_dir.glob("*/group-*.safetensors"))
+
+
+@pytest.fixture
+def calibrated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Lists the groups that are calibrated."""
+    done: list[str] = []
+    calibrate = pipeline_module._calibrate
+
+    def watched(state, segment, group):
+        done.append(group.path)
+        return calibrate(state, segment, group)
+
+    monkeypatch.setattr(pipeline_module, "_calibrate", watched)
+    return done
+
+
+def test_from_any_number_of_finished_groups(tmp_path: Path, calibrated: list[str]) -> None:
+    whole = compiled(None)
+    calibrated.clear()
+    assert compiled(tmp_path).to_bytes() == whole.to_bytes()
+    files = kept(tmp_path)
+    assert len(files) == len(calibrated) >= 6
+    for finished in (len(files), len(files) // 2):
+        for path in files[finished:]:
+            path.unlink()
+        before = {p: p.stat().st_mtime_ns for p in kept(tmp_path)}
+        calibrated.clear()
+        again = compiled(tmp_path)
+        assert again.to_bytes() == whole.to_bytes()
+        assert len(calibrated) == len(files) - finished
+        assert all(p.stat().st_mtime_ns == t for p, t in before.items()), "a finished group was written again"
+        if finished == len(files):
+            assert again.report["node_executions"] == 0
+        assert [e.get("weight") for e in again.report["layers"]] == [e.get("weight") for e in whole.report["layers"]]
+
+
+def pipeline(graph_module: GraphModule, work_dir: Path | None, recipe: Recipe = RECIPE) -> Tensor:
+    """What `compile` does between capture and export, which takes most of its time; gives the quantized graph's output."""
+    x, graph_module = sequences(), copy.deepcopy(graph_module)
+    batches = [(b,) for b in x.split(8)]
+    plan = match(graph_module, recipe)
+    with open_ledger(work_dir, fingerprint(graph_module, batches, recipe, 0), {}, World()) as ledger:
+        absorb_scales(graph_module, plan, batches, recipe, ledger)
+        run_passes(graph_module, [InsertObservers(plan, len(batches))])
+        quantize_sequentially(graph_module, plan, batches, recipe, ledger)
+    return output(graph_module, x)
+
+
+@pytest.mark.parametrize("changes", [{}, {"correction": False}, {"gptq": False, "correction": False}, {"norm": "channelwise"}, {"norm": "smooth"},
+                                     {"softmax": "uniform"}], ids=str)
+def test_every_kind_of_decision_is_kept(changes: dict[str, Any], encoder_graph, tmp_path: Path, calibrated: list[str]) -> None:
+    recipe = Recipe(wbits=4, abits=4, **changes)
+    first = pipeline(encoder_graph(), tmp_path, recipe)
+    calibrated.clear()
+    assert torch.equal(pipeline(encoder_graph(), tmp_path, recipe), first) and not calibrated
+    assert torch.equal(pipeline(encoder_graph(), None, recipe), first)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "text", "other", "shape"])
+def test_damaged_files_are_made_anew(damage: str, encoder_graph, tmp_path: Path, calibrated: list[str]) -> None:
+    first = pipeline(encoder_graph(), tmp_path)
+    path = kept(tmp_path)[1]
+    good = load(path.read_bytes())  # a mapped file would change with the damage
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-7])
+    elif damage == "text":
+        path.write_text("not tensors")
+    elif damage == "shape":
+        save_file({k: t[:-1].clone() if "codes" in k else t for k, t in good.items()}, path)
+    else:
+        save_file({"something": torch.zeros(3)}, path)
+    calibrated.clear()
+    with pytest.warns(RepQuantWarning, match="anew"):
+        assert torch.equal(pipeline(encoder_graph(), tmp_path), first)
+    again = load(path.read_bytes())
+    assert len(calibrated) == 1 and again.keys() == good.keys() and all(torch.equal(t, good[k]) for k, t in again.items())
+
+
+def test_nothing_is_unpickled(encoder_graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline(encoder_graph(), tmp_path)
+    assert {p.suffix for p in tmp_path.rglob("*") if p.is_file() and p.name != "lock"} == {".safetensors", ".json"}
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("unpickled")
+
+    graph_module = encoder_graph()
+    monkeypatch.setattr(torch, "load", refuse)
+    monkeypatch.setattr(pickle, "load", refuse)
+    monkeypatch.setattr(pickle, "loads", refuse)
+    pipeline(graph_module, tmp_path)
+
+
+def test_what_a_fingerprint_sees(encoder_graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, graph, data (and how it is batched), recipe, seed, version: another value, another folder."""
+    import repquant_fx.checkpoint as module
+
+    x = [(sequences(4),)]
+    digests = [fingerprint(encoder_graph(), x, RECIPE, 0)]
+    assert digests[0] == fingerprint(encoder_graph(), x, RECIPE, 0)
+    changed = encoder_graph()
+    with torch.no_grad():
+        next(changed.parameters()).view(-1)[0] += 1e-3
+    other = x[0][0].clone()
+    other[3, 2, 1] += 1e-3
+    digests += [fingerprint(changed, x, RECIPE, 0), fingerprint(canonical(redraw(Encoder(causal=True)), sequences()), x, RECIPE, 0),
+                fingerprint(encoder_graph(), [(other,)], RECIPE, 0), fingerprint(encoder_graph(), [(b,) for b in x[0][0].split(2)], RECIPE, 0),
+                fingerprint(encoder_graph(), x, Recipe(wbits=4, abits=5), 0), fingerprint(encoder_graph(), x, RECIPE, 1)]
+    monkeypatch.setattr(module, "VERSION", "other")
+    digests.append(fingerprint(encoder_graph(), x, RECIPE, 0))
+    assert len(set(digests)) == len(digests)
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    """The same compile twice is refused while the first one runs; another one is not; leftovers of killed writes go."""
+    with open_ledger(tmp_path, "a" * 64, {}, World()) as ledger:
+        assert ledger.folder is not None
+        (ledger.folder / ".group-0000.safetensors.xyz").write_text("half")
+        with pytest.raises(OutputError, match="another process compiles the same model"), open_ledger(tmp_path, "a" * 64, {}, World()):
+            pass
+        with open_ledger(tmp_path, "b" * 64, {}, World()):
+            assert len(list(tmp_path.iterdir())) == 2
+    with open_ledger(tmp_path, "a" * 64, {}, World()) as ledger:
+        assert ledger.folder is not None and not list(ledger.folder.glob(".*"))
+
+
+def test_a_folder_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("x")
+    for option in ("--work-dir", "--offload-dir"):
+        assert main(["compile", "model.pt2", "--out", str(tmp_path / "m.onnx"), option, str(tmp_path / "file" / "w")]) == 2
+        assert "is not a folder" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_killed_and_continued(tmp_path: Path) -> None:
+    """SIGKILL in the middle of a compile; the same command then gives the bytes of a run that nobody disturbed."""
+    program = torch.export.export(redraw(Encoder(2)), (sequences(4),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    torch.export.save(program, tmp_path / "model.pt2")
+    np.save(tmp_path / "data.npy", sequences(64).numpy())
+    command = [sys.executable, "-m", "repquant_fx", "compile", "model.pt2", "--calib", "data.npy", "--wbits", "4", "--abits", "4",
+               "--batch-size", "8"]
+    options: dict[str, Any] = {"cwd": tmp_path, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "stdout": subprocess.DEVNULL,
+                               "stderr": subprocess.PIPE, "text": True}
+    work, resumed = tmp_path / "work", [*command, "--work-dir", "work", "--out", "resumed.onnx", "--report", "resumed.json"]
+    process = subprocess.Popen(resumed, **options)
+    try:
+        deadline = time.monotonic() + 120
+        while len(kept(work)) < 4 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == -signal.SIGKILL, error
+    finished = {p: p.stat().st_mtime_ns for p in kept(work)}
+    assert len(finished) >= 4 and not (tmp_path / "resumed.onnx").exists()
+    assert subprocess.run([*command, "--out", "whole.onnx"], timeout=300, **options).returncode == 0
+    again = subprocess.run(resumed, timeout=300, **options)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "resumed.onnx").read_bytes() == (tmp_path / "whole.onnx").read_bytes()
+    assert len(kept(work)) > len(finished), "it was killed too late to tell"
+    assert all(p.stat().st_mtime_ns == t for p, t in finished.items())
