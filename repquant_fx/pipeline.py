@@ -225,6 +225,7 @@ class _State:
         self.runner = SegmentRunner(graph_module, share, offload_dir)
         self.reached = segments[0].first if segments else None
         self.result = Quantized(segments=len(segments))
+        self.unseen = 0  # groups decided before, when no statistics were asked for
 
     def reach(self, segment: Segment) -> None:
         """Advance to a segment, through all that were finished since (or before this process began)."""
@@ -236,6 +237,9 @@ class _State:
 
     def finish(self) -> Quantized:
         """The result, with what it took."""
+        if self.unseen:
+            warnings.warn(f"{self.unseen} of {len(self.order)} groups of layers were finished before without statistics: the page has no figures of "
+                          "them; take a new work directory for all", RepQuantWarning, stacklevel=2)
         self.result.node_executions = self.runner.node_executions + (self.reference.runner.node_executions if self.reference is not None else 0)
         return self.result
 
@@ -246,7 +250,7 @@ def _quantize_group(state: _State, segment: Segment, group: Group, name: str) ->
     kept = ledger.load(name)
     quantizers, chosen = _recorded(group, kept)
     fresh = quantizers is None
-    part = Statistics() if state.statistics is not None else None
+    part = None if state.statistics is None else Statistics() if kept is None or fresh else Statistics.from_tensors(kept)
     if quantizers is None:
         state.reach(segment)
         quantizers = _calibrate(state, segment, group, part)
@@ -264,10 +268,10 @@ def _quantize_group(state: _State, segment: Segment, group: Group, name: str) ->
         state.result.errors.update({c: choice.errors for c, choice in pass_.chosen.items() if choice.errors is not None})
         tensors |= decisions.weights_to_tensors(group, pass_.chosen)
     if state.statistics is not None and part is not None:
-        if not fresh and kept is not None:
-            part = Statistics.from_tensors(kept)
-        tensors |= part.to_tensors()
         state.statistics.add(part)
+        tensors |= part.to_tensors()
+    elif state.statistics is not None:
+        state.unseen += 1
     if fresh:
         ledger.save(name, tensors)
 

@@ -83,9 +83,9 @@ class Statistics:
         return {KEY: torch.tensor(list(json.dumps(self.to_dict()).encode()), dtype=torch.uint8)}
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Statistics:
-        """The inverse; empty where the work directory was filled without statistics."""
-        return cls(**json.loads(tensors[KEY].numpy().tobytes())) if KEY in tensors else cls()
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Statistics | None:
+        """The inverse; None where the work directory was filled without statistics."""
+        return cls(**json.loads(tensors[KEY].numpy().tobytes())) if KEY in tensors else None
 
 
 def channels(sample: Tensor, quantizer: UniformQuantizer, affine: ChannelAffine | None) -> dict[str, Any]:

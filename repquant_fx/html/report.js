@@ -23,6 +23,7 @@ const known = v => v !== null && v !== undefined;
 const plain = text => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;"); // Plotly reads labels as markup
 const number = (v, digits = 4) => known(v) ? String(Number(Number(v).toPrecision(digits))) : "–";
 const percent = v => known(v) ? (v === 0 ? "0" : number(100 * v, 3)) + " %" : "–";
+const size = b => b >= 1e6 ? (b / 1e6).toFixed(2) + " MB" : b >= 1e3 ? (b / 1e3).toFixed(1) + " kB" : b + " B";
 const decibel = v => known(v) ? v.toFixed(1) + " dB" : "–";
 const section = (title, ...children) => { const s = element("section", {}, element("h2", {}, title), ...children); main.append(s); return s; };
 const note = text => element("p", { className: "note" }, text);
@@ -57,13 +58,17 @@ function summary() {
   const report = data.report, parity = data.parity, calibration = report.calibration;
   const weighted = layers.filter(l => l.weight).length;
   document.getElementById("head").append(element("h1", {}, data.title), element("p", {},
-    [report.bits, layers.length + " quantized layers", report.repquant_fx && "repquant-fx " + report.repquant_fx].filter(Boolean).join(" · ")));
+    [report.compiled === false ? "not compiled yet: what would be done" : null, report.bits, layers.length ? layers.length + " quantized layers" : null, report.repquant_fx && "repquant-fx " + report.repquant_fx].filter(Boolean).join(" · ")));
   const cards = element("div", { className: "cards" });
   const card = (value, text, bad) => cards.append(element("div", { className: bad ? "card bad" : "card" }, element("b", {}, value), element("span", {}, text)));
   if (known(report.output_sqnr_db)) card(decibel(report.output_sqnr_db), "output against the float model (SQNR)" + (calibration ? `, ${calibration.held_back} held-back samples` : ""));
   if (parity) card(parity.agrees ? "agrees" : "disagrees", `ONNX Runtime with the reference: ${parity.compared} quantizers, at most ${percent(parity.worst_share)} of codes differ at one`, !parity.agrees);
-  card(`${weighted} + ${layers.length - weighted}`, "layers with weights + matrix products");
-  if (known(report.file_bytes)) card((report.file_bytes / 1e6).toFixed(2) + " MB", "size of the ONNX file");
+  if (layers.length) card(`${weighted} + ${layers.length - weighted}`, "layers with weights + matrix products");
+  if (known(report.sites)) card(String(report.sites), (report.compiled ? "quantized activations: " : "activations would be quantized: ") + Object.entries(report.kinds).map(([kind, n]) => `${n} ${kind}`).join(", "));
+  if (known(report.quantized_parameters)) card(report.quantized_parameters.toLocaleString("en"), report.compiled ? "quantized weights" : "weights would be quantized");
+  if (known(data.products)) card(`${data.products - data.lost.length} of ${data.products}`, "quantized products run as integer kernels under ONNX Runtime");
+  if (known(report.file_bytes)) card(size(report.file_bytes), "size of the ONNX file" + (report.float_bytes ? `; in float ${size(report.float_bytes)}` : ""));
+  if (known(report.left_alone)) card(String(report.left_alone.length), "norms, Softmaxes and products left alone");
   if (calibration) card(String(calibration.samples), `calibration samples: ${calibration.origin}`, calibration.synthetic);
   if (known(report.peak_memory_mb)) card((report.peak_memory_mb / 1000).toFixed(2) + " GB", "peak memory while compiling");
   main.append(cards);
@@ -75,6 +80,26 @@ function leftAlone() {
   if (!items.length) return;
   section("Left alone", note("Norms, Softmaxes and products that were not quantized or not rewritten, and why."),
     table([{ title: "path", text: i => i.path }, { title: "operator", text: i => i.operator }, { title: "reason", style: "reason", text: i => i.reason }], items));
+}
+
+function lost() {
+  if (!known(data.products) || (!data.lost.length && !data.products)) return;
+  if (!data.lost.length) return void section("Products in float", note(`None: all ${data.products} quantized products run as integer kernels under ONNX Runtime.`));
+  section("Products in float", note(`${data.lost.length} of ${data.products} quantized products did not become integer kernels under ONNX Runtime (CPU); their operands are dequantized and multiplied in float.`),
+    table([{ title: "path", text: i => i.path }, { title: "operator", text: i => i.operator }, { title: "reason", style: "reason", text: i => i.reason || "no known reason" }], data.lost));
+}
+
+function sites() {
+  if (!data.sites) return;
+  const compiled = data.report.compiled, several = v => Array.isArray(v) ? `${number(v[0])} … ${number(v[1])}` : number(v);
+  const bits = r => (r.weight_bits.length ? "W" + [...new Set(r.weight_bits)].join("/") : "") + "A" + r.bits;
+  const others = r => r.layers.length > 1 ? ` (also ${r.layers.slice(1).map(p => p.split(".").pop()).join(", ")})` : "";
+  const columns = [{ title: "site", text: r => r.site + others(r) }, { title: "kind", text: r => r.kind }, { title: "bits", text: bits }];
+  if (compiled) columns.push({ title: "grid", text: r => r.grid }, { title: "scale", number: true, text: r => several(r.scale) }, { title: "zero point", number: true, text: r => several(r.zero_point) },
+    { title: "integer kernel", text: r => known(r.integer) ? (r.integer ? "yes" : "no") : "?" }, { title: "size", number: true, text: r => size(r.bytes) });
+  else columns.push({ title: "weights", number: true, text: r => r.parameters ? r.parameters.toLocaleString("en") : "" });
+  columns.push({ title: "rewritten", style: "reason", text: r => r.rewritten.join("; ") });
+  section(compiled ? "Quantized sites" : "What would be quantized", note("One row an activation and what reads it, in graph order."), table(columns, data.sites));
 }
 
 // ---- overviews over all layers ------------------------------------------------------------------------------------------------------
@@ -318,12 +343,13 @@ function recipe() {
 function reproduce() {
   const rows = Object.entries(data.versions || {}), calibration = data.report.calibration;
   if (!data.reproduce && !rows.length) return;
-  const made = section("How to reproduce", note("The same model, data, recipe, seed and versions give the same file, byte for byte."));
-  if (data.reproduce) made.append(element("pre", {}, data.reproduce.text));
+  const made = section("How to reproduce", note(data.report.compiled === false ? "Nothing is compiled yet; this made the page." :
+    "The same model, data, recipe, seed and versions give the same file, byte for byte."));
+  if (data.reproduce) made.append(element("pre", {}, data.reproduce));
   const facts = element("dl", {});
   if (calibration) facts.append(element("dt", {}, "seed"), element("dd", {}, String(calibration.seed)), element("dt", {}, "calibration"),
     element("dd", {}, `${calibration.origin}: ${calibration.samples} samples, and ${calibration.held_back} held back for the check`));
-  facts.append(element("dt", {}, "versions"), element("dd", {}, rows.map(([k, v]) => `${k} ${v}`).join(", ")));
+  if (rows.length) facts.append(element("dt", {}, "versions"), element("dd", {}, rows.map(([k, v]) => `${k} ${v}`).join(", ")));
   made.append(facts);
 }
 
@@ -333,7 +359,9 @@ sqnr();
 layerView();
 weights();
 allLayers();
+sites();
 leftAlone();
+lost();
 recipe();
 reproduce();
 if (layers.length) choose(asked < layers.length ? asked : Math.max(0, layers.findIndex(l => kindOf(l) === "norm_linear")));
