@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from repquant_fx.passes.match_sites import Group, Site
 from repquant_fx.quantizers.correction import Moments, fit
 from repquant_fx.quantizers.gptq import QuantizedWeight, gptq, output_error, round_to_nearest, weight_grid
 from repquant_fx.recipe import Recipe
+from repquant_fx.statistics import rounding
 
 DEQUANTIZE = torch.ops.repquant_fx.dequantize.default
 
@@ -43,10 +45,11 @@ class QuantizeWeights(Pass):
 
     def __init__(self, group: Group, recipe: Recipe, hessians: dict[str, Tensor] | None = None,
                  moments: dict[str, tuple[Moments, Moments]] | None = None, world: World | None = None,
-                 chosen: dict[Node, ChosenWeight] | None = None) -> None:
+                 chosen: dict[Node, ChosenWeight] | None = None, statistics: dict[str, Any] | None = None) -> None:
+        """`statistics`: filled with `statistics.rounding` of every weight that is rounded here, by its consumer's name."""
         super().__init__()
         self.group, self.recipe, self.hessians, self.moments, self.world = group, recipe, hessians or {}, moments or {}, world or World()
-        self.known, self.chosen = chosen is not None, chosen or {}
+        self.known, self.chosen, self.statistics = chosen is not None, chosen or {}, statistics
 
     def run(self, graph_module: GraphModule) -> bool:
         if not self.known:
@@ -70,7 +73,8 @@ class QuantizeWeights(Pass):
                 if consumer in corrections:
                     flat[consumer] = flat[consumer] + corrections[consumer].float()
             stacked = torch.cat(list(flat.values()))
-            quantized, errors = self._round_shared(stacked, bits, self._hessian(site, stacked.shape[1]), use_gptq, module_path(consumers[0]))
+            hessian = self._hessian(site, stacked.shape[1])
+            quantized, errors, lost = self._round_shared(stacked, bits, hessian, use_gptq, module_path(consumers[0]))
             start = 0
             for consumer in consumers:
                 rows = slice(start, start + len(flat[consumer]))
@@ -78,19 +82,27 @@ class QuantizeWeights(Pass):
                 weight = QuantizedWeight(quantized.codes[rows], quantized.scale[rows])
                 total = None if errors is None else (float(errors[rows, 0].sum()), float(errors[rows, 1].sum()))
                 self.chosen[consumer] = self._choice(graph_module, site, consumer, weight, total)
+                if self.statistics is not None and lost is not None:
+                    self.statistics[consumer.name] = rounding(stacked[rows], lost[rows], None if errors is None else errors[rows], hessian,
+                                                              use_gptq and hessian is not None)
 
     def _round_shared(self, weight: Tensor, bits: int, hessian: Tensor | None, use_gptq: bool,
-                      where: str) -> tuple[QuantizedWeight, Tensor | None]:
-        """The codes chosen and the rows' (round-to-nearest's, chosen) output errors; rows are independent, so ranks share them out."""
+                      where: str) -> tuple[QuantizedWeight, Tensor | None, Tensor | None]:
+        """The codes chosen, and the rows' (round-to-nearest's, chosen) errors of the output and, for statistics, of the weight itself.
+
+        Rows are independent, so ranks share them out.
+        """
         rows, found = weight[self.world.rows(len(weight))], {}
         if len(rows):
             nearest, quantized = round_weight(rows, bits, hessian, self.recipe, use_gptq, where)
             found = {"codes": quantized.codes, "scale": quantized.scale}
+            if self.statistics is not None:
+                found["lost"] = torch.stack([(q.dequantize() - rows).double().square().sum(dim=1) for q in (nearest, quantized)], dim=1)
             if hessian is not None:
                 found["errors"] = torch.stack([output_error(rows, q.dequantize(), hessian) for q in (nearest, quantized)], dim=1)
         parts = [part for part in self.world.gather(found) if part]
-        codes, scale = (torch.cat([part[k] for part in parts]).to(weight.device) for k in ("codes", "scale"))
-        return QuantizedWeight(codes, scale), torch.cat([part["errors"] for part in parts]) if hessian is not None else None
+        whole = {k: torch.cat([part[k] for part in parts]).to(weight.device) for k in parts[0]}
+        return QuantizedWeight(whole["codes"], whole["scale"]), whole.get("errors"), whole.get("lost")
 
     def _choice(self, graph_module: GraphModule, site: Site, consumer: Node, quantized: QuantizedWeight,
                 errors: tuple[float, float] | None) -> ChosenWeight:

@@ -31,7 +31,7 @@ from repquant_fx.distributed import World
 from repquant_fx.errors import InputError
 from repquant_fx.exporters.metadata import describe
 from repquant_fx.exporters.onnx_qdq import export_onnx
-from repquant_fx.files import MODEL, check_directory, check_writable, is_directory, write_atomically, write_directory, write_together
+from repquant_fx.files import MODEL, check_directory, check_writable, is_directory, write_directory, write_together
 from repquant_fx.frontends import huggingface, signature
 from repquant_fx.frontends.capture import AXES, Captured, capture, tensors_in
 from repquant_fx.frontends.companions import companions
@@ -46,6 +46,7 @@ from repquant_fx.passes.normal_form import normalize
 from repquant_fx.passes.runtime_form import optimize_for_runtime
 from repquant_fx.pipeline import absorb_scales, quantize_sequentially
 from repquant_fx.recipe import LayerRule, Recipe
+from repquant_fx.statistics import Statistics
 from repquant_fx.version import VERSION
 
 HELD_BACK = 16  # samples kept out of calibration for the check
@@ -63,6 +64,7 @@ class CompiledModel:
         quantizers: nodes of `graph_module` that produce codes, by site name.
         parity: the comparison with ONNX Runtime, None if it was not asked for.
         companions: what belongs beside the file in a directory (configuration, tokenizer, processor), by name.
+        statistics: what the page of `html` draws of each layer, JSON data; None if it was not asked for.
     """
 
     proto: onnx.ModelProto
@@ -71,42 +73,55 @@ class CompiledModel:
     quantizers: dict[str, Node]
     parity: parity_check.Parity | None
     companions: dict[str, bytes] = field(default_factory=dict)
+    statistics: dict[str, Any] | None = None
 
     def to_bytes(self) -> bytes:
         """The file's bytes; the same model, data, recipe and seed give the same bytes."""
         return self.proto.SerializeToString(deterministic=True)
 
-    def save(self, path: str | Path, *, force: bool = False, report: str | Path | None = None) -> Path:
-        """Write the model, and the report where a path is given. Complete or not at all.
+    def save(self, path: str | Path, *, force: bool = False, report: str | Path | None = None, html: str | Path | None = None,
+             command: str | None = None) -> Path:
+        """Write the model, and the report as JSON or as a page where paths are given. Complete or not at all.
 
         Args:
             path: a file where it ends in `.onnx`; else a directory, which gets `model.onnx` and `companions`.
+            html, command: where the page goes, and see `html`.
 
         Returns:
             where the model was written.
 
         Raises:
             OutputError: a file exists and `force` is not set, or it cannot be written.
+            InputError: the page needs plotly, which is not installed.
         """
+        extras: dict[Path, bytes] = {}
+        if report is not None:
+            extras[Path(report)] = self.report_json().encode()
+        if html is not None:
+            extras[Path(html)] = self.html(command).encode()
         if is_directory(path):
-            files = {**self.companions, **self._report_within(path, report), MODEL: self.to_bytes()}
+            inside = [p for p in extras if p.parent.resolve() == Path(path).resolve()]  # these become files of the directory
+            files = {**self.companions, **{p.name: extras[p] for p in inside}, MODEL: self.to_bytes()}
             path = check_directory(path, files, force)
-            if report is not None and len(files) == len(self.companions) + 1:
-                write_atomically(check_writable(report, force), self.report_json().encode())
+            write_together({check_writable(p, force): data for p, data in extras.items() if p not in inside})
             write_directory(path, files)
             return path / MODEL
         path = check_writable(path, force)
-        both = {path: self.to_bytes()}
-        if report is not None:
-            both[check_writable(report, force)] = self.report_json().encode()
-        write_together(both)
+        write_together({path: self.to_bytes(), **{check_writable(p, force): data for p, data in extras.items()}})
         return path
 
-    def _report_within(self, directory: str | Path, report: str | Path | None) -> dict[str, bytes]:
-        """The report as one of the directory's files, where it is to be one."""
-        if report is None or Path(report).parent.resolve() != Path(directory).resolve():
-            return {}
-        return {Path(report).name: self.report_json().encode()}
+    def html(self, command: str | None = None) -> str:
+        """The report as one self-contained page. Its figures of single layers need a model compiled with `statistics=True`.
+
+        Args:
+            command: the command line that made the model, where one did.
+
+        Raises:
+            InputError: plotly is not installed.
+        """
+        from repquant_fx.html import page
+
+        return page(self.report, self.statistics, command=command)
 
     def report_json(self) -> str:
         """The report as indented JSON."""
@@ -126,7 +141,7 @@ def compile(
     samples: int | None = None, batch_size: int = 32, seed: int = 0, example_inputs: Sequence[Tensor] | Mapping[str, Tensor] | None = None,
     arch: str | None = None, input_shape: Sequence[int] | None = None, allow_pickle: bool = False, check: bool = True,
     task: str | None = None, seq_len: int | None = None, tokenizer: Any | None = None, work_dir: str | Path | None = None,
-    offload_dir: str | Path | None = None, distributed: bool = False, device: str | torch.device = "cpu",
+    offload_dir: str | Path | None = None, distributed: bool = False, device: str | torch.device = "cpu", statistics: bool = False,
 ) -> CompiledModel:
     """Quantize a model and write it as ONNX QDQ.
 
@@ -149,6 +164,7 @@ def compile(
         device: where calibration, clipping and GPTQ compute, such as `cuda`. Codes may differ from the CPU's where rounding does.
         distributed: share the work with the other processes of the default process group of torch.distributed. Each must call this
             with the same arguments, and each gets the same model (`parity` on rank 0 alone).
+        statistics: keep what the page of `CompiledModel.html` draws of each layer. The model is the same.
 
     Raises:
         InputError: something given cannot be used (its subclasses say what).
@@ -162,6 +178,7 @@ def compile(
     graph_module, plan = prepared.graph_module, prepared.plan
     used, held_back = data.split_held_back(HELD_BACK)
     batches = list(used.batches)
+    collected = Statistics() if statistics else None
     log.stage("quantize")
     with _ledger(graph_module, batches, recipe, seed, loaded.source, work_dir, distributed) as ledger:
         devices.move(graph_module, there)
@@ -170,7 +187,7 @@ def compile(
             absorb_scales(graph_module, plan, batches, recipe, ledger)
         reference = shared_copy(graph_module)
         run_passes(graph_module, [InsertObservers(plan, len(batches))])
-        quantized = quantize_sequentially(graph_module, plan, batches, recipe, ledger, offload_dir)
+        quantized = quantize_sequentially(graph_module, plan, batches, recipe, ledger, offload_dir, collected)
     for each in (graph_module, reference):
         devices.move(each, torch.device("cpu"))
     quantized.weights = {node: weight.to("cpu") for node, weight in quantized.weights.items()}
@@ -205,7 +222,8 @@ def compile(
         parity.raise_on_problems()
     if not isinstance(model, (str, Path)):
         own_tensors(graph_module)  # the caller may go on training
-    return CompiledModel(proto, report, graph_module, lowering.quantizers, parity, companions(loaded, tokenizer))
+    return CompiledModel(proto, report, graph_module, lowering.quantizers, parity, companions(loaded, tokenizer),
+                         collected.to_dict() if collected is not None else None)
 
 
 @dataclass(frozen=True)

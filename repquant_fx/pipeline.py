@@ -37,6 +37,7 @@ from repquant_fx.quantizers.correction import Moments
 from repquant_fx.quantizers.gptq import QuantizedWeight
 from repquant_fx.quantizers.observers import Observer
 from repquant_fx.recipe import Recipe
+from repquant_fx.statistics import Statistics
 
 Halves = tuple[Moments, Moments]
 WIDEST_CUT = 6.0  # a cut may hold this many times the smallest cut nearby; larger ones merge two segments
@@ -191,7 +192,7 @@ class SegmentRunner:
 
 def quantize_sequentially(
     graph_module: GraphModule, plan: Plan, batches: Sequence[tuple[Tensor, ...]], recipe: Recipe, ledger: Ledger | None = None,
-    offload_dir: str | Path | None = None,
+    offload_dir: str | Path | None = None, statistics: Statistics | None = None,
 ) -> Quantized:
     """Calibrate, reparameterize and quantize every group in graph order, editing the graph in place.
 
@@ -200,13 +201,14 @@ def quantize_sequentially(
         batches: positional inputs of the model, one tuple a batch; all of them, on every rank.
         ledger: where decisions are kept and read again, and which processes work together.
         offload_dir: a folder for the values between segments; in memory where None.
+        statistics: filled with what the HTML report draws, where given.
 
     Raises:
         CalibrationError: no data, or an activation that is not finite (named).
     """
     if not batches:
         raise CalibrationError("no calibration data")
-    state = _State(graph_module, cut_into_segments(graph_module, plan), batches, recipe, ledger or Ledger(), offload_dir)
+    state = _State(graph_module, cut_into_segments(graph_module, plan), batches, recipe, ledger or Ledger(), offload_dir, statistics)
     for number, (segment, group) in enumerate(progress(state.order, total=len(plan.groups), description="quantize")):
         _quantize_group(state, segment, group, f"group-{number:04d}")
     return state.finish()
@@ -216,8 +218,8 @@ class _State:
     """What passes from group to group: the runners, how far they are, and the result so far."""
 
     def __init__(self, graph_module: GraphModule, segments: list[Segment], batches: Sequence[tuple[Tensor, ...]], recipe: Recipe,
-                 ledger: Ledger, offload_dir: str | Path | None) -> None:
-        self.graph_module, self.recipe, self.ledger = graph_module, recipe, ledger
+                 ledger: Ledger, offload_dir: str | Path | None, statistics: Statistics | None) -> None:
+        self.graph_module, self.recipe, self.ledger, self.statistics = graph_module, recipe, ledger, statistics
         self.order = [(segment, group) for segment in segments for group in segment.groups]
         self.batches, self.mine = len(batches), ledger.world.share(len(batches))
         self.device = batches[0][0].device
@@ -226,6 +228,7 @@ class _State:
         self.runner = SegmentRunner(graph_module, share, offload_dir)
         self.reached = segments[0].first if segments else None
         self.result = Quantized(segments=len(segments))
+        self.unseen = 0  # groups decided before, when no statistics were asked for
 
     def reach(self, segment: Segment) -> None:
         """Advance to a segment, through all that were finished since (or before this process began)."""
@@ -238,6 +241,9 @@ class _State:
 
     def finish(self) -> Quantized:
         """The result, with what it took."""
+        if self.unseen:
+            warnings.warn(f"{self.unseen} of {len(self.order)} groups of layers were finished before without statistics: the page has no figures of "
+                          "them; take a new work directory for all", RepQuantWarning, stacklevel=2)
         self.result.node_executions = self.runner.node_executions + (self.reference.runner.node_executions if self.reference is not None else 0)
         return self.result
 
@@ -245,11 +251,13 @@ class _State:
 def _quantize_group(state: _State, segment: Segment, group: Group, name: str) -> None:
     """Decide about a group, or take what was decided before, and rewrite the graph accordingly."""
     graph_module, recipe, ledger = state.graph_module, state.recipe, state.ledger
-    quantizers, chosen = _recorded(group, on(ledger.load(name), state.device))
+    kept = on(ledger.load(name), state.device)
+    quantizers, chosen = _recorded(group, kept)
     fresh = quantizers is None
+    part = None if state.statistics is None else Statistics() if kept is None or fresh else Statistics.from_tensors(kept)
     if quantizers is None:
         state.reach(segment)
-        quantizers = _calibrate(state, segment, group)
+        quantizers = _calibrate(state, segment, group, part)
     tensors = decisions.quantizers_to_tensors(group, quantizers)
     passes: list[Any] = [CalibrateActivations(group, recipe, quantizers)]
     if recipe.norm in ("reparameterize", "smooth"):
@@ -258,13 +266,18 @@ def _quantize_group(state: _State, segment: Segment, group: Group, name: str) ->
     run_passes(graph_module, passes)
     if group.kind != "matmul":
         with log.part("second moments"):
-            statistics = _second_moments(state, segment, group) if fresh else ({}, {})
-        pass_ = QuantizeWeights(group, recipe, *statistics, ledger.world, chosen)
+            moments = _second_moments(state, segment, group) if fresh else ({}, {})
+        pass_ = QuantizeWeights(group, recipe, *moments, ledger.world, chosen, None if part is None else part.weights)
         with log.part("quantize weights"):
             run_passes(graph_module, [pass_])
         state.result.weights.update({c: choice.weight for c, choice in pass_.chosen.items()})
         state.result.errors.update({c: choice.errors for c, choice in pass_.chosen.items() if choice.errors is not None})
         tensors |= decisions.weights_to_tensors(group, pass_.chosen)
+    if state.statistics is not None and part is not None:
+        state.statistics.add(part)
+        tensors |= part.to_tensors()
+    elif state.statistics is not None:
+        state.unseen += 1
     if fresh:
         ledger.save(name, tensors)
 
@@ -287,11 +300,12 @@ def _recorded(group: Group, tensors: Tensors | None) -> tuple[dict[str, torch.nn
     return quantizers, chosen
 
 
-def _calibrate(state: _State, segment: Segment, group: Group) -> dict[str, torch.nn.Module]:
+def _calibrate(state: _State, segment: Segment, group: Group, statistics: Statistics | None) -> dict[str, torch.nn.Module]:
     """Observe a group's sites on all batches and choose their quantizers, by site name."""
     slots = [site.slot for site in group.sites if site.slot is not None]
-    observers = [m for m in (slot_module(state.graph_module, s) for s in group.sites) if isinstance(m, Observer)]
-    for each in observers:
+    modules = {site.name: slot_module(state.graph_module, site) for site in group.sites}
+    observers = {name: module for name, module in modules.items() if isinstance(module, Observer)}
+    for each in observers.values():
         each.start(state.batches, state.mine)
     with log.part("observe"):
         for values in state.runner.run(segment.first, segment.stop, slots):
@@ -299,7 +313,7 @@ def _calibrate(state: _State, segment: Segment, group: Group) -> dict[str, torch
                 if site.slot is not None and not bool(torch.isfinite(values[site.slot]).all()):
                     raise CalibrationError(f"the activation at {site.name} is not finite on the calibration data; "
                                            "check the data and the model's weights")
-        merge_observers(observers, state.ledger.world)
+        merge_observers(list(observers.values()), state.ledger.world)
 
     def choose() -> Tensors:
         run_passes(state.graph_module, [CalibrateActivations(group, state.recipe)])
@@ -308,7 +322,10 @@ def _calibrate(state: _State, segment: Segment, group: Group) -> dict[str, torch
     with log.part("choose scales"):
         found = state.ledger.world.from_first(choose)
     assert found is not None
-    return decisions.quantizers_from_tensors(group, on(found, state.device))
+    quantizers = decisions.quantizers_from_tensors(group, on(found, state.device))
+    if statistics is not None:
+        statistics.observe(group.sites, observers, quantizers, reparameterized=state.recipe.norm in ("reparameterize", "smooth"))
+    return quantizers
 
 
 def _second_moments(state: _State, segment: Segment, group: Group) -> tuple[dict[str, Tensor], dict[str, Halves]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import traceback
 import warnings
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with log.using(next((form for form in log.FORMS if f"--{_switch(form)}" in arguments), log.NORMAL)):
         try:
             options = parser().parse_args(arguments)
+            options.command_line = shlex.join(["repquant-fx", *arguments])
             with warnings.catch_warnings():
                 if not debug:
                     warnings.simplefilter("ignore")

@@ -22,6 +22,7 @@ def add(command: argparse.ArgumentParser) -> None:
                          "that gets model.onnx and, of a transformers or timm model, its configuration, tokenizer and processor")
     command.add_argument("--force", action="store_true", help="replace existing output files")
     command.add_argument("--report", type=Path, help="write a JSON report, layer by layer")
+    command.add_argument("--html", type=Path, metavar="FILE", help="write the report as one self-contained page with figures (needs plotly)")
     add_calibration(command)
     long = command.add_argument_group("long compiles (under torchrun the processes share the calibration data)")
     long.add_argument("--work-dir", type=Path, metavar="DIR", help="keep finished layers here; the same command goes on after an interruption")
@@ -43,10 +44,10 @@ def run(options: argparse.Namespace) -> int:
 
     with joined() as world, log.using(log.QUIET) if world.rank else nullcontext():  # rank 0 speaks
         compiled = compile(options.model, recipe=recipe, check=options.check, work_dir=options.work_dir, offload_dir=options.offload_dir,
-                           device=options.device, distributed=world.size > 1, **source)
+                           device=options.device, distributed=world.size > 1, statistics=options.html is not None, **source)
     if world.rank:
         return 0
-    out = compiled.save(options.out, force=options.force, report=options.report)
+    out = compiled.save(options.out, force=options.force, report=options.report, html=options.html, command=options.command_line)
     log.info(report.summary(compiled.report))
     log.info(f"wrote {out} ({compiled.report['file_bytes'] / 1e6:.2f} MB)")
     log.result({"out": str(out), **{key: value for key, value in compiled.report.items() if key not in LONG}})
@@ -59,7 +60,7 @@ def check_outputs(options: argparse.Namespace) -> None:
     """Refuse outputs that cannot be written before anything is loaded.
 
     Raises:
-        OutputError, InputError: see `files`; or two outputs with one name.
+        OutputError, InputError: see `files`; or two outputs with one name, or no plotly for the page.
     """
     from repquant_fx.files import MODEL, check_directory, check_folder, check_writable, is_directory
 
@@ -71,9 +72,15 @@ def check_outputs(options: argparse.Namespace) -> None:
         check_directory(options.out, [MODEL], options.force)
     else:
         check_writable(options.out, options.force)
-    if options.report is None:
-        return
-    if options.report.resolve() in (options.out.resolve(), (options.out / MODEL).resolve()):
-        raise InputError("--out and --report name the same file")
-    if not (folder and options.report.parent.resolve() == options.out.resolve() and not options.out.exists()):
-        check_writable(options.report, options.force)
+    taken = {options.out.resolve(): "--out", (options.out / MODEL).resolve(): "--out"}
+    for switch, path in (("--report", options.report), ("--html", options.html)):
+        if path is None:
+            continue
+        if (other := taken.setdefault(path.resolve(), switch)) != switch:
+            raise InputError(f"{other} and {switch} name the same file")
+        if not (folder and path.parent.resolve() == options.out.resolve() and not options.out.exists()):
+            check_writable(path, options.force)
+    if options.html is not None:
+        from repquant_fx.html import plotly_script
+
+        plotly_script()

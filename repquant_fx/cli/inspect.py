@@ -7,10 +7,12 @@ import json
 import os
 import sys
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from repquant_fx.cli.common import SOURCES, add_source, read_shape
 from repquant_fx.cli.method import add_method, recipe_from
+from repquant_fx.errors import InputError
 
 if TYPE_CHECKING:
     from repquant_fx.inspection import Inspection, Row
@@ -24,23 +26,48 @@ def add(command: argparse.ArgumentParser) -> None:
     add_source(command, f"an exported .onnx; or what is not compiled yet: {SOURCES}")
     command.add_argument("--input-shape", metavar="C,H,W", help="shape of one input without the batch, where the model does not tell")
     command.add_argument("--task", help="of a transformers model, see `compile`")
+    command.add_argument("--html", type=Path, metavar="FILE", help="write it as one self-contained page, too (needs plotly)")
+    command.add_argument("--force", action="store_true", help="replace an existing page")
     add_method(command)
 
 
 def run(options: argparse.Namespace) -> int:
     """Inspect and print; returns the exit code."""
     recipe, shape = recipe_from(options), read_shape(options.input_shape)
+    if options.html is not None:
+        check_page(options)
     from repquant_fx import log
     from repquant_fx.inspection import inspect
 
     found = inspect(options.model, recipe, arch=options.arch, input_shape=shape, allow_pickle=options.allow_pickle, task=options.task)
     log.finish()
+    if options.html is not None:
+        from repquant_fx.files import write_atomically
+        from repquant_fx.html import inspection_page
+
+        write_atomically(options.html, inspection_page(found, command=options.command_line).encode())
+        log.info(f"wrote {options.html}")
     log.result(found.about)
     if options.json:
         print(json.dumps(found.to_dict()))
     else:
         show(found)
     return 0
+
+
+def check_page(options: argparse.Namespace) -> None:
+    """Refuse a page that cannot be written before anything is loaded.
+
+    Raises:
+        OutputError, InputError: see `files`; or it would replace the model, or there is no plotly.
+    """
+    from repquant_fx.files import check_writable
+    from repquant_fx.html import plotly_script
+
+    if options.html.resolve() == Path(options.model).resolve():
+        raise InputError("--html names the model itself")
+    check_writable(options.html, options.force)
+    plotly_script()
 
 
 def show(found: Inspection) -> None:
