@@ -160,7 +160,8 @@ def compile(
         tokenizer: of transformers, or a directory that holds one, for calibration text; the model's own where None.
         check: run ONNX Runtime on held-back samples and compare with the FX reference.
         work_dir: a folder to keep what was decided about each group of layers; the same compile goes on from there.
-        offload_dir: a folder for the calibration data's values between segments, which are kept in memory where None.
+        offload_dir: a folder for the calibration data's values between segments; the weights of a transformers directory stay in their files.
+            Both are kept in memory where None.
         device: where calibration, clipping and GPTQ compute, such as `cuda`. Codes may differ from the CPU's where rounding does.
         distributed: share the work with the other processes of the default process group of torch.distributed. Each must call this
             with the same arguments, and each gets the same model (`parity` on rank 0 alone).
@@ -173,7 +174,8 @@ def compile(
     log.start()
     there = devices.usable(device)
     prepared = prepare(model, calibration, recipe, samples=samples, batch_size=batch_size, seed=seed, example_inputs=example_inputs, arch=arch,
-                       input_shape=input_shape, allow_pickle=allow_pickle, task=task, seq_len=seq_len, tokenizer=tokenizer)
+                       input_shape=input_shape, allow_pickle=allow_pickle, task=task, seq_len=seq_len, tokenizer=tokenizer,
+                       offload_dir=offload_dir)
     loaded, captured, recipe, data = prepared.loaded, prepared.captured, prepared.recipe, prepared.data
     graph_module, plan = prepared.graph_module, prepared.plan
     used, held_back = data.split_held_back(HELD_BACK)
@@ -240,7 +242,7 @@ class Matched:
 def match(
     model: str | Path | nn.Module | torch.export.ExportedProgram | LoadedModel, recipe: Recipe | None = None, *,
     example_inputs: Sequence[Tensor] | Mapping[str, Tensor] | None = None, arch: str | None = None, input_shape: Sequence[int] | None = None,
-    allow_pickle: bool = False, task: str | None = None,
+    allow_pickle: bool = False, task: str | None = None, offload_dir: str | Path | None = None,
 ) -> Matched:
     """The first part of `compile`: load, capture, bring into normal form, match. Nothing is calibrated.
 
@@ -249,7 +251,7 @@ def match(
     """
     recipe = recipe or Recipe()
     log.stage("load")
-    loaded = _load(model, example_inputs, arch, input_shape, allow_pickle, task)
+    loaded = _load(model, example_inputs, arch, input_shape, allow_pickle, task, offload_dir)
     # the recipe's own rules come later, so they win; a recipe that was stored in a file has these rules already
     own = tuple(rule for rule in (LayerRule(glob, skip=True) for glob in loaded.float_modules) if rule not in recipe.layers)
     recipe = replace(recipe, layers=(*own, *recipe.layers))
@@ -273,7 +275,7 @@ def prepare(
     calibration: str | Path | Callable[[], Any] | Iterable[Any] | Tensor | None = None, recipe: Recipe | None = None, *,
     samples: int | None = None, batch_size: int = 32, seed: int = 0, example_inputs: Sequence[Tensor] | Mapping[str, Tensor] | None = None,
     arch: str | None = None, input_shape: Sequence[int] | None = None, allow_pickle: bool = False, task: str | None = None,
-    seq_len: int | None = None, tokenizer: Any | None = None,
+    seq_len: int | None = None, tokenizer: Any | None = None, offload_dir: str | Path | None = None,
 ) -> Prepared:
     """Match, and read the calibration data: what every analysis starts from. Arguments are those of `compile`.
 
@@ -281,7 +283,8 @@ def prepare(
         InputError: the model or the data cannot be used, or there is nothing to quantize.
     """
     torch.manual_seed(seed)
-    matched = match(model, recipe, example_inputs=example_inputs, arch=arch, input_shape=input_shape, allow_pickle=allow_pickle, task=task)
+    matched = match(model, recipe, example_inputs=example_inputs, arch=arch, input_shape=input_shape, allow_pickle=allow_pickle, task=task,
+                    offload_dir=offload_dir)
     plan = matched.plan
     if not plan.groups:
         reasons = "; ".join(f"{item.operator} at {item.path}: {item.reason}" for item in plan.left_alone[:3])
@@ -308,11 +311,11 @@ def _ledger(graph_module: GraphModule, batches: list[tuple[Tensor, ...]], recipe
 
 
 def _load(model: Any, example_inputs: Sequence[Tensor] | Mapping[str, Tensor] | None, arch: str | None,
-          input_shape: Sequence[int] | None, allow_pickle: bool, task: str | None) -> LoadedModel:
+          input_shape: Sequence[int] | None, allow_pickle: bool, task: str | None, offload_dir: str | Path | None) -> LoadedModel:
     if isinstance(model, LoadedModel):
         return model
     if isinstance(model, (str, Path)):
-        return load_model(model, arch=arch, allow_pickle=allow_pickle, input_shape=input_shape, task=task)
+        return load_model(model, arch=arch, allow_pickle=allow_pickle, input_shape=input_shape, task=task, offload_dir=offload_dir)
     return from_memory(model, example_inputs=example_inputs, input_shape=input_shape, task=task)
 
 

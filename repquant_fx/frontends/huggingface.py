@@ -6,6 +6,7 @@ causes a network access. A hub id is downloaded first and is then a directory li
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import logging
@@ -22,6 +23,7 @@ from torch import nn
 from repquant_fx import limits
 from repquant_fx.errors import InputError, ModelFileError, RepQuantWarning, is_failure
 from repquant_fx.files import irregular
+from repquant_fx.frontends.mapped import map_directory
 from repquant_fx.frontends.pickled import check_pickle, first_line
 from repquant_fx.frontends.tasks import GENERAL, class_for, task_of
 
@@ -66,12 +68,13 @@ def find_directory(source: str) -> Path:
     return folder
 
 
-def load_directory(folder: Path, task: str | None = None) -> tuple[nn.Module, str]:
+def load_directory(folder: Path, task: str | None = None, offload_dir: str | Path | None = None) -> tuple[nn.Module, str]:
     """(the model in float32 and eval mode, its task). Nothing is downloaded and no code of the directory runs.
 
     Args:
         folder: with `config.json` and weights, safetensors or `pytorch_model.bin`, whole or in shards with an index.
         task: one of `tasks.TASKS`; where None, the class that the configuration names is built.
+        offload_dir: leave the weights in their files where they fit the model one to one; a folder for what must be converted.
 
     Raises:
         ModelFileError: no configuration, custom code, weights that are missing, damaged or do not fit.
@@ -88,6 +91,8 @@ def load_directory(folder: Path, task: str | None = None) -> tuple[nn.Module, st
         listed = config.architectures if isinstance(config.architectures, list) else []
         named = next((name for name in map(str, listed) if _is_model_class(getattr(transformers, name, None), config)), None)
         cls = getattr(transformers, named) if task is None and named else class_for(config, task or GENERAL)
+        if offload_dir is not None and (mapped := _mapped(cls, config, folder, Path(offload_dir))) is not None:
+            return mapped, task or task_of(cls.__name__)
         model, found = _read(cls, config, folder)
         pooling = "add_pooling_layer"  # a headless model drawn from one with a head: its pooler is nobody's output
         if found["missing_keys"] and pooling in inspect.signature(cls.__init__).parameters:
@@ -262,6 +267,15 @@ def _is_model_class(cls: Any, config: Any) -> bool:
     import transformers
 
     return isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel) and getattr(cls, "config_class", None) is type(config)
+
+
+def _mapped(cls: Any, config: Any, folder: Path, scratch: Path) -> nn.Module | None:
+    try:
+        return map_directory(cls, copy.deepcopy(config), folder, scratch)
+    except InputError:
+        raise
+    except Exception:  # whatever it is, the ordinary way either knows how or says what is wrong
+        return None
 
 
 def _read(cls: Any, config: Any, folder: Path, **options: Any) -> tuple[nn.Module, dict[str, Any]]:

@@ -67,7 +67,7 @@ class LoadedModel:
 
 def load_model(
     source: str | Path, *, arch: str | None = None, allow_pickle: bool = False, input_shape: Sequence[int] | None = None,
-    task: str | None = None,
+    task: str | None = None, offload_dir: str | Path | None = None,
 ) -> LoadedModel:
     """Load a model without executing what its file says, unless `allow_pickle`.
 
@@ -81,6 +81,7 @@ def load_model(
             not tell; otherwise overrides it.
         task: of a transformers model, one of `tasks.TASKS`. A directory is built for it; of any other model it chooses the outputs
             and how text is read. Deduced where None.
+        offload_dir: leave the weights of a transformers directory in their files (see `frontends.mapped`).
 
     Raises:
         ModelFileError: not a model, damaged, unsafe, or at odds with the architecture.
@@ -94,7 +95,7 @@ def load_model(
         return _loaded(architectures.build(named), str(named), input_shape, task)
     if huggingface.is_huggingface(text):
         _no_architecture_wanted(arch, text)
-        return _from_directory(text, task, input_shape)
+        return _from_directory(text, task, input_shape, offload_dir)
     data = _read(Path(source))
     kind = _kind(data, text)
     if kind == "safetensors":
@@ -225,9 +226,9 @@ def _loaded(module: nn.Module, source: str, input_shape: Sequence[int] | None, t
         raise ModelFileError(f"{source} holds a module that is not whole: {first_line(error)}") from error
 
 
-def _from_directory(source: str, task: str | None, input_shape: Sequence[int] | None) -> LoadedModel:
+def _from_directory(source: str, task: str | None, input_shape: Sequence[int] | None, offload_dir: str | Path | None) -> LoadedModel:
     folder = huggingface.find_directory(source)
-    module, task = huggingface.load_directory(folder, task)
+    module, task = huggingface.load_directory(folder, task, offload_dir)
     preprocessing = huggingface.load_preprocessing(folder, architectures.config_image_shape(module))
     tokenizer = huggingface.load_tokenizer(folder) if huggingface.has_tokenizer(folder) else None
     loaded = _loaded(module, f"{type(module).__name__} of {source}", input_shape, task, preprocessing=preprocessing, tokenizer=tokenizer)
