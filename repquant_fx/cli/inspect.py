@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from repquant_fx.inspection import Inspection, Row
 
 PIPE_WIDTH = 240  # columns where stdout is no terminal
+WIDE = 140  # columns that the whole table needs
 
 
 def add(command: argparse.ArgumentParser) -> None:
@@ -78,20 +80,31 @@ def show(found: Inspection) -> None:
 
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
     console = Console(file=sys.stdout, width=width, highlight=False)
-    words = ["site", "kind", "bits"] + (["grid", "scale", "zero point", "fused", "size"] if found.compiled else ["parameters"]) + ["rewritten"]
+    wide = console.width >= WIDE  # else what was rewritten stands below the table, once for all sites that it holds for
+    words = ["site", "kind", "bits"] + (["grid", "scale", "zero point", "fused", "size"] if found.compiled else ["parameters"])
+    words += ["rewritten"] if wide else []
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for word in words:
         table.add_column(word, justify="right" if word in ("scale", "zero point", "size", "parameters") else "left",
-                         overflow="fold", no_wrap=word in ("bits", "scale", "zero point", "size", "kind"))
+                         overflow="fold", no_wrap=word in ("bits", "scale", "zero point", "size", "kind", "grid", "fused"))
     said: list[str] = []
+    below: dict[str, list[str]] = {}
     for row in found.rows:
         notes = "" if row.rewritten == said else "; ".join(row.rewritten)
         said = row.rewritten
-        middle = [row.grid, _numbers(row.scale), _numbers(row.zero_point), _fused(row), _size(row.bytes)] if found.compiled else \
+        for note in row.rewritten:
+            below.setdefault(note, []).append(row.site)
+        middle = [row.grid if wide else _short(row.grid), _numbers(row.scale), _numbers(row.zero_point), _fused(row), _size(row.bytes)] if found.compiled else \
             [f"{row.parameters:,}" if row.parameters else ""]
-        table.add_row(*(Text(cell) for cell in (_name(row), row.kind, _bits(row), *middle, notes)))
+        kind = row.kind if wide else row.kind.replace(" → ", "→")
+        table.add_row(*(Text(cell) for cell in (_name(row), kind, _bits(row), *middle, *([notes] if wide else []))))
     console.print(table)
     console.print()
+    if below and not wide:
+        console.print(Text("rewritten", style="bold"))
+        for note, sites in below.items():
+            console.print(Text(f"{sites[0]}{f' and {len(sites) - 1} more' if len(sites) > 1 else ''}: {note}"))
+        console.print()
     if found.left_alone:
         left = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0), title="left alone", title_justify="left")
         for word in ("operator", "module", "reason"):
@@ -143,6 +156,11 @@ def _numbers(value: Any) -> str:
 
 def _fused(row: Row) -> str:
     return "?" if row.integer is None else "yes" if row.integer else "no"
+
+
+def _short(grid: str) -> str:
+    """`log2, 4 codes an octave` as `log2 ×4`."""
+    return re.sub(r"log2, (\d+) codes? an octave", r"log2 ×\1", grid)
 
 
 def _size(count: int) -> str:

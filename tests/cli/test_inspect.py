@@ -45,9 +45,14 @@ def test_a_file_for_people_and_for_programs(exported: Path, capsys: pytest.Captu
     assert data["compiled"] and len(data["rows"]) == 10 and data["about"]["recipe"]["wbits"] == 4
 
 
-def test_the_table_fits_a_narrow_terminal(exported: Path) -> None:
-    found = call("inspect", exported, COLUMNS="100")
-    assert max(map(len, found.stdout.split("\n\n")[0].splitlines())) <= 100 and found.stdout.count("W4A8") >= 4
+@pytest.mark.parametrize("columns, lines", [(100, 1), (80, 3)])
+def test_the_table_fits_a_narrow_terminal(exported: Path, columns: int, lines: int) -> None:
+    """A line a site, a few where its name alone is long; what was rewritten stands below."""
+    found = call("inspect", exported, COLUMNS=str(columns))
+    table, notes, *_ = found.stdout.split("\n\n")
+    rows = table.splitlines()[1:]
+    assert max(map(len, rows)) <= columns and len(rows) <= 10 * lines and table.count("W4A8") >= 4
+    assert "rewritten" not in table and notes.startswith("rewritten\n") and "channel scales spanned" in notes.replace("\n", " ")
 
 
 def test_a_model_before_compiling(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
