@@ -94,7 +94,8 @@ def show(found: Inspection) -> None:
         said = row.rewritten
         for note in row.rewritten:
             below.setdefault(note, []).append(row.site)
-        middle = [row.grid if wide else _short(row.grid), _numbers(row.scale), _numbers(row.zero_point), _fused(row), _size(row.bytes)] if found.compiled else \
+        grid = row.grid if wide else _short(row.grid)
+        middle = [grid, _numbers(row.scale), _numbers(row.zero_point), _fused(row), _size(row.bytes)] if found.compiled else \
             [f"{row.parameters:,}" if row.parameters else ""]
         kind = row.kind if wide else row.kind.replace(" → ", "→")
         table.add_row(*(Text(cell) for cell in (_name(row), kind, _bits(row), *middle, *([notes] if wide else []))))
