@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -28,7 +29,7 @@ from repquant_fx.calibration.data import CalibrationSet, InputSpec, load_calibra
 from repquant_fx.calibration.text import TEXT_SAMPLES, Tokenization
 from repquant_fx.checkpoint import Ledger, fingerprint, open_ledger
 from repquant_fx.distributed import World
-from repquant_fx.errors import InputError
+from repquant_fx.errors import InputError, RepQuantWarning
 from repquant_fx.exporters.metadata import describe
 from repquant_fx.exporters.onnx_qdq import export_onnx
 from repquant_fx.files import MODEL, check_directory, check_writable, is_directory, write_directory, write_together
@@ -38,17 +39,18 @@ from repquant_fx.frontends.companions import companions
 from repquant_fx.frontends.loading import LoadedModel, load_model
 from repquant_fx.frontends.memory import from_memory, left_as_found
 from repquant_fx.inspection import record
-from repquant_fx.passes.base import own_tensors, run_passes, shared_copy
+from repquant_fx.passes.base import aten, module_path, own_tensors, run_passes, shared_copy
 from repquant_fx.passes.insert_observers import InsertObservers
 from repquant_fx.passes.lower_to_qdq import LowerToQDQ
 from repquant_fx.passes.match_sites import MatchSites, Plan
 from repquant_fx.passes.normal_form import normalize
 from repquant_fx.passes.runtime_form import optimize_for_runtime
 from repquant_fx.pipeline import absorb_scales, quantize_sequentially
-from repquant_fx.recipe import LayerRule, Recipe
+from repquant_fx.recipe import LayerRule, Recipe, RecipeLike
 from repquant_fx.statistics import Statistics
 from repquant_fx.version import VERSION
 
+CONSUMERS = {aten.linear.default, aten.conv2d.default, aten.matmul.default, aten.bmm.default}
 HELD_BACK = 16  # samples kept out of calibration for the check
 IMAGE_SAMPLES = 1024
 
@@ -124,8 +126,9 @@ class CompiledModel:
         return page(self.report, self.statistics, command=command)
 
     def report_json(self) -> str:
-        """The report as indented JSON."""
-        return json.dumps(self.report, indent=2, sort_keys=False) + "\n"
+        """The report as indented JSON, with the statistics where they were collected."""
+        kept = {} if self.statistics is None else {"statistics": self.statistics}
+        return json.dumps({**self.report, **kept}, indent=2, sort_keys=False) + "\n"
 
     def session(self, threads: int | None = None) -> Any:
         """An ONNX Runtime session on the model."""
@@ -137,7 +140,7 @@ class CompiledModel:
 @left_as_found
 def compile(
     model: str | Path | nn.Module | torch.export.ExportedProgram | LoadedModel,
-    calibration: str | Path | Callable[[], Any] | Iterable[Any] | Tensor | None = None, recipe: Recipe | None = None, *,
+    calibration: str | Path | Callable[[], Any] | Iterable[Any] | Tensor | None = None, recipe: RecipeLike | None = None, *,
     samples: int | None = None, batch_size: int = 32, seed: int = 0, example_inputs: Sequence[Tensor] | Mapping[str, Tensor] | None = None,
     arch: str | None = None, input_shape: Sequence[int] | None = None, allow_pickle: bool = False, check: bool = True,
     task: str | None = None, seq_len: int | None = None, tokenizer: Any | None = None, work_dir: str | Path | None = None,
@@ -147,7 +150,7 @@ def compile(
 
     Args:
         model: a module, an ExportedProgram, or what the command line takes (a file, a transformers directory, `hf:ID`, `timm:NAME`).
-        recipe: bits and method; RepQuant at W8A8 where None.
+        recipe: bits and method, or a mapping or file that says them; RepQuant at W8A8 where None.
         calibration: an image folder, an array or text file, `module:callable`, tensors, or a callable (see `calibration.data`).
             Where None the example inputs stored in the model file, else made-up inputs, with a warning.
         samples, batch_size, seed: how many calibration samples (128 of text and 1024 of anything else where None), how many at a
@@ -240,7 +243,7 @@ class Matched:
 
 
 def match(
-    model: str | Path | nn.Module | torch.export.ExportedProgram | LoadedModel, recipe: Recipe | None = None, *,
+    model: str | Path | nn.Module | torch.export.ExportedProgram | LoadedModel, recipe: RecipeLike | None = None, *,
     example_inputs: Sequence[Tensor] | Mapping[str, Tensor] | None = None, arch: str | None = None, input_shape: Sequence[int] | None = None,
     allow_pickle: bool = False, task: str | None = None, offload_dir: str | Path | None = None,
 ) -> Matched:
@@ -249,9 +252,10 @@ def match(
     Raises:
         InputError: the model cannot be loaded or captured.
     """
-    recipe = recipe or Recipe()
+    recipe = Recipe.of(recipe)
     log.stage("load")
     loaded = _load(model, example_inputs, arch, input_shape, allow_pickle, task, offload_dir)
+    given = tuple(rule for rule in recipe.layers if rule.match not in loaded.float_modules)
     # the recipe's own rules come later, so they win; a recipe that was stored in a file has these rules already
     own = tuple(rule for rule in (LayerRule(glob, skip=True) for glob in loaded.float_modules) if rule not in recipe.layers)
     recipe = replace(recipe, layers=(*own, *recipe.layers))
@@ -260,6 +264,8 @@ def match(
     graph_module = normalize(captured.graph_module)
     matching = MatchSites(recipe)
     run_passes(graph_module, [matching])
+    for sentence in replace(recipe, layers=given).unmatched([module_path(n) for n in graph_module.graph.nodes if n.target in CONSUMERS]):
+        warnings.warn(f"the recipe's {sentence}", RepQuantWarning, stacklevel=2)
     return Matched(loaded, captured, graph_module, matching.plan, recipe)
 
 
@@ -272,7 +278,7 @@ class Prepared(Matched):
 
 def prepare(
     model: str | Path | nn.Module | torch.export.ExportedProgram | LoadedModel,
-    calibration: str | Path | Callable[[], Any] | Iterable[Any] | Tensor | None = None, recipe: Recipe | None = None, *,
+    calibration: str | Path | Callable[[], Any] | Iterable[Any] | Tensor | None = None, recipe: RecipeLike | None = None, *,
     samples: int | None = None, batch_size: int = 32, seed: int = 0, example_inputs: Sequence[Tensor] | Mapping[str, Tensor] | None = None,
     arch: str | None = None, input_shape: Sequence[int] | None = None, allow_pickle: bool = False, task: str | None = None,
     seq_len: int | None = None, tokenizer: Any | None = None, offload_dir: str | Path | None = None,

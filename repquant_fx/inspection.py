@@ -146,18 +146,19 @@ def inspect_file(path: str | Path, *, audit: bool = True) -> Inspection:
     model, metadata = read_metadata(path)
     try:
         kept = json.loads(metadata[RECORD])
-        layers, left_alone = kept["layers"], kept["left_alone"]
-    except (KeyError, TypeError, ValueError) as error:
+        layers, left_alone = kept["layers"], [{key: str(item[key]) for key in ("path", "operator", "reason")} for item in kept["left_alone"]]
+        tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+        rows = _rows(layers, tensors, _audited(path, layers) if audit else {})
+        recipe = json.loads(metadata.get("recipe", "null"))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ModelFileError(f"{path} holds no readable record of its layers ({PREFIX}{RECORD}); it was written by repquant-fx "
                              f"{metadata['version']}: compile the model again") from error
-    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    rows = _rows(layers, tensors, _audited(path, layers) if audit else {})
     weights = sum(row.bytes for row in rows)
     quantized = sum(row.parameters for row in rows)
     stored = sum(_bytes(tensor) for tensor in tensors.values())
     about = {"version": metadata["version"], "method": metadata.get("method"), "bits": metadata.get("bits"), **_totals(rows),
              "quantized_bytes": weights, "other_bytes": stored - weights, "file_bytes": Path(path).stat().st_size,
-             "float_bytes": stored - weights + quantized * FLOAT_BYTES, "recipe": json.loads(metadata.get("recipe", "null"))}
+             "float_bytes": stored - weights + quantized * FLOAT_BYTES, "recipe": recipe}
     return Inspection(str(path), True, rows, left_alone, about)
 
 
@@ -181,7 +182,8 @@ def _rows(layers: Sequence[Mapping[str, Any]], tensors: Mapping[str, onnx.Tensor
 
 def _site_row(layer: Mapping[str, Any], site: Mapping[str, Any], tensors: Mapping[str, onnx.TensorProto]) -> Row:
     scale = tensors.get(site["scale"])
-    zero = tensors.get(site["scale"].removesuffix("_scale") + "_zero_point")
+    stem = site["scale"].removesuffix("_scale")
+    zero = tensors.get(f"{stem}_zero_point", tensors.get(f"{stem}_zero_point_uint4"))
     return Row(site["name"], [], kind_of(layer["kind"], site["name"]), site["bits"], grid=site["grid"],
                scale=None if scale is None else onnx.numpy_helper.to_array(scale).tolist(),
                zero_point=site.get("zero_code", None if zero is None else onnx.numpy_helper.to_array(zero).tolist()),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -179,7 +179,35 @@ class Recipe:
             if not isinstance(rule.get("match"), str):
                 raise RecipeError(f"{where}: layers[{index}] needs `match`, a glob on the module path")
             parsed.append(LayerRule(**rule))
-        return cls(**values, layers=tuple(parsed))
+        try:
+            return cls(**values, layers=tuple(parsed))
+        except RecipeError as error:
+            raise RecipeError(f"{where}: {error}") from error
+
+    @classmethod
+    def of(cls, given: Recipe | Mapping[str, Any] | str | Path | None) -> Recipe:
+        """A recipe however it is given: as it is, as a mapping, as a file, or None for the default.
+
+        Raises:
+            RecipeError: none of these, or invalid.
+        """
+        if given is None:
+            return cls()
+        if isinstance(given, Recipe):
+            return given
+        if isinstance(given, Mapping):
+            return cls.from_dict(given)
+        if isinstance(given, (str, Path)):
+            return cls.from_file(given)
+        raise RecipeError(f"a recipe is a Recipe, a mapping, or a file; found {type(given).__name__}")
+
+    def unmatched(self, paths: Collection[str]) -> list[str]:
+        """A sentence for each rule that fits none of the module paths, with the nearest path."""
+        found = []
+        for index, rule in enumerate(self.layers):
+            if not any(fnmatch.fnmatchcase(path, rule.match) for path in paths):
+                found.append(f"layers[{index}]: {rule.match!r} matches no layer{_nearest(rule.match, paths)}")
+        return found
 
     @classmethod
     def from_file(cls, path: str | Path) -> Recipe:
@@ -189,6 +217,8 @@ class Recipe:
             RecipeError: unreadable, not a table, or invalid.
         """
         path = Path(path)
+        if (path / "model.onnx").is_file():  # a directory that `compile` wrote
+            path = path / "model.onnx"
         if path.suffix.lower() == ".onnx":
             return cls.from_dict(_stored(path), f"recipe stored in {path}")
         try:
@@ -232,6 +262,7 @@ def rtn(wbits: int, abits: int, **changes: Any) -> Recipe:
     return Recipe(wbits=wbits, abits=abits, **{**settings, **changes})
 
 
+RecipeLike = Recipe | Mapping[str, Any] | str | Path
 PRESETS = {"repquant": Recipe, "repq-vit": repq_vit, "smoothquant": smoothquant, "rtn": rtn}
 
 
@@ -260,7 +291,10 @@ def _parse(text: str, suffix: str) -> Any:
         import yaml
 
         depth = 0
+        keys: list[set[str] | None] = []  # of the open collections; None of a list
+        expects_key: list[bool] = []
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            _note_key(event, keys, expects_key)
             if isinstance(event, yaml.AliasEvent):  # nine lines of them can stand for billions of settings
                 raise RecipeError("a recipe has no aliases (*name); write the settings out")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -268,6 +302,28 @@ def _parse(text: str, suffix: str) -> Any:
                 raise RecipeError(f"a recipe is not nested {depth} levels deep")
         return yaml.safe_load(text)
     raise RecipeError(f"a recipe is .yaml, .yml, .toml, or an exported .onnx; found {suffix or 'no suffix'!r}")
+
+
+def _note_key(event: Any, keys: list[set[str] | None], expects_key: list[bool]) -> None:
+    """Follow a YAML document; a key that a table has already is an error (YAML itself would let the last one win)."""
+    import yaml
+
+    if isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
+        keys.pop()
+        expects_key.pop()
+        return
+    if not isinstance(event, (yaml.ScalarEvent, yaml.CollectionStartEvent)):
+        return
+    if keys and keys[-1] is not None:
+        if expects_key[-1] and isinstance(event, yaml.ScalarEvent):
+            if event.value in keys[-1]:
+                where = "" if event.start_mark is None else f"line {event.start_mark.line + 1}: "
+                raise RecipeError(f"{where}{event.value!r} is set twice")
+            keys[-1].add(event.value)
+        expects_key[-1] = not expects_key[-1]
+    if isinstance(event, yaml.CollectionStartEvent):
+        keys.append(set() if isinstance(event, yaml.MappingStartEvent) else None)
+        expects_key.append(True)
 
 
 def _check_keys(data: Any, target: type, where: str) -> None:
@@ -280,8 +336,9 @@ def _check_keys(data: Any, target: type, where: str) -> None:
 
 
 def _nearest(value: Any, known: Any) -> str:
-    close = difflib.get_close_matches(str(value), list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    by_case = {str(name).lower(): name for name in known}
+    close = difflib.get_close_matches(str(value).lower(), list(by_case), n=1, cutoff=0.5)
+    return f"; did you mean {by_case[close[0]]!r}?" if close else ""
 
 
 def _check_bits(name: str, value: Any) -> None:

@@ -48,9 +48,9 @@ def calibrated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     done: list[str] = []
     calibrate = pipeline_module._calibrate
 
-    def watched(state, segment, group):
+    def watched(state, segment, group, statistics):
         done.append(group.path)
-        return calibrate(state, segment, group)
+        return calibrate(state, segment, group, statistics)
 
     monkeypatch.setattr(pipeline_module, "_calibrate", watched)
     return done

@@ -150,3 +150,38 @@ def test_round_trip(recipe: Recipe) -> None:
     assert Recipe.from_dict(data) == recipe
     assert Recipe.from_dict(json.loads(json.dumps(data))) == recipe
     assert Recipe.from_dict(yaml.safe_load(yaml.safe_dump(data))) == recipe
+
+
+@pytest.mark.parametrize("text", ["wbits: 4\nabits: 4\nwbits: 8\n", "layers:\n  - {match: a, wbits: 4, match: b}\n", "a: {b: 1}\na: {b: 1}\n"])
+def test_a_key_twice_is_an_error(text: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(RecipeError, match="is set twice"):
+        Recipe.from_file(tmp_path / "r.yaml")
+
+
+def test_the_same_key_in_two_tables(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("layers:\n  - {match: a, wbits: 4}\n  - {match: b, wbits: 4}\nwbits: 3\n")
+    assert [rule.match for rule in Recipe.from_file(tmp_path / "r.yaml").layers] == ["a", "b"]
+
+
+def test_however_it_is_given(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("wbits: 3\n")
+    for form in (Recipe(wbits=3), {"wbits": 3}, tmp_path / "r.yaml", str(tmp_path / "r.yaml")):
+        assert Recipe.of(form) == Recipe(wbits=3)
+    assert Recipe.of(None) == Recipe()
+    with pytest.raises(RecipeError, match="found int"):
+        Recipe.of(3)  # type: ignore[arg-type]
+
+
+def test_rules_that_fit_nothing_are_named() -> None:
+    recipe = Recipe(layers=(LayerRule("blocks.*.mpl.fc2", wbits=4), LayerRule("head", wbits=4)))
+    assert recipe.unmatched(["blocks.0.mlp.fc2", "head"]) == ["layers[0]: 'blocks.*.mpl.fc2' matches no layer; did you mean 'blocks.0.mlp.fc2'?"]
+
+
+def test_errors_name_the_file(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("WBITS: 4\n")
+    with pytest.raises(RecipeError, match=r"r\.yaml.*did you mean 'wbits'"):
+        Recipe.from_file(tmp_path / "r.yaml")
+    (tmp_path / "r.yaml").write_text("wbits: 9\n")
+    with pytest.raises(RecipeError, match=r"r\.yaml: wbits must be"):
+        Recipe.from_file(tmp_path / "r.yaml")

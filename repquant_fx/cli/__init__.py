@@ -23,7 +23,8 @@ from repquant_fx.version import VERSION
 COMMANDS = {"compile": compile, "evaluate": evaluate, "inspect": inspect, "recipe": recipe, "sensitivity": sensitivity, "search": search,
             "completion": completion}
 EXIT_CODES = "exit codes: 0 done; 1 internal error, a bug; 2 bad input: one message, nothing written; 3 the exported file disagrees with " \
-    "the reference, nothing written; 130 interrupted (SIGINT), 143 terminated (SIGTERM), 129 hung up (SIGHUP), nothing written"
+    "the reference, nothing written; 130 interrupted (SIGINT), 143 terminated (SIGTERM), 129 hung up (SIGHUP), nothing written; " \
+    "141 nobody reads stdout any more"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except signals.Terminated as stop:
             log.error(f"terminated by {stop.name}; nothing was written", "Terminated", stop.exit_code)
             return stop.exit_code
-        except BrokenPipeError:
-            return 1
+        except BrokenPipeError:  # who reads has enough
+            return 141
         except BaseException as error:
             if not is_failure(error):
                 raise

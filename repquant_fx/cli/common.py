@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
 from typing import Any, NoReturn
 
 from repquant_fx.errors import InputError
@@ -11,10 +13,29 @@ SOURCES = "a file (.pt2, .pt, .safetensors), a transformers directory, hf:OWNER/
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports wrong options like every other bad input."""
+    """Reports wrong options like every other bad input, in a line; options have one name each."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}\n{self.format_usage().strip()}")
+        raise InputError(f"{message}{self._nearest(message)}; see {self.prog} --help")
+
+    def _nearest(self, message: str) -> str:
+        """What a word that nobody knows may have meant: an option of any command, or a command."""
+        unknown = re.search(r"unrecognized arguments: (-\S+)|invalid choice: '([^']*)'", message)
+        if unknown is None:
+            return ""
+        commands = [a for a in self._actions if isinstance(a, argparse._SubParsersAction)]
+        parsers = [self, *(p for action in commands for p in action.choices.values())]
+        if unknown.group(1):
+            known = {option for each in parsers for option in each._option_string_actions}
+        else:
+            named = re.match(r"argument (\S+?):", message)
+            known = {str(choice) for a in self._actions if a.choices and named and named.group(1) in (*a.option_strings, a.metavar, a.dest)
+                     for choice in a.choices}
+        close = difflib.get_close_matches((unknown.group(1) or unknown.group(2)).partition("=")[0], sorted(known), n=1)
+        return f"; did you mean {close[0]}?" if close else ""
 
 
 def add_source(command: argparse.ArgumentParser, about: str = SOURCES) -> None:
@@ -75,10 +96,9 @@ def read_bits(option: str, text: str) -> list[int]:
 
 def seed(text: str) -> int:
     """A seed that torch takes."""
-    number = int(text)
-    if not 0 <= number < 2**63:
-        raise ValueError
-    return number
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) < 2**63):
+        raise argparse.ArgumentTypeError(f"a seed is a whole number from 0 to 2^63 - 1; found {text[:40]!r}")
+    return int(text)
 
 
 def read_shape(text: str | None) -> list[int] | None:

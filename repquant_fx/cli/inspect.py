@@ -29,6 +29,7 @@ def add(command: argparse.ArgumentParser) -> None:
     command.add_argument("--input-shape", metavar="C,H,W", help="shape of one input without the batch, where the model does not tell")
     command.add_argument("--task", help="of a transformers model, see `compile`")
     command.add_argument("--html", type=Path, metavar="FILE", help="write it as one self-contained page, too (needs plotly)")
+    command.add_argument("--report", type=Path, metavar="FILE", help="the report that compile --report wrote: the page shows what was measured")
     command.add_argument("--force", action="store_true", help="replace an existing page")
     add_method(command)
 
@@ -36,8 +37,12 @@ def add(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Inspect and print; returns the exit code."""
     recipe, shape = recipe_from(options), read_shape(options.input_shape)
+    measured = None
     if options.html is not None:
-        check_page(options)
+        measured = read_report(options.report) if options.report is not None else None
+        check_page(options, measured is not None)
+    elif options.report is not None:
+        raise InputError("--report is for the page: give --html, too")
     from repquant_fx import log
     from repquant_fx.inspection import inspect
 
@@ -45,19 +50,38 @@ def run(options: argparse.Namespace) -> int:
     log.finish()
     if options.html is not None:
         from repquant_fx.files import write_atomically
-        from repquant_fx.html import inspection_page
+        from repquant_fx.html import inspection_page, page
 
-        write_atomically(options.html, inspection_page(found, command=options.command_line).encode())
+        text = inspection_page(found, command=options.command_line) if measured is None else page(measured, measured.get("statistics"))
+        write_atomically(options.html, text.encode())
         log.info(f"wrote {options.html}")
     log.result(found.about)
     if options.json:
         print(json.dumps(found.to_dict()))
     else:
-        show(found)
+        try:
+            show(found)
+        except SystemExit as stop:  # so the tables' library ends a program whose reader is gone
+            raise BrokenPipeError from stop
     return 0
 
 
-def check_page(options: argparse.Namespace) -> None:
+def read_report(path: Path) -> dict[str, Any]:
+    """A report of `compile`.
+
+    Raises:
+        InputError: it cannot be read, or is none.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"cannot read report {path}: {str(error).splitlines()[0]}") from error
+    if not isinstance(found, dict) or not isinstance(found.get("layers"), list) or "recipe" not in found:
+        raise InputError(f"{path} is not a report that compile --report wrote")
+    return found
+
+
+def check_page(options: argparse.Namespace, figures: bool) -> None:
     """Refuse a page that cannot be written before anything is loaded.
 
     Raises:
@@ -69,7 +93,8 @@ def check_page(options: argparse.Namespace) -> None:
     if options.html.resolve() == Path(options.model).resolve():
         raise InputError("--html names the model itself")
     check_writable(options.html, options.force)
-    plotly_script()
+    if figures:
+        plotly_script()
 
 
 def show(found: Inspection) -> None:

@@ -30,6 +30,7 @@ from repquant_fx.frontends.tasks import GENERAL, class_for, task_of
 PREFIX = "hf:"
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _DESCRIPTIONS = ["*.json", "*.txt", "*.model", "*.jinja"]  # of the model, its tokenizer and its image processor
+_ELSEWHERE = ("modules.json", "data_config.json")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _SHOWN = 8
@@ -126,8 +127,12 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def descriptions(folder: Path) -> list[Path]:
-    """The files of a directory that describe the model, its tokenizer and its processor; no weights and no index of weights."""
-    return sorted({path for pattern in _DESCRIPTIONS for path in folder.glob(pattern) if path.is_file() and not path.match("*.index.json")})
+    """The files of a directory that describe the model, its tokenizer and its processor.
+
+    No weights, no index of weights, and no `modules.json` of a sentence encoder, which names further folders of weights.
+    """
+    return sorted({path for pattern in _DESCRIPTIONS for path in folder.glob(pattern)
+                   if path.is_file() and not path.match("*.index.json") and path.name not in _ELSEWHERE})
 
 
 def load_preprocessing(folder: Path, expected: Sequence[int] | None) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import json
 import platform
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -49,6 +50,13 @@ def page(report: Mapping[str, Any], statistics: Mapping[str, Any] | None = None,
     }, str(report.get("source") or "model"))
 
 
+def _headline(source: str) -> str:
+    """A source in a few words: the name of its file or directory, or the architecture without its options."""
+    found = re.search(r"(?:with the weights of|pickled in| of) (\S+)$", source)
+    name = found.group(1) if found else source
+    return name.rstrip("/").rpartition("/")[2] if "/" in name and not name.startswith("hf:") else name.split(",")[0]
+
+
 def inspection_page(found: Inspection, *, command: str) -> str:
     """The page of a file that was compiled before, or of what would be matched in a model that is not compiled yet. Nothing was measured.
 
@@ -73,9 +81,10 @@ def inspection_page(found: Inspection, *, command: str) -> str:
 def _fill(data: Mapping[str, Any], heading: str) -> str:
     """The template with everything in it."""
     # `<` would let a name end the script element; JSON allows the escape anywhere a string may hold it
-    text = json.dumps({"title": heading, **data}, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    return Template(_read("template.html")).substitute(title=html.escape(f"{heading} — repquant-fx"), version=VERSION, style=_read("style.css"),
-                                                       plotly=plotly_script(), data=text, script=_read("report.js"))
+    text = json.dumps({"title": _headline(heading), "source": heading, **data}, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return Template(_read("template.html")).substitute(
+        title=html.escape(f"{_headline(heading)} — repquant-fx"), version=VERSION, style=_read("style.css"),
+        plotly=plotly_script() if data["layers"] else "", data=text, script=_read("report.js"))
 
 
 def plotly_script() -> str:
@@ -103,8 +112,11 @@ def versions() -> dict[str, str]:
 
 
 def _layer(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """What the page shows of a layer."""
-    return {**entry, "inputs": [_ranges(item) for item in entry.get("inputs", ())]}
+    """What the page shows of a layer; the two products of an attention are told apart by their operands."""
+    operands = [str(item.get("name", "")).rpartition("/")[2] for item in entry.get("inputs", ())]
+    label = entry.get("path") or entry.get("node") or "?"
+    label = f"{label} ({' × '.join(operands)})" if entry.get("group") == "matmul" and len(operands) > 1 else label
+    return {**entry, "label": label, "inputs": [_ranges(item) for item in entry.get("inputs", ())]}
 
 
 def _ranges(item: Mapping[str, Any]) -> dict[str, Any]:

@@ -107,7 +107,7 @@ function sites() {
 const layerAxis = () => {
   const title = { text: "layer, in graph order" };
   if (narrow || layers.length > 40) return { title, showgrid: false, zeroline: false, range: [-0.7, layers.length - 0.3] };
-  return { tickmode: "array", tickvals: layers.map((_, i) => i), ticktext: layers.map(l => plain(l.path)), tickangle: -50, automargin: true, showgrid: false, zeroline: false,
+  return { tickmode: "array", tickvals: layers.map((_, i) => i), ticktext: layers.map(l => plain(l.label)), tickangle: -50, automargin: true, showgrid: false, zeroline: false,
     range: [-0.7, layers.length - 0.3] };
 };
 const overviews = [];
@@ -133,11 +133,11 @@ function sqnr() {
   section("Which layers lose most",
     note("Signal-to-quantization-noise ratio of each layer's output against the float model, with everything before it quantized too. Lower is worse; 6 dB are about one bit. " +
       "Choose a layer by clicking its bar."), place,
-    element("h3", {}, "Lowest"), table([{ title: "layer", text: r => r[0].path }, { title: "kind", text: r => kindText(r[0]) }, { title: "SQNR", number: true, text: r => decibel(r[0].sqnr_db) }],
+    element("h3", {}, "Lowest"), table([{ title: "layer", text: r => r[0].label }, { title: "kind", text: r => kindText(r[0]) }, { title: "SQNR", number: true, text: r => decibel(r[0].sqnr_db) }],
       weakest, r => choose(r[1], true)));
   overview(place, kinds.map(kind => {
     const own = measured.filter(([l]) => kindOf(l) === kind);
-    return { type: "bar", name: kindText(own[0][0]), x: own.map(([, i]) => i), y: own.map(([l]) => l.sqnr_db), customdata: own.map(([l, i]) => [i, plain(l.path)]),
+    return { type: "bar", width: 0.85, name: kindText(own[0][0]), x: own.map(([, i]) => i), y: own.map(([l]) => l.sqnr_db), customdata: own.map(([l, i]) => [i, plain(l.label)]),
       marker: { color: COLORS[kind] || "#778" }, hovertemplate: "%{customdata[1]}<br>%{y:.2f} dB<extra></extra>" };
   }), { barmode: "overlay", xaxis: layerAxis(), yaxis: { title: { text: "SQNR (dB)" } }, showlegend: kinds.length > 1 }, narrow ? 320 : layers.length > 40 ? 340 : 430);
 }
@@ -157,7 +157,7 @@ function weights() {
   const mean = Math.exp(rows.reduce((sum, r) => sum + Math.log(Math.max(1e-12, ratio(r))), 0) / rows.length);
   section("Rounding of weights", note(`Squared error of a layer's output that comes from its weights alone, on the calibration data${relative ? ", relative to the output" : ""}: ` +
     `rounded to nearest (RTN), and as chosen (GPTQ). On the geometric mean over layers the error chosen is ${percent(mean)} of RTN's.`), place);
-  const custom = rows.map(r => [r.index, plain(r.layer.path), percent(ratio(r))]), x = rows.map(r => r.index);
+  const custom = rows.map(r => [r.index, plain(r.layer.label), percent(ratio(r))]), x = rows.map(r => r.index);
   const shown = v => relative ? 100 * v : v;
   const joints = { x: x.flatMap(i => [i, i, null]), y: rows.flatMap(r => [shown(r.error.nearest), shown(r.error.chosen), null]), mode: "lines", line: { color: "#c3ccd6", width: 2 },
     hoverinfo: "skip", showlegend: false };
@@ -176,7 +176,7 @@ let layerSection = null;
 
 function layerView() {
   if (!layers.length) return;
-  picker.append(...layers.map((l, i) => element("option", { value: i }, l.path + "  (" + kindText(l) + (known(l.sqnr_db) ? ", " + decibel(l.sqnr_db) : "") + ")")));
+  picker.append(...layers.map((l, i) => element("option", { value: i }, l.label + "  (" + kindText(l) + (known(l.sqnr_db) ? ", " + decibel(l.sqnr_db) : "") + ")")));
   picker.addEventListener("change", () => choose(Number(picker.value)));
   const step = (text, by) => { const b = element("button", { type: "button", ariaLabel: by < 0 ? "previous layer" : "next layer" }, text); b.addEventListener("click", () => choose(chosen + by)); return b; };
   layerSection = section("One layer", element("div", { className: "pick" }, step("‹", -1), picker, step("›", 1)), detail);
@@ -327,7 +327,7 @@ function allLayers() {
   if (!layers.length) return;
   const activation = l => (l.inputs || []).map(i => i.quantizer === "none" ? "float" : i.bits).join(" × ");
   const ratio = l => { const e = errorsOf(l); return e && e.nearest > 0 ? percent(e.chosen / e.nearest) : "–"; };
-  const columns = [{ title: "layer", text: r => r[0].path }, { title: "kind", text: r => kindText(r[0]) }, { title: "weight bits", number: true, text: r => r[0].weight ? String(r[0].weight.bits) : "–" },
+  const columns = [{ title: "layer", text: r => r[0].label }, { title: "kind", text: r => kindText(r[0]) }, { title: "weight bits", number: true, text: r => r[0].weight ? String(r[0].weight.bits) : "–" },
     { title: "activation bits", number: true, text: r => activation(r[0]) || "–" }, { title: "SQNR", number: true, text: r => decibel(r[0].sqnr_db) }, { title: "GPTQ / RTN error", number: true, text: r => ratio(r[0]) }];
   section("All layers", note("In graph order; click a row to see its figures."), table(columns, layers.map((l, i) => [l, i]), r => choose(r[1], true)));
 }

@@ -97,7 +97,7 @@ def sensitivity(
     Raises:
         InputError: model, data or options cannot be used.
     """
-    return analyse(prepare(model, calibration, recipe, **source), recipe or Recipe(), weight_choices=weight_choices,
+    return analyse(prepare(model, calibration, recipe, **source), Recipe.of(recipe), weight_choices=weight_choices,
                    activation_choices=activation_choices, loss=loss, probes=probes, seed=source.get("seed", 0))
 
 

@@ -123,7 +123,7 @@ def search(
     Raises:
         InputError: no or several targets, options that make no sense, a size too small, or a quality that the largest choices miss.
     """
-    recipe = recipe or Recipe()
+    recipe = Recipe.of(recipe)
     if sum(t is not None for t in (target_size, target_sqnr, quality)) != 1 or (quality is None) != (at_least is None):
         raise InputError("give one target: a size, an SQNR, or a drop (a quality and what it must reach)")
     if count not in COUNTS:

@@ -111,7 +111,7 @@ def test_a_reader_that_is_gone_ends_quietly(tmp_path: Path) -> None:
     os.close(read)
     done = run(COMMAND, tmp_path, stdout=write)
     os.close(write)
-    assert done.returncode == 1 and done.stderr == ""
+    assert done.returncode == 141 and done.stderr == ""
 
 
 # ---- signals --------------------------------------------------------------------------------------------------------------

@@ -105,8 +105,32 @@ def test_inspected_files_and_models(folder: Path, capsys: pytest.CaptureFixture[
         assert main(["inspect", str(folder / source), "--html", str(out), "--quiet"]) == 0
         data, fetched = parsed(out.read_text())
         assert not fetched and data["report"]["compiled"] is compiled
+        assert out.stat().st_size < 1_000_000  # no figures, no plotting library
         assert len(data["sites"]) == len(inspect(folder / source).rows) if compiled else data["sites"]
     assert capsys.readouterr().out
+
+
+def test_inspection_with_a_report(folder: Path, result: CompiledModel, capsys: pytest.CaptureFixture[str]) -> None:
+    """The figures of a compile, later."""
+    arguments = ["inspect", str(folder / "model.onnx"), "--quiet", "--json"]
+    assert main([*arguments, "--html", str(folder / "later.html"), "--report", str(folder / "report.json")]) == 0
+    data, _ = parsed((folder / "later.html").read_text())
+    assert data["statistics"] == result.statistics and len(data["layers"]) == len(result.report["layers"])
+    assert main([*arguments, "--report", str(folder / "report.json")]) == 2
+    (folder / "none.json").write_text("[]")
+    assert main([*arguments, "--html", str(folder / "none.html"), "--report", str(folder / "none.json")]) == 2
+    assert not (folder / "none.html").exists() and "not a report" in capsys.readouterr().err
+
+
+def test_names_people_tell_apart(folder: Path) -> None:
+    data, _ = parsed((folder / "page.html").read_text())
+    labels = [layer["label"] for layer in data["layers"]]
+    assert len(set(labels)) == len(labels) and "blocks.0.attn (query × key)" in labels
+    assert data["title"] == "VisionTransformer in memory"
+    for source, title in (("timm:vit_tiny_patch16_224,depth=1 with the weights of /a/b/w.safetensors", "w.safetensors"),
+                          ("LlamaForCausalLM of models/llama/", "llama"), ("timm:deit_small,num_classes=3", "timm:deit_small"),
+                          ("BertModel of hf:owner/name", "hf:owner/name")):
+        assert pages._headline(source) == title
 
 
 def test_command_line(folder: Path) -> None:
@@ -166,6 +190,9 @@ def test_in_a_browser(folder: Path, width: int, height: int) -> None:
                               "o.text.includes('matrix')); s.dispatchEvent(new Event('change'))")
         drawn = driver.execute_script("return [document.querySelectorAll('.js-plotly-plot').length, document.documentElement.scrollWidth, "
                                       "document.querySelectorAll('.problem').length]")
+        widths = driver.execute_script("return [...document.querySelector('.js-plotly-plot').querySelectorAll('.bars .point path')]"
+                                       ".map(p => p.getBoundingClientRect().width)")
+        assert len(widths) == len(json.loads((folder / "report.json").read_text())["layers"]) and max(widths) - min(widths) < 1
         assert drawn[0] >= 3 and drawn[1] <= width and drawn[2] == 0
         assert [e for e in driver.get_log("browser") if e["level"] == "SEVERE"] == []
         requests = [m for m in (json.loads(e["message"])["message"] for e in driver.get_log("performance"))

@@ -70,7 +70,7 @@ def end_to_end(result: CompiledModel, x: Tensor) -> None:
         assert len(np.unique(codes)) > 1
         apart = np.abs(codes.astype(int) - values[name].astype(int))
         # a flip on a rounding boundary moves the whole token in what follows
-        assert (apart > 0).mean() <= (0.2 if flipped else 0.02) and apart.max(initial=0) <= (3 if flipped else 1), name
+        assert (apart > 0).mean() <= (0.2 if flipped else 0.02) and apart.max(initial=0) <= (8 if flipped else 1), name
         flipped += (apart > 0).sum()
     for name in logarithmic:
         theirs, ours = values[name], expected[name].numpy()

@@ -253,9 +253,9 @@ def test_planted_variation_does_not_change_the_codes() -> None:
         run_passes(graph_module, [CalibrateActivations(group, recipe), ReparameterizeNorms(group)])
         found.append(codes_of(graph_module, group, x))
     (plain_codes, ties), (codes, _) = found
-    # calibration in float32 moves a bound by rounding, so a value near a tie may fall on its other side
+    # calibration in float32 moves a bound by rounding, so a value near a tie, or at the edge of a bin, may fall on its other side
     apart = plain_codes[0] != codes[0]
-    assert float(apart.double().mean()) < 2e-3 and float(apart[ties[0] > 1e-3].double().sum()) == 0
+    assert float(apart.double().mean()) < 2e-3 and float(apart[ties[0] > 1e-2].double().sum()) == 0
 
 
 def test_planted_variation_hurts_layerwise_only() -> None:
