@@ -96,7 +96,7 @@ def test_names_cannot_end_the_script(result: CompiledModel) -> None:
     report = {**result.report, "source": evil, "layers": [{**result.report["layers"][0], "path": evil}]}
     text = pages.page(report)
     data, _ = parsed(text)
-    assert data["layers"][0]["path"] == evil and data["title"] == evil and evil not in text
+    assert data["layers"][0]["path"] == data["layers"][0]["label"] == data["source"] == evil and evil not in text
 
 
 def test_inspected_files_and_models(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
