@@ -242,17 +242,26 @@ def main() -> None:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: how many times faster than float, by model, batch and threads; then the file sizes."""
-    labels = list(dict.fromkeys(label for r in results.values() for label in r["megabytes"]))
-    lines = ["| model | batch, threads | " + " | ".join(labels[1:]) + " |", "|---|---|" + "---:|" * (len(labels) - 1)]
+    """Markdown: how many times faster than float at batch 1 on one thread, with file sizes; then ours beside the better peer elsewhere."""
+    labels = list(dict.fromkeys(label for r in results.values() for label in r["megabytes"]))[1:]
+    first, others = "batch 1, threads 1", list(dict.fromkeys(key for r in results.values() for key in r if key not in ("megabytes",)))
+    lines = ["| | " + " | ".join(labels) + " | float MB | " + " | ".join(f"{x} MB" for x in labels if x.startswith("W")) + " |",
+             "|---|" + "---:|" * (len(labels) + 1 + sum(x.startswith("W") for x in labels))]
     for name, rows in results.items():
-        for key, medians in rows.items():
-            if key != "megabytes":
-                cells = [f"{medians['float'] / medians[label]:.2f}" if label in medians else "" for label in labels[1:]]
-                lines.append(f"| {name} | {key.replace('batch ', '').replace('threads ', '')} | " + " | ".join(cells) + " |")
-    lines += ["", "| file MB | " + " | ".join(labels) + " |", "|---|" + "---:|" * len(labels)]
-    for name, rows in results.items():
-        lines.append(f"| {name} | " + " | ".join(f"{rows['megabytes'][x]:.1f}" if x in rows["megabytes"] else "" for x in labels) + " |")
+        speed = [f"{rows[first]['float'] / rows[first][x]:.2f}" if x in rows.get(first, {}) else "" for x in labels]
+        sizes = [f"{rows['megabytes'][x]:.1f}" for x in ("float", *(x for x in labels if x.startswith("W"))) if x in rows["megabytes"]]
+        lines.append(f"| {name} | " + " | ".join([*speed, *sizes]) + " |")
+    others = [key for key in others if key != first]
+    if others:
+        lines += ["", "| W8A8 / W4A4 (better peer) | " + " | ".join(others) + " |", "|---|" + "---:|" * len(others)]
+    for name, rows in results.items() if others else ():
+        cells = []
+        for key in others:
+            found = {label: rows[key]["float"] / seconds for label, seconds in rows.get(key, {}).items()}
+            peer = max((ratio for label, ratio in found.items() if label.startswith("peer")), default=None)
+            ours = " / ".join(f"{found[x]:.2f}" for x in ("W8A8", "W4A4") if x in found)
+            cells.append(f"{ours} ({peer:.2f})" if peer is not None else ours)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
