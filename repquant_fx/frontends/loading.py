@@ -24,6 +24,7 @@ from repquant_fx.frontends import architectures, huggingface, signature
 from repquant_fx.frontends.exported import load_exported
 from repquant_fx.frontends.pickled import first_line, load_pickled, refuse_bomb
 from repquant_fx.frontends.tasks import check_task
+from repquant_fx.security.names import check_module_names, check_names
 
 _TORCH_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # the pickled magic number that opens a file of torch before 1.6
 _CONTAINERS = ("state_dict", "model", "module", "model_state_dict", "model_ema", "state_dict_ema")
@@ -215,6 +216,7 @@ def _loaded(module: nn.Module, source: str, input_shape: Sequence[int] | None, t
     if isinstance(module, nn.DataParallel):
         module = module.module
     try:
+        check_module_names(module, source)
         module = module.to("cpu").eval()
         if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in module.parameters()):
             module = module.float()
@@ -301,6 +303,7 @@ def _from_weights(weights: dict[str, Tensor], arch: str | None, where: str, inpu
     if not arch:
         raise ModelFileError(f"{where} holds a state dict with {len(weights)} tensors ({_listed(list(weights))}) "
                              "but no architecture; pass --arch timm:NAME")
+    check_names(weights, where)
     named = architectures.parse_architecture(arch)
     if named.pretrained:
         raise InputError(f"--arch {arch}: 'pretrained' makes no sense with the weights of {where}; leave it out")

@@ -1,0 +1,1 @@
+"""What keeps a file that nobody vouches for from doing more than being read."""
