@@ -260,10 +260,11 @@ def match(
     own = tuple(rule for rule in (LayerRule(glob, skip=True) for glob in loaded.float_modules) if rule not in recipe.layers)
     recipe = replace(recipe, layers=(*own, *recipe.layers))
     log.stage("capture")
-    captured = _capture(loaded)
-    graph_module = normalize(captured.graph_module)
     matching = MatchSites(recipe)
-    run_passes(graph_module, [matching])
+    with loaded.guard:
+        captured = _capture(loaded)
+        graph_module = normalize(captured.graph_module)
+        run_passes(graph_module, [matching])
     for sentence in replace(recipe, layers=given).unmatched([module_path(n) for n in graph_module.graph.nodes if n.target in CONSUMERS]):
         warnings.warn(f"the recipe's {sentence}", RepQuantWarning, stacklevel=2)
     return Matched(loaded, captured, graph_module, matching.plan, recipe)

@@ -229,7 +229,7 @@ def _module_runner(loaded: Any, source: str) -> Runner:
         specs.append(InputSpec(name, shape, example.dtype, *limits))
 
     def call(feed: dict[str, Tensor]) -> dict[str, Tensor]:
-        with torch.inference_mode():
+        with loaded.guard, torch.inference_mode():
             return _named(module(**feed) if named else module(*feed.values()))
 
     return Runner(call, tuple(specs), tuple(free.get(0) for free in axes), source)
@@ -250,7 +250,7 @@ def _program_runner(loaded: Any, source: str) -> Runner:
 
     def call(feed: dict[str, Tensor]) -> dict[str, Tensor]:
         args, kwargs = pytree.tree_unflatten(list(feed.values()), structure) if structure is not None else (feed.values(), {})
-        with torch.inference_mode():
+        with loaded.guard, torch.inference_mode():
             return _named(module(*args, **kwargs))
 
     return Runner(call, tuple(specs), tuple(batches), source)

@@ -10,6 +10,7 @@ import json
 import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from repquant_fx.frontends import architectures, huggingface, signature
 from repquant_fx.frontends.exported import load_exported
 from repquant_fx.frontends.pickled import first_line, load_pickled, refuse_bomb
 from repquant_fx.frontends.tasks import check_task
+from repquant_fx.security.guard import guarded_unless
 from repquant_fx.security.names import check_module_names, check_names
 
 _TORCH_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # the pickled magic number that opens a file of torch before 1.6
@@ -49,6 +51,8 @@ class LoadedModel:
         task: one of `tasks.TASKS`; None where it is not known.
         float_modules: globs of module paths that stay float unless a recipe says otherwise.
         directory: the transformers directory that it was read from, if any.
+        trusted: the user vouches for its code: it was in memory, is built by a library from a name, or came with `allow_pickle`. Any other
+            model runs under `security.guard`.
     """
 
     module: nn.Module | None
@@ -64,6 +68,12 @@ class LoadedModel:
     task: str | None = None
     float_modules: tuple[str, ...] = ()
     directory: Path | None = None
+    trusted: bool = True
+
+    @property
+    def guard(self) -> AbstractContextManager[None]:
+        """What to run the model in."""
+        return guarded_unless(self.trusted, f"running {self.source}")
 
 
 def load_model(
@@ -94,10 +104,21 @@ def load_model(
         _no_architecture_wanted(arch, text)
         named = architectures.parse_architecture(text)
         return _loaded(architectures.build(named), str(named), input_shape, task)
+    folder = None
     if huggingface.is_huggingface(text):
         _no_architecture_wanted(arch, text)
-        return _from_directory(text, task, input_shape, offload_dir)
-    data = _read(Path(source))
+        folder = huggingface.find_directory(text)  # `hf:` may download, so it is outside the guard
+    with guarded_unless(allow_pickle, f"loading {text}", [Path(offload_dir)] if offload_dir is not None else []):
+        loaded = _load(text, folder, arch, allow_pickle, input_shape, task, offload_dir)
+    return replace(loaded, trusted=allow_pickle)
+
+
+def _load(text: str, folder: Path | None, arch: str | None, allow_pickle: bool, input_shape: Sequence[int] | None, task: str | None,
+          offload_dir: str | Path | None) -> LoadedModel:
+    """A transformers directory, or a file."""
+    if folder is not None:
+        return _from_directory(text, folder, task, input_shape, offload_dir)
+    data = _read(Path(text))
     kind = _kind(data, text)
     if kind == "safetensors":
         weights, stored = _safetensors(data, text)
@@ -228,8 +249,8 @@ def _loaded(module: nn.Module, source: str, input_shape: Sequence[int] | None, t
         raise ModelFileError(f"{source} holds a module that is not whole: {first_line(error)}") from error
 
 
-def _from_directory(source: str, task: str | None, input_shape: Sequence[int] | None, offload_dir: str | Path | None) -> LoadedModel:
-    folder = huggingface.find_directory(source)
+def _from_directory(source: str, folder: Path, task: str | None, input_shape: Sequence[int] | None,
+                    offload_dir: str | Path | None) -> LoadedModel:
     module, task = huggingface.load_directory(folder, task, offload_dir)
     preprocessing = huggingface.load_preprocessing(folder, architectures.config_image_shape(module))
     tokenizer = huggingface.load_tokenizer(folder) if huggingface.has_tokenizer(folder) else None

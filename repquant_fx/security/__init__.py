@@ -1,1 +1,1 @@
-"""What keeps a file that nobody vouches for from doing more than being read."""
+"""What keeps a file from doing harm: names, escapes, a guard on what a model does while it runs, a supervised process."""

@@ -1,0 +1,176 @@
+"""What a model may not do while it is loaded and run."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+import marshal
+import os
+import runpy
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import urllib.request
+from collections.abc import Callable
+from contextlib import suppress
+from importlib.machinery import ExtensionFileLoader, SourcelessFileLoader
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from repquant_fx.errors import ModelFileError
+from repquant_fx.security import guard
+from repquant_fx.security.guard import guarded, guarded_unless
+
+ATTEMPTS: dict[str, tuple[Callable[[], Any], str]] = {
+    "os.system": (lambda: os.system("touch ran"), "start a process (os.system 'touch ran')"),
+    "subprocess": (lambda: subprocess.run(["touch", "ran"], check=True), "start a process (subprocess.Popen"),
+    "os.popen": (lambda: os.popen("touch ran").read(), "start a process (subprocess.Popen"),
+    "exec": (lambda: os.execv("/usr/bin/touch", ["touch", "ran"]), "start a process (os.exec"),
+    "spawn": (lambda: os.posix_spawn("/usr/bin/touch", ["touch", "ran"], {}), "start a process (os.posix_spawn"),
+    "fork": (os.fork, "start a process (os.fork"),
+    "kill": (lambda: os.kill(os.getppid(), 0), "send a signal (os.kill"),
+    "socket": (lambda: socket.create_connection(("127.0.0.1", 9)), "use the network (socket."),
+    "url": (lambda: urllib.request.urlopen("http://127.0.0.1:9/"), "use the network (urllib.Request"),
+    "ctypes": (lambda: ctypes.CDLL(None), "call into C (ctypes.dlopen"),
+    "address": (lambda: ctypes.string_at(id(0), 8), "call into C (ctypes.string_at"),
+    "write": (lambda: Path("ran").write_text("x"), "write a file (open 'ran')"),
+    "append": (lambda: open("other.txt", "a"), "write a file (open"),
+    "descriptor": (lambda: os.open("ran", os.O_CREAT | os.O_WRONLY), "write a file (open"),
+    "update": (lambda: open("other.txt", "r+"), "write a file (open"),
+    "rename": (lambda: os.rename("other.txt", "ran"), "change a file (os.rename"),
+    "remove": (lambda: os.unlink("other.txt"), "change a file (os.remove"),
+    "folder": (lambda: os.mkdir("ran"), "change a file (os.mkdir"),
+    "link": (lambda: os.symlink("other.txt", "ran"), "change a file (os.symlink"),
+    "mode": (lambda: os.chmod("other.txt", 0o777), "change a file (os.chmod"),
+    "truncate": (lambda: os.truncate("other.txt", 0), "change a file (os.truncate"),
+    "database": (lambda: sqlite3.connect("ran"), "open a database (sqlite3.connect"),
+    "module": (lambda: importlib.import_module("wicked"), "run a file (exec"),
+    "noisy module": (lambda: importlib.import_module("antigravity"), "run a file (exec"),
+    "file": (lambda: runpy.run_path("evil.py"), "run a file (exec"),
+    "library": (lambda: ExtensionFileLoader("evil", "evil.so").load_module("evil"), "load a library (import"),
+    "compiled": (lambda: SourcelessFileLoader("evil", "evil.pyc").load_module("evil"), "read compiled code (marshal.loads"),
+    "compiled script": (lambda: runpy.run_path("evil.pyc"), "read compiled code (marshal.load"),
+    "hook": (lambda: sys.addaudithook(lambda *_: None), "change this process (sys.addaudithook"),
+    "chdir": (lambda: os.chdir("/"), "change this process (os.chdir"),
+    "exit": (lambda: sys.exit(0), "end the process"),
+}
+
+
+@pytest.fixture
+def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A current folder that is not the temporary one, with a module and a file."""
+    here = tmp_path / "here"
+    here.mkdir()
+    (tmp_path / "temporary").mkdir()
+    (here / "evil.py").write_text("import pathlib; pathlib.Path('ran').touch()")
+    (here / "wicked.py").write_text("import pathlib; pathlib.Path('ran').touch()")
+    (here / "evil.so").write_bytes(b"no library")
+    code = compile("import pathlib; pathlib.Path('ran').touch()", "<string>", "exec")  # its own name is anything
+    (here / "evil.pyc").write_bytes(importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(code))
+    (here / "other.txt").write_text("theirs")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.chdir(here)
+    monkeypatch.syspath_prepend(here)
+    return here
+
+
+@pytest.mark.parametrize("name", ATTEMPTS)
+def test_what_is_refused(name: str, place: Path) -> None:
+    attempt, words = ATTEMPTS[name]
+    with pytest.raises(ModelFileError) as caught, guarded("loading m.pt"):
+        attempt()
+    assert str(caught.value).startswith("loading m.pt: it tried to ") and words in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert sorted(p.name for p in place.iterdir() if p.name != "__pycache__") == ["evil.py", "evil.pyc", "evil.so", "other.txt", "wicked.py"]
+    assert (place / "other.txt").read_text() == "theirs"
+
+
+def test_a_refusal_cannot_be_swallowed(place: Path) -> None:
+    with pytest.raises(ModelFileError, match=r"os\.system 'touch ran'"), guarded("loading m.pt"):
+        try:
+            os.system("touch ran")
+        except Exception:
+            pass
+        try:
+            os.mkdir("second")
+        except Exception as error:
+            raise ValueError("something else") from error
+    assert not (place / "ran").exists()
+
+
+def test_a_thread_does_not_help(place: Path) -> None:
+    def attempt() -> None:
+        with suppress(ModelFileError):
+            os.mkdir("ran")
+
+    with pytest.raises(ModelFileError, match=r"os\.mkdir"), guarded("loading m.pt"):
+        thread = threading.Thread(target=attempt)
+        thread.start()
+        thread.join()
+    assert not (place / "ran").exists()
+
+
+def test_threads_that_ran_before_go_on(place: Path) -> None:
+    """A server that compiles in one thread may open sockets in the others."""
+    go, done = threading.Event(), threading.Event()
+
+    def work() -> None:
+        go.wait(30)
+        os.mkdir("theirs")
+        done.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    with guarded("loading m.pt"):
+        go.set()
+        assert done.wait(30)
+    thread.join()
+    assert (place / "theirs").is_dir()
+
+
+def test_what_stays_possible(place: Path) -> None:
+    """Reading anything, writing where it was said, importing what is installed; and all of it afterwards."""
+    (place / "out").mkdir()
+    sys.modules.pop("wave", None)
+    with guarded("loading m.pt", [place / "out"]):
+        assert Path("other.txt").read_text() == "theirs"
+        (place / "out" / "a").write_text("x")
+        os.replace("out/a", "out/b")
+        with tempfile.TemporaryDirectory() as folder, tempfile.NamedTemporaryFile(dir=folder) as file:
+            file.write(b"x")
+        with open(os.devnull, "w"):
+            pass
+        importlib.import_module("wave")
+        with pytest.raises(ImportError):
+            importlib.import_module("no_such_module_anywhere")
+        exec("x = 1", {})
+    with guarded_unless(True, "loading m.pt"):
+        os.mkdir("mine")
+    os.symlink("..", "out/up")
+    with pytest.raises(ModelFileError, match="write a file"), guarded("loading m.pt", [place / "out"]):
+        Path("out/up/ran").write_text("x")
+    assert subprocess.run([sys.executable, "-c", ""], check=True).returncode == 0
+
+
+def test_bytecode_is_not_written(place: Path) -> None:
+    before = sys.dont_write_bytecode
+    with guarded("loading m.pt"):
+        assert sys.dont_write_bytecode
+    assert sys.dont_write_bytecode == before
+
+
+def test_an_installed_module_may_do_what_it_likes_while_it_is_imported(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision loads its library of C then, and huggingface_hub asks `ldconfig`."""
+    (place / "installed.py").write_text("import os\nos.mkdir('made')\ndef later():\n    os.mkdir('later')\n")
+    monkeypatch.setattr(guard, "_known_roots", {*guard._roots(), str(place)})
+    with guarded("loading m.pt"):
+        module = importlib.import_module("installed")
+    assert (place / "made").is_dir()
+    with pytest.raises(ModelFileError, match=r"os\.mkdir 'later'"), guarded("loading m.pt"):
+        module.later()
