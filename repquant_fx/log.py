@@ -1,5 +1,7 @@
 """What a long run says while it works: stages, warnings and the result, for people or as one JSON object a line, on stderr.
 
+A message is one line, whatever names from a file it quotes: for people it is escaped (`security.escape`), in JSON it is a string of ASCII.
+
 The compiler calls `stage(name)` where a new stage begins; nothing is said unless `using` chose a form. stdout belongs to results.
 
 | event | fields beside `event` and `time` (UTC, ISO 8601) |
@@ -22,9 +24,11 @@ from datetime import datetime, timezone
 from typing import Any
 
 from repquant_fx import progress
+from repquant_fx.security.escape import printable
 
 QUIET, NORMAL, VERBOSE, JSON = "quiet", "normal", "verbose", "json"
 FORMS = (QUIET, NORMAL, VERBOSE, JSON)
+_LONGEST = 10_000  # characters of a message for people
 
 
 class _Log:
@@ -104,7 +108,7 @@ def finish() -> None:
     if _Log.form == JSON:
         _event("stage_finished", stage=name, seconds=seconds)
     elif _Log.form == VERBOSE:
-        _say(f"{name}: {seconds:.2f} s")
+        _tell(f"{name}: {seconds:.2f} s")
 
 
 def info(message: str) -> None:
@@ -112,7 +116,7 @@ def info(message: str) -> None:
     if _Log.form == JSON:
         _event("info", message=message)
     elif _Log.form in (NORMAL, VERBOSE):
-        _say(message)
+        _tell(message)
 
 
 def warning(message: str) -> None:
@@ -120,7 +124,7 @@ def warning(message: str) -> None:
     if _Log.form == JSON:
         _event("warning", message=message)
     elif _Log.form is not None:
-        _say(f"repquant-fx: warning: {message}")
+        _tell(f"repquant-fx: warning: {message}")
 
 
 def result(fields: Mapping[str, Any]) -> None:
@@ -129,16 +133,22 @@ def result(fields: Mapping[str, Any]) -> None:
         _event("result", **fields)
 
 
-def error(message: str, kind: str, exit_code: int) -> None:
-    """Why a command ended; always said."""
+def error(message: str, kind: str, exit_code: int, advice: str = "") -> None:
+    """Why a command ended, and on a line of its own what to do about it; always said."""
     if _Log.form == JSON:
-        _event("error", message=message, kind=kind, exit_code=exit_code)
+        _event("error", message=f"{message}\n{advice}" if advice else message, kind=kind, exit_code=exit_code)
     else:
-        _say(f"repquant-fx: {message}")
+        _tell(f"repquant-fx: {message}")
+        if advice:
+            _tell(advice)
 
 
 def _event(event: str, **fields: Any) -> None:
     _say(json.dumps({"event": event, "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), **fields}))
+
+
+def _tell(message: str) -> None:
+    _say(printable(message, _LONGEST))
 
 
 def _say(line: str) -> None:

@@ -19,6 +19,7 @@ from repquant_fx.passes.calibrate_activations import slot_module
 from repquant_fx.passes.match_sites import Group, Plan, Site
 from repquant_fx.pipeline import Quantized
 from repquant_fx.quantizers.observers import LogQuantizer, UniformQuantizer
+from repquant_fx.security.escape import printable
 
 SLICE = 4  # samples run at a time for the layers' SQNR
 
@@ -125,7 +126,7 @@ def build(
 
 
 def summary(report: Mapping[str, Any]) -> str:
-    """A few lines for the terminal."""
+    """A few lines for the terminal; names from the model are escaped."""
     layers = report["layers"]
     weights = [e for e in layers if "weight" in e]
     norms = {e["path"] for e in layers if e["group"] == "norm_linear"}
@@ -145,7 +146,7 @@ def summary(report: Mapping[str, Any]) -> str:
                      f"at most {100 * worst:.4f} % at one quantizer on equal inputs")
     if report.get("kernels") is not None:
         lines.append(audit.summary(Product(**product) for product in report["kernels"]))
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _finite(value: Any) -> Any:

@@ -69,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 log.error(f"error: not enough memory ({str(error).splitlines()[0][-200:] if str(error) else 'MemoryError'}); take smaller batches "
                           "(--batch-size), fewer samples (--calib-samples) or smaller inputs", type(error).__name__, 2)
                 return 2
-            log.error(f"internal error: {type(error).__name__}: {error}\n"
-                      "This is a bug; please report it with the output of the same command and --debug.", type(error).__name__, 1)
+            log.error(f"internal error: {type(error).__name__}: {error}", type(error).__name__, 1,
+                      "This is a bug; please report it with the output of the same command and --debug.")
             return 1
 
 

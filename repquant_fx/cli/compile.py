@@ -48,7 +48,8 @@ def run(options: argparse.Namespace) -> int:
     if world.rank:
         return 0
     out = compiled.save(options.out, force=options.force, report=options.report, html=options.html, command=options.command_line)
-    log.info(report.summary(compiled.report))
+    for line in report.summary(compiled.report).splitlines():
+        log.info(line)
     log.info(f"wrote {out} ({compiled.report['file_bytes'] / 1e6:.2f} MB)")
     log.result({"out": str(out), **{key: value for key, value in compiled.report.items() if key not in LONG}})
     if options.json:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from repquant_fx.cli.common import SOURCES, add_source, read_shape
 from repquant_fx.cli.method import add_method, recipe_from
 from repquant_fx.errors import InputError
+from repquant_fx.security.escape import printable
 
 if TYPE_CHECKING:
     from repquant_fx.inspection import Inspection, Row
@@ -123,24 +124,24 @@ def show(found: Inspection) -> None:
         middle = [grid, _numbers(row.scale), _numbers(row.zero_point), _fused(row), _size(row.bytes)] if found.compiled else \
             [f"{row.parameters:,}" if row.parameters else ""]
         kind = row.kind if wide else row.kind.replace(" → ", "→")
-        table.add_row(*(Text(cell) for cell in (_name(row), kind, _bits(row), *middle, *([notes] if wide else []))))
+        table.add_row(*(Text(printable(cell)) for cell in (_name(row), kind, _bits(row), *middle, *([notes] if wide else []))))
     console.print(table)
     console.print()
     if below and not wide:
         console.print(Text("rewritten", style="bold"))
         for note, sites in below.items():
-            console.print(Text(f"{sites[0]}{f' and {len(sites) - 1} more' if len(sites) > 1 else ''}: {note}"))
+            console.print(Text(printable(f"{sites[0]}{f' and {len(sites) - 1} more' if len(sites) > 1 else ''}: {note}")))
         console.print()
     if found.left_alone:
         left = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0), title="left alone", title_justify="left")
         for word in ("operator", "module", "reason"):
             left.add_column(word, overflow="fold")
         for item in found.left_alone:
-            left.add_row(*(Text(item[key]) for key in ("operator", "path", "reason")))
+            left.add_row(*(Text(printable(item[key])) for key in ("operator", "path", "reason")))
         console.print(left)
         console.print()
     for line in totals(found):
-        console.print(Text(line), soft_wrap=True)
+        console.print(Text(printable(line)), soft_wrap=True)
 
 
 def totals(found: Inspection) -> list[str]:

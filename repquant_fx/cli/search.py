@@ -61,7 +61,8 @@ def run(options: argparse.Namespace) -> int:
                    choices=choices, mean_abits=options.mean_abits, activation_choices=activation_choices, count=options.count,
                    loss=options.loss, probes=options.probes, trials=options.trials, **source)
     write_atomically(options.out, found.to_text(form).encode())
-    log.info(str(found))
+    for line in str(found).splitlines():
+        log.info(line)
     for trial in found.trials:
         log.info(f"tried {trial.bits_per_weight:.2f} bits: {trial.quality:.4g}, {'enough' if trial.accepted else 'too little'}")
     log.info(f"wrote {options.out}")

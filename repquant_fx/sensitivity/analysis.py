@@ -15,6 +15,7 @@ from repquant_fx.passes.insert_observers import InsertObservers
 from repquant_fx.pipeline import absorb_scales
 from repquant_fx.progress import progress
 from repquant_fx.recipe import Recipe
+from repquant_fx.security.escape import printable
 from repquant_fx.sensitivity.candidates import RoundedWeight, activation_quantizers, observe, rounded_weights
 from repquant_fx.sensitivity.estimate import LOSSES, estimate
 from repquant_fx.sensitivity.units import ACTIVATIONS, WEIGHTS, Unit, members
@@ -66,7 +67,7 @@ class Sensitivity:
         rows = [["rank", "kind", "bits", "share %", what, "own dB", *(f"at {b}" for b in others), "name"]]
         for index, unit in enumerate(ranked[:limit], 1):
             rows.append([str(index), unit.kind, str(unit.bits), f"{100 * unit.damage[unit.bits] / total:.1f}", self.damage(unit),
-                         f"{unit.sqnr_db[unit.bits]:.1f}", *(self.damage(unit, b) if b in unit.damage else "" for b in others), unit.name])
+                         f"{unit.sqnr_db[unit.bits]:.1f}", *(self.damage(unit, b) if b in unit.damage else "" for b in others), printable(unit.name)])
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
         lines = ["  ".join([*(cell.ljust(w) if i == 1 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))), row[-1]]) for row in rows]
         if limit is not None and len(ranked) > limit:
