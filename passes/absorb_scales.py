@@ -63,7 +63,7 @@ def find_absorbable(graph_module: GraphModule, plan: Plan, kinds: tuple[str, ...
     kind_of: dict[int, str] = dict.fromkeys(flow.averaged, "values")
     unshifted: set[int] = set()
     for product in flow.products:
-        keys = torch.unique(product.right).tolist() if product.shifted and leads_to_softmax(product.node) else []
+        keys = torch.unique(product.right).tolist() if product.shifted and leads_to_softmax(graph_module, product.node) else []
         kind_of.update(dict.fromkeys(torch.unique(product.left).tolist() + torch.unique(product.right).tolist(), "query_key"))
         unshifted.update(set(torch.unique(torch.stack([product.left, product.right])).tolist()) - set(keys))
         unshifted.update(torch.unique(product.left).tolist())

@@ -37,8 +37,9 @@ MOVES = {
 }
 REDUCTIONS = {aten.mean.dim: True, aten.amax.default: True, aten.sum.dim_IntList: False}  # whether a shift passes too
 POOLS = {aten.adaptive_avg_pool2d.default, aten.avg_pool2d.default, aten.max_pool2d.default}
-ROW_WISE = {aten.add.Tensor, aten.where.self, aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.reshape.default, aten.unsqueeze.default,
-            aten.expand.default}
+MASKS = {aten.where.self, aten.masked_fill.Scalar, aten.masked_fill.Tensor}
+ROW_WISE = MASKS | {aten.add.Tensor, aten.reshape.default, aten.unsqueeze.default, aten.expand.default}
+VANISHES = -1e4  # a logit of this much or less has the probability zero beside ordinary ones
 HOMOGENEOUS = {aten.relu.default, aten.neg.default, aten.leaky_relu.default}
 LAYOUT = {
     aten.reshape.default, aten.permute.default, aten.transpose.int, aten.expand.default, aten.unsqueeze.default,
@@ -205,9 +206,9 @@ class ChannelFlow:
         if target in (aten.index.Tensor, aten.index_select.default):
             return self._index(node), True
         if target in REDUCTIONS:
-            return self._reduce(node), REDUCTIONS[target]  # type: ignore[index]
+            return self._reduce(node), REDUCTIONS[target] and not self._padded(node.args[0])  # type: ignore[index]
         if target in POOLS:
-            return self._pool(node), target is not aten.avg_pool2d.default
+            return self._pool(node), target is not aten.avg_pool2d.default and not self._padded(node.args[0])
         if target in HOMOGENEOUS:
             return self._only(node), False
         if target in (aten.mul.Tensor, aten.div.Tensor):
@@ -258,6 +259,8 @@ class ChannelFlow:
             return None
         known = [i is None or (isinstance(i, Node) and i.op == "get_attr") for i in indices]
         if not all(known):
+            if self._padded(node.args[0]):
+                return None  # what is selected may be a zero put in, or not
             if any(i is not None and _node(i).meta["val"].dtype == torch.bool for i in indices) or constant_over(labels, dims) is None:
                 return None
         real = [None if i is None else attribute(self.graph_module, _node(i)) if ok else
@@ -271,11 +274,7 @@ class ChannelFlow:
         wanted = given[1] if len(given) > 1 and given[1] not in (None, []) else list(range(labels.ndim))
         dims = [int(d) % labels.ndim for d in (wanted if isinstance(wanted, (list, tuple)) else [wanted])]
         keep = bool(given[2]) if len(given) > 2 else bool(node.kwargs.get("keepdim", False))
-        if constant_over(labels, dims) is None:
-            return None
-        if (labels == PADDING).any():
-            return None  # a mean over tokens and padding is no mean of tokens: keep to what needs no thought
-        return labels.amax(dims, keepdim=keep)
+        return None if constant_over(labels, dims) is None else labels.amax(dims, keepdim=keep)
 
     def _pool(self, node: Node) -> Tensor | None:
         if not is_tensor(node):
@@ -311,7 +310,7 @@ class ChannelFlow:
             sums_to_one = softmax_behind(left) is not None
             if sums_to_one:
                 self.averaged.update(torch.unique(columns).tolist())
-            return columns.unsqueeze(-2).expand(hinted(node)), sums_to_one
+            return columns.unsqueeze(-2).expand(hinted(node)), sums_to_one and not self._padded(right)
         rows = constant_over(self._known(left), [len(shape_of(left)) - 1])
         return (None if rows is None else rows.unsqueeze(-1).expand(hinted(node))), False
 
@@ -323,8 +322,16 @@ class ChannelFlow:
             return None
         left, right = torch.broadcast_tensors(left, right)
         self.ties.tie_all(left, right, -1)
-        self.products.append(Product(node, left, right, shifted and not bool((right == PADDING).any())))
+        self.products.append(Product(node, left, right, shifted and not self._padded(node.args[1])))
         return _ABSORBED
+
+    def _padded(self, node: Any) -> bool:
+        """Whether zeros put in are among a value's elements.
+
+        What combines them with others still carries a factor, which leaves them zero; a shift never reached them.
+        """
+        labels = self._patterns.get(node)
+        return isinstance(labels, Tensor) and bool((labels == PADDING).any())
 
     def _only(self, node: Node) -> Tensor:
         return self._known(_node(node.args[0]))
@@ -397,10 +404,10 @@ def softmax_behind(value: Node) -> Node | None:
     return None
 
 
-def leads_to_softmax(product: Node) -> bool:
+def leads_to_softmax(graph_module: GraphModule, product: Node) -> bool:
     """Whether all that reads a MatMul is a Softmax over its last axis, through scaling, masks and layout that keep its rows apart.
 
-    What is added to a whole row of logits then changes nothing.
+    What is added to a whole row of logits then changes nothing; a mask that fills some of them must fill in what vanishes in a Softmax.
     """
     pending, found = [product], False
     while pending:
@@ -410,6 +417,8 @@ def leads_to_softmax(product: Node) -> bool:
                 continue
             if user.target in SOFTMAX and int(cast(int, user.args[1])) % len(shape_of(node)) == len(shape_of(node)) - 1:
                 found = True
+            elif user.target in MASKS and not _vanishes(graph_module, user, node):
+                return False
             elif user.target in ROW_WISE and (user.args[0] is node or user.target in (aten.add.Tensor, aten.where.self)) \
                     and shape_of(user)[-1] == shape_of(node)[-1]:
                 pending.append(user)
@@ -419,6 +428,18 @@ def leads_to_softmax(product: Node) -> bool:
             else:
                 return False
     return found
+
+
+def _vanishes(graph_module: GraphModule, mask: Node, logits: Node) -> bool:
+    """Whether what a mask puts in place of some logits is so low that a Softmax makes nothing of it."""
+    fill = mask.args[2] if mask.target is not aten.where.self or mask.args[1] is logits else mask.args[1]
+    while isinstance(fill, Node) and fill.target in LAYOUT | CASTS:
+        fill = fill.args[0]
+    if isinstance(fill, Node) and fill.target in (aten.full_like.default, aten.full.default):
+        fill = fill.args[1]
+    if isinstance(fill, Node):
+        return fill.op == "get_attr" and bool((attribute(graph_module, fill) <= VANISHES).all())
+    return isinstance(fill, (int, float)) and fill <= VANISHES
 
 
 def describe_reader(reader: Reader) -> str:
