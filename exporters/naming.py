@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ast
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
+
+from repquant_fx.naming import DEQUANTIZED, QUANTIZED, ROUNDED, SCALE, Names, Suffix
 
 PARAMETERS = {
     "Reshape": ["data", "shape"], "Expand": ["input", "shape"], "Min": ["input", "top"], "Gather": ["data", "indices"],
@@ -25,7 +26,7 @@ def name_by_module(model: ir.Model) -> None:
     """
     graph = model.graph
     outputs = set(graph.outputs)
-    values, nodes = _Names(), _Names()
+    values, nodes = Names(), Names()
     for value in [*graph.inputs, *graph.outputs, *graph.initializers.values()]:
         if not _invented(value):
             values.unique(str(value.name))
@@ -40,17 +41,6 @@ def name_by_module(model: ir.Model) -> None:
         for index, operand in enumerate(node.inputs):
             if operand is not None and operand.is_initializer() and _invented(operand):
                 _rename_initializer(graph, operand, values.unique(f"{node.name}.{_parameter(node, index)}"))
-
-
-class _Names:
-    """Hands out each name once, with a number where it was taken."""
-
-    def __init__(self) -> None:
-        self.taken: Counter[str] = Counter()
-
-    def unique(self, name: str) -> str:
-        self.taken[name] += 1
-        return name if self.taken[name] == 1 else self.unique(f"{name}_{self.taken[name]}")
 
 
 def name_axes(model: ir.Model, names: Sequence[Mapping[int, str]]) -> None:
@@ -80,12 +70,12 @@ def _quantized_name(node: ir.Node) -> str | None:
     if node.op_type == "Min" and node.inputs[0] is not None:
         producer = node.inputs[0].producer()
         if producer is not None and producer.op_type == "QuantizeLinear":
-            return _stem(producer, 1, "_quantized")
+            return _stem(producer, 1, QUANTIZED)
     if node.op_type == "QuantizeLinear":
         followed = any(use.node.op_type == "Min" for use in node.outputs[0].uses())
-        return _stem(node, 1, "_rounded" if followed else "_quantized")
+        return _stem(node, 1, ROUNDED if followed else QUANTIZED)
     if node.op_type in ("DequantizeLinear", "Log2Softmax", "Log2Quantize"):
-        return _stem(node, 1, "_dequantized")
+        return _stem(node, 1, DEQUANTIZED)
     return None
 
 
@@ -94,15 +84,14 @@ def _moved_codes_name(node: ir.Node, value: ir.Value) -> str | None:
     if node.op_type not in ("QuantizeLinear", "Min"):
         for use in value.uses():
             if use.node.op_type == "DequantizeLinear" and use.idx == 0:
-                return _stem(use.node, 1, "_quantized")
+                return _stem(use.node, 1, QUANTIZED)
     return None
 
 
-def _stem(node: ir.Node, index: int, suffix: str) -> str | None:
+def _stem(node: ir.Node, index: int, suffix: Suffix) -> str | None:
     value = node.inputs[index] if index < len(node.inputs) else None
-    if value is None or not value.is_initializer() or not str(value.name).endswith("_scale"):
-        return None
-    return str(value.name).removesuffix("_scale") + suffix
+    stem = SCALE.stem(str(value.name)) if value is not None and value.is_initializer() else None
+    return None if stem is None else suffix.of(stem)
 
 
 def _invented(value: ir.Value) -> bool:

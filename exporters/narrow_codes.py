@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from repquant_fx.naming import SCALE, ZERO_POINT_INT4, ZERO_POINT_UINT4
+
 TOP = 15
 
 
@@ -46,7 +48,7 @@ def _narrow_activation(graph: ir.Graph, saturate: ir.Node) -> bool:
         bounded.outputs[0].dtype, bounded.outputs[0].shape = ir.DataType.FLOAT, value.shape
         graph.insert_before(quantize, bounded)
         quantize.replace_input_with(0, bounded.outputs[0])
-    narrow = _constant(graph, f"{_stem(quantize)}_zero_point_uint4", _four_bit(zero_point, signed=False))
+    narrow = _constant(graph, ZERO_POINT_UINT4.of(_stem(quantize)), _four_bit(zero_point, signed=False))
     quantize.replace_input_with(2, narrow)
     result, name = quantize.outputs[0], saturate.outputs[0].name
     for reader in readers:
@@ -68,7 +70,7 @@ def _narrow_weight(graph: ir.Graph, cast: ir.Node) -> bool:
         if zero_point is None:
             continue
         if zero_point.any():
-            reader.replace_input_with(2, _constant(graph, f"{_stem(reader)}_zero_point_int4", _four_bit(zero_point, signed=True)))
+            reader.replace_input_with(2, _constant(graph, ZERO_POINT_INT4.of(_stem(reader)), _four_bit(zero_point, signed=True)))
         else:
             reader.resize_inputs(2)
     graph.remove(cast, safe=True)
@@ -95,4 +97,4 @@ def _array(value: ir.Value | None) -> np.ndarray | None:
 
 def _stem(node: ir.Node) -> str:
     scale = node.inputs[1]
-    return str(scale.name).removesuffix("_scale") if scale is not None else str(node.name)
+    return (SCALE.stem(str(scale.name)) if scale is not None else None) or str(node.name)

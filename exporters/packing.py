@@ -9,6 +9,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from repquant_fx.naming import INT8
+
 PACKED_BITS = 4
 
 
@@ -26,7 +28,7 @@ def pack_weights(model: ir.Model, names: set[str]) -> int:
         tensor = ir.Tensor(_nibbles(codes), dtype=ir.DataType.INT4, shape=ir.Shape(codes.shape), name=name)
         value.const_value, value.dtype = tensor, ir.DataType.INT4
         cast = ir.Node("", "Cast", [value], [ir.AttrInt64("to", int(ir.DataType.INT8))])
-        cast.outputs[0].name = f"{name}_int8"
+        cast.outputs[0].name = INT8.of(name)
         cast.outputs[0].dtype, cast.outputs[0].shape = ir.DataType.INT8, ir.Shape(codes.shape)
         cast.metadata_props.update(users[0].node.metadata_props)
         cast.name = f"{users[0].node.name}/unpack"

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from repquant_fx.naming import beside, site_operand
 from repquant_fx.passes.base import Pass, aten, attribute, is_constant, module_path, replace_constant, shape_of
 from repquant_fx.passes.channel_flow import FIXED, PADDING, ChannelFlow, leads_to_softmax
 from repquant_fx.passes.match_sites import NORMS, Plan
@@ -169,7 +170,7 @@ class AbsorbScales(Pass):
     def _tell(self) -> None:
         """In the report a norm whose channels were levelled here was not left alone for want of a Linear."""
         for group in self.plan.groups:
-            levelled = [site.name.rpartition("/")[2] for site in group.sites if site.name in self.absorbable.sites]
+            levelled = [site_operand(site.name) for site in group.sites if site.name in self.absorbable.sites]
             if levelled:
                 group.notes.append(f"channels of {' and '.join(levelled)} levelled into the constants around")
         norms = {module_path(n) or n.name for n in self.absorbable.rows if n.target in NORMS}
@@ -218,7 +219,7 @@ class AbsorbScales(Pass):
         if bias is None and not bool(shift.any()):
             return
         bias = (-shift if bias is None else bias - shift) / factor
-        replace_constant(graph_module, node, bias_at, bias.float(), name.removesuffix("weight") + "bias")
+        replace_constant(graph_module, node, bias_at, bias.float(), beside(name, "bias"))
 
     def _rewrite_columns(self, graph_module: GraphModule, linear: Node, labels: Tensor) -> None:
         """Undo both for each input channel."""
@@ -231,5 +232,5 @@ class AbsorbScales(Pass):
             bias = weight @ shift
             if isinstance(bias_node, Node):
                 bias = bias + attribute(graph_module, bias_node).double()
-            replace_constant(graph_module, linear, 2, bias.float(), name.removesuffix("weight") + "bias")
+            replace_constant(graph_module, linear, 2, bias.float(), beside(name, "bias"))
         replace_constant(graph_module, linear, 1, (weight * factor).float(), name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
+from repquant_fx import naming
 from repquant_fx.errors import PassError, RepQuantError
 
 aten = torch.ops.aten
@@ -93,14 +95,6 @@ def attribute(graph_module: GraphModule, node: Node) -> Tensor:
     return owner
 
 
-def has_tensor(graph_module: GraphModule, target: str) -> bool:
-    """Whether something is registered at a dotted path."""
-    owner: object = graph_module
-    for part in target.split("."):
-        owner = getattr(owner, part, None)
-    return owner is not None
-
-
 def is_constant(node: object) -> bool:
     """Whether an argument is a parameter or buffer."""
     return isinstance(node, Node) and node.op == "get_attr"
@@ -108,20 +102,36 @@ def is_constant(node: object) -> bool:
 
 def add_tensor(graph_module: GraphModule, target: str, value: Tensor) -> str:
     """Register a buffer at a dotted path, creating modules on the way; returns the path, made unique if taken."""
+    owner, path, leaf = _place(graph_module, target)
+    name = naming.unique(leaf, lambda candidate: hasattr(owner, candidate))
+    owner.register_buffer(name, value.detach().clone())
+    return path + name
+
+
+def free_stem(graph_module: GraphModule, stem: str) -> str:
+    """`stem`, numbered where something is called as one of its derived names already (see `naming`)."""
+    owner, path, leaf = _place(graph_module, stem)
+    return path + naming.unique(leaf, lambda name: any(hasattr(owner, suffix.of(name)) for suffix in naming.DERIVED))
+
+
+def _place(graph_module: GraphModule, target: str) -> tuple[nn.Module, str, str]:
+    """The module that holds a dotted path, made where there is none, its path with a dot behind it, and the last part.
+
+    A part that is called like a tensor or a method is numbered.
+    """
     *parents, leaf = target.split(".")
     owner: nn.Module = graph_module
-    for part in parents:
-        child = getattr(owner, part, None)
-        if not isinstance(child, nn.Module):
-            child = nn.Module()
-            setattr(owner, part, child)
-        owner = child
-    name, count = leaf, 1
-    while hasattr(owner, name):
-        count += 1
-        name = f"{leaf}_{count}"
-    owner.register_buffer(name, value.detach().clone())
-    return ".".join([*parents, name])
+    for index, part in enumerate(parents):
+        parents[index] = name = naming.unique(part, partial(_no_module, owner))
+        if not hasattr(owner, name):
+            owner.add_module(name, nn.Module())
+        owner = getattr(owner, name)
+    return owner, "".join(f"{part}." for part in parents), leaf
+
+
+def _no_module(owner: nn.Module, name: str) -> bool:
+    """Whether an attribute exists and is no module."""
+    return not isinstance(getattr(owner, name, owner), nn.Module)
 
 
 def constant_node(graph_module: GraphModule, target: str, value: Tensor, before: Node) -> Node:

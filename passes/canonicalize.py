@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from repquant_fx.errors import PassError
+from repquant_fx.naming import PATCHES, TRANSPOSED
 from repquant_fx.passes.base import Pass, aten, attribute, constant_node, copy_meta, is_constant, is_tensor, shape_of
 
 IDENTITIES = {
@@ -92,7 +93,7 @@ class Canonicalize(Pass):
             node.update_arg(1, sizes)
 
     def _to_linear(self, graph_module: GraphModule, node: Node, x: Node, weight: Node, bias: Node | None) -> None:
-        transposed = constant_node(graph_module, f"{weight.target}_t", attribute(graph_module, weight).T.contiguous(), node)
+        transposed = constant_node(graph_module, TRANSPOSED.of(str(weight.target)), attribute(graph_module, weight).T.contiguous(), node)
         with graph_module.graph.inserting_before(node):
             linear = graph_module.graph.call_function(aten.linear.default, (x, transposed, bias))
         copy_meta(node, linear, node.meta["val"])
@@ -115,7 +116,7 @@ class Canonicalize(Pass):
         kernel = attribute(graph_module, weight)
         out, channels, p, q = kernel.shape
         _, _, height, width = shape_of(x)
-        flat = constant_node(graph_module, f"{weight.target}_patches", kernel.reshape(out, -1), node)
+        flat = constant_node(graph_module, PATCHES.of(str(weight.target)), kernel.reshape(out, -1), node)
         with graph.inserting_before(node):
             batch: Any = shape_of(x)[0]
             if not isinstance(batch, int):

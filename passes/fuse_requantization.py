@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node, map_arg
 
-from repquant_fx.passes.base import Pass, aten, attribute, constant_node, copy_meta, is_constant, replace_constant
+from repquant_fx.naming import QUANTIZED, SCALE, ZERO_POINT, beside
+from repquant_fx.passes.base import Pass, aten, attribute, constant_node, copy_meta, free_stem, is_constant, replace_constant
 from repquant_fx.passes.canonicalize import refresh_metadata
 from repquant_fx.passes.channel_flow import LAYOUT, hint, hinted
 from repquant_fx.passes.lower_to_qdq import BIAS_LIMIT, DEQUANTIZE, QUANTIZE
@@ -79,25 +80,27 @@ class FuseRequantization(Pass):
             codes += attribute(graph_module, _argument(bias, 0)).double()
         if not bool((weight_scale > 0).all() and torch.isfinite(weight_scale).all() and (codes.abs() < BIAS_LIMIT).all()):
             return False
-        prefix = str(_argument(weight, 1).target).removesuffix("weight_scale")
-        replace_constant(graph_module, cast(Node, weight), 1, weight_scale, f"{prefix}weight_scale")
+        scale_name = str(_argument(weight, 1).target)
+        weight_name = SCALE.stem(scale_name) or scale_name
+        bias_stem = free_stem(graph_module, beside(weight_name, "bias"))
+        replace_constant(graph_module, cast(Node, weight), 1, weight_scale, scale_name)
         if isinstance(bias, Node):
-            replace_constant(graph_module, bias, 0, codes.to(torch.int32), f"{prefix}bias_quantized")
-            replace_constant(graph_module, bias, 1, bias_scale, f"{prefix}bias_scale")
+            replace_constant(graph_module, bias, 0, codes.to(torch.int32), QUANTIZED.of(bias_stem))
+            replace_constant(graph_module, bias, 1, bias_scale, SCALE.of(bias_stem))
         else:
-            constants = (constant_node(graph_module, f"{prefix}bias_quantized", codes.to(torch.int32), linear),
-                         constant_node(graph_module, f"{prefix}bias_scale", bias_scale, linear))
+            constants = (constant_node(graph_module, QUANTIZED.of(bias_stem), codes.to(torch.int32), linear),
+                         constant_node(graph_module, SCALE.of(bias_stem), bias_scale, linear))
             with graph_module.graph.inserting_before(linear):
                 restored = copy_meta(linear, graph_module.graph.call_function(DEQUANTIZE, (*constants, None, 32, 0)))
             linear.args = (source, weight, restored)
-        self._move_quantizer(graph_module, linear, branches, prefix)
+        self._move_quantizer(graph_module, linear, branches, beside(weight_name, "output"))
         return True
 
-    def _move_quantizer(self, graph_module: GraphModule, linear: Node, branches: Sequence[Branch], prefix: str) -> None:
+    def _move_quantizer(self, graph_module: GraphModule, linear: Node, branches: Sequence[Branch], name: str) -> None:
         """One quantizer behind the Linear; the operands read its codes through the layout operators that were there."""
-        graph, after = graph_module.graph, linear.next
-        one = constant_node(graph_module, f"{prefix}output_scale", torch.tensor(1.0), after)
-        zero = constant_node(graph_module, f"{prefix}output_zero_point", torch.tensor(0, dtype=torch.uint8), after)
+        graph, after, stem = graph_module.graph, linear.next, free_stem(graph_module, name)
+        one = constant_node(graph_module, SCALE.of(stem), torch.tensor(1.0), after)
+        zero = constant_node(graph_module, ZERO_POINT.of(stem), torch.tensor(0, dtype=torch.uint8), after)
         with graph.inserting_before(after):
             quantize = copy_meta(linear, graph.call_function(QUANTIZE, (linear, one, zero, branches[0].quantize.args[3], -1)))
         linear.replace_all_uses_with(quantize, delete_user_cb=lambda user: user is not quantize)

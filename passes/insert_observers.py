@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 
-from torch import nn
 from torch.fx import GraphModule
 
+from repquant_fx.naming import Names, attribute_name, unique
 from repquant_fx.passes.base import Pass, copy_meta
 from repquant_fx.passes.channel_flow import hinted
-from repquant_fx.passes.match_sites import Group, Plan, Site, slot_name
+from repquant_fx.passes.match_sites import Group, Plan, Site
 from repquant_fx.quantizers.observers import Observer
 
 CHANNEL_SAMPLE = 4096  # tokens kept a norm group
 TENSOR_SAMPLE = 1 << 17  # values kept a per-tensor site
 WHOLE_ELEMENTS = 1 << 19  # attention probabilities kept a site, to calibrate their scale by the product's output
-SLOTS = "quantizers"  # the submodule that holds observers, then quantizers
+SLOTS = "quantizers"  # the submodule that holds observers, then quantizers; numbered where the model has one of this name
 
 
 class InsertObservers(Pass):
@@ -28,11 +28,11 @@ class InsertObservers(Pass):
         self.plan, self.batches = plan, max(1, batches)
 
     def run(self, graph_module: GraphModule) -> bool:
-        graph_module.add_submodule(SLOTS, nn.Module())
+        slots, names = unique(SLOTS, lambda name: hasattr(graph_module, name)), Names()
         order = {node: index for index, node in enumerate(graph_module.graph.nodes)}
         for group in self.plan.groups:
             for site in group.sites:
-                target = f"{SLOTS}.{slot_name(site)}"
+                target = f"{slots}.{names.unique(attribute_name(site.name))}"
                 graph_module.add_submodule(target, self._observer(group, site))
                 first = min(site.consumers, key=order.__getitem__)
                 with graph_module.graph.inserting_before(first):

@@ -12,11 +12,11 @@ import torch
 from torch.fx import GraphModule, Node
 
 from repquant_fx import ops  # noqa: F401 - registers the operators
-from repquant_fx.passes.base import Pass, aten, attribute, constant_node, copy_meta, has_tensor, shape_of
+from repquant_fx.naming import QUANTIZED, SCALE, SHIFT, ZERO_POINT, site_stem
+from repquant_fx.passes.base import Pass, aten, attribute, constant_node, copy_meta, free_stem, shape_of
 from repquant_fx.passes.calibrate_activations import slot_module
 from repquant_fx.passes.canonicalize import refresh_metadata
 from repquant_fx.passes.channel_flow import LAYOUT
-from repquant_fx.passes.insert_observers import SLOTS
 from repquant_fx.passes.match_sites import SOFTMAX, Plan, Site
 from repquant_fx.quantizers.gptq import QuantizedWeight
 from repquant_fx.quantizers.observers import LogQuantizer, Passthrough, UniformQuantizer
@@ -43,10 +43,12 @@ class LowerToQDQ(Pass):
         self.constants: dict[str, str] = {}
 
     def run(self, graph_module: GraphModule) -> bool:
+        slots = {str(site.slot.target).partition(".")[0] for group in self.plan.groups for site in group.sites if site.slot is not None}
         for group in self.plan.groups:
             for site in group.sites:
                 self._lower_site(graph_module, site)
-        delattr(graph_module, SLOTS)
+        for name in slots:
+            delattr(graph_module, name)
         _merge_reshapes(graph_module)
         graph_module.graph.eliminate_dead_code()
         refresh_metadata(graph_module)
@@ -98,7 +100,7 @@ class LowerToQDQ(Pass):
                 _restore_shape(graph_module, linear, source)
 
     def _quantize(self, graph_module: GraphModule, site: Site, source: Node, quantizer: UniformQuantizer, before: Node) -> Node:
-        name, bits, graph = _free_prefix(graph_module, site), quantizer.bits, graph_module.graph
+        stem, bits, graph = free_stem(graph_module, site_stem(site.name)), quantizer.bits, graph_module.graph
         axis, shift = -1, None
         scale, zero_point = quantizer.scale, quantizer.zero_point
         if quantizer.axis is not None:
@@ -106,10 +108,10 @@ class LowerToQDQ(Pass):
             stored = zero_point.clamp(0, (1 << bits) - 1)
             if not torch.equal(stored, zero_point):
                 # a stored zero point is a code: move the activation instead
-                shift = constant_node(graph_module, f"{name}_shift", scale * (zero_point - stored), before)
+                shift = constant_node(graph_module, SHIFT.of(stem), scale * (zero_point - stored), before)
             zero_point = stored
-        s = constant_node(graph_module, f"{name}_scale", scale, before)
-        z = constant_node(graph_module, f"{name}_zero_point", zero_point.to(torch.uint8), before)
+        s = constant_node(graph_module, SCALE.of(stem), scale, before)
+        z = constant_node(graph_module, ZERO_POINT.of(stem), zero_point.to(torch.uint8), before)
         with graph.inserting_before(before):
             if shift is not None:
                 source = copy_meta(before, graph.call_function(aten.add.Tensor, (source, shift)))
@@ -126,7 +128,7 @@ class LowerToQDQ(Pass):
         graph = graph_module.graph
         softmax = _sole_softmax(site.slot)
         before = site.slot if softmax is None else softmax
-        scale = constant_node(graph_module, f"{_free_prefix(graph_module, site)}_scale", quantizer.scale, before)
+        scale = constant_node(graph_module, SCALE.of(free_stem(graph_module, site_stem(site.name))), quantizer.scale, before)
         if softmax is None:
             with graph.inserting_before(before):
                 result = graph.call_function(LOG2_QUANTIZE, (source, scale, quantizer.bits, quantizer.steps))
@@ -150,9 +152,9 @@ class LowerToQDQ(Pass):
         bias_codes = torch.round(attribute(graph_module, bias).double() / bias_scale.double())
         if not bool((bias_codes.abs() < BIAS_LIMIT).all()):
             return  # it stays in float
-        bias_name = str(bias.target)
-        b = constant_node(graph_module, f"{bias_name}_quantized", bias_codes.to(torch.int32), consumer)
-        bs = constant_node(graph_module, f"{bias_name}_scale", bias_scale, consumer)
+        stem = free_stem(graph_module, str(bias.target))
+        b = constant_node(graph_module, QUANTIZED.of(stem), bias_codes.to(torch.int32), consumer)
+        bs = constant_node(graph_module, SCALE.of(stem), bias_scale, consumer)
         with graph.inserting_before(consumer):
             restored = copy_meta(consumer, graph.call_function(DEQUANTIZE, (b, bs, None, 32, 0)))
         consumer.update_arg(2, restored)
@@ -204,11 +206,3 @@ def _sizes(graph_module: GraphModule, value: Node) -> list[Any]:
             node.meta["val"] = size
             sizes.append(node)
     return sizes
-
-
-def _free_prefix(graph_module: GraphModule, site: Site) -> str:
-    """Prefix of the site's constants: `blocks.0.attn.qkv/input` gives `blocks.0.attn.qkv.input`; numbered if the model has it."""
-    prefix, count = site.name.replace("/", "."), 1
-    while has_tensor(graph_module, f"{prefix if count == 1 else f'{prefix}_{count}'}_scale"):
-        count += 1
-    return prefix if count == 1 else f"{prefix}_{count}"

@@ -6,12 +6,13 @@ all Linears that read it, the two operands of a MatMul, the Linears that share a
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 
 import torch
 from torch.fx import GraphModule, Node
 
+from repquant_fx import naming
+from repquant_fx.naming import Names
 from repquant_fx.passes.base import Pass, aten, is_constant, is_tensor, module_path, shape_of
 from repquant_fx.passes.channel_flow import MATMULS, SOFTMAX, ChannelFlow, describe_reader, origin
 from repquant_fx.recipe import LayerPlan, Recipe
@@ -99,12 +100,12 @@ class MatchSites(Pass):
         super().__init__()
         self.recipe = recipe
         self.plan = Plan()
-        self._names: set[str] = set()
+        self._names = Names()
         self._left: set[Node] = set()
 
     def run(self, graph_module: GraphModule) -> bool:
         self.plan = Plan()
-        self._names, self._left = set(), set()
+        self._names, self._left = Names(), set()
         self._live = data_dependent(graph_module)
         claimed: dict[Node, Group] = {}
         nodes = list(graph_module.graph.nodes)
@@ -165,7 +166,7 @@ class MatchSites(Pass):
         for reader in readers:
             values.setdefault(reader.value, []).append(reader.node)
         bits = max(plans[r.node].abits for r in readers)  # one scale serves them all
-        sites = [self._site(f"{module_path(consumers[0]) or path}/input", "norm", value, consumers, bits)
+        sites = [self._site(naming.site(module_path(consumers[0]) or path, "input"), "norm", value, consumers, bits)
                  for value, consumers in values.items()]
         consumers = [r.node for r in readers]
         others = [r for r in flow.readers if r.node not in consumers]
@@ -200,7 +201,7 @@ class MatchSites(Pass):
             if softmax is not None:
                 label = "probabilities" if is_softmax else "value"
             role = "softmax" if is_softmax and self.recipe.softmax != "uniform" else "value"
-            sites.append(self._site(f"{path}/{label}", role, operand, [node], plan.abits))
+            sites.append(self._site(naming.site(path, label), role, operand, [node], plan.abits))
         self.plan.groups.append(Group("matmul", path, sites, [node], {node: plan}, softmax=softmax))
 
     def _match_weighted(self, value: Node, consumers: list[Node], kind: str) -> None:
@@ -211,7 +212,7 @@ class MatchSites(Pass):
         path = module_path(consumers[0]) or consumers[0].name
         from_input = origin(value).op == "placeholder"
         bits = self.recipe.input_bits if from_input and not self._overridden(path) else max(plans[c].abits for c in consumers)
-        site = self._site(f"{path}/input", "value", value, consumers, bits)
+        site = self._site(naming.site(path, "input"), "value", value, consumers, bits)
         self.plan.groups.append(Group(kind, path, [site], consumers, {c: plans[c] for c in consumers}))
 
     def _overridden(self, path: str) -> bool:
@@ -220,12 +221,7 @@ class MatchSites(Pass):
         return any(rule.abits is not None and fnmatch.fnmatchcase(path, rule.match) for rule in self.recipe.layers)
 
     def _site(self, name: str, role: str, value: Node, consumers: list[Node], bits: int) -> Site:
-        unique, count = name, 1
-        while unique in self._names:
-            count += 1
-            unique = f"{name}_{count}"
-        self._names.add(unique)
-        return Site(unique, role, value, consumers, bits)
+        return Site(self._names.unique(name), role, value, consumers, bits)
 
     def _leave(self, node: Node, reason: str) -> None:
         self._left.add(node)
@@ -237,11 +233,6 @@ def _geometry(consumer: Node) -> object:
     if consumer.target not in CONVOLUTIONS:
         return None
     return consumer.target, tuple(shape_of(consumer.args[1])[1:]), str(consumer.args[3:])  # type: ignore[arg-type]
-
-
-def slot_name(site: Site) -> str:
-    """Attribute-safe name of a site's module."""
-    return re.sub(r"\W", "_", site.name)
 
 
 def data_dependent(graph_module: GraphModule) -> set[Node]:

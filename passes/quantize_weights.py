@@ -11,7 +11,8 @@ from torch.fx import GraphModule, Node
 
 from repquant_fx import ops  # noqa: F401 - registers the operators
 from repquant_fx.distributed import World
-from repquant_fx.passes.base import Pass, attribute, constant_node, copy_meta, drop_constant, module_path, replace_constant
+from repquant_fx.naming import QUANTIZED, SCALE, beside
+from repquant_fx.passes.base import Pass, attribute, constant_node, copy_meta, drop_constant, free_stem, module_path, replace_constant
 from repquant_fx.passes.match_sites import Group, Site
 from repquant_fx.quantizers.correction import Moments, fit
 from repquant_fx.quantizers.gptq import QuantizedWeight, gptq, output_error, round_to_nearest, weight_grid
@@ -133,9 +134,10 @@ class QuantizeWeights(Pass):
         assert isinstance(node, Node)
         name = str(node.target)
         if choice.bias is not None:
-            replace_constant(graph_module, consumer, 2, choice.bias, name.removesuffix("weight") + "bias")
-        codes = constant_node(graph_module, f"{name}_quantized", choice.weight.codes, consumer)
-        scales = constant_node(graph_module, f"{name}_scale", choice.weight.scale, consumer)
+            replace_constant(graph_module, consumer, 2, choice.bias, beside(name, "bias"))
+        stem = free_stem(graph_module, name)
+        codes = constant_node(graph_module, QUANTIZED.of(stem), choice.weight.codes, consumer)
+        scales = constant_node(graph_module, SCALE.of(stem), choice.weight.scale, consumer)
         with graph_module.graph.inserting_before(consumer):
             value = graph_module.graph.call_function(DEQUANTIZE, (codes, scales, None, self.group.plans[consumer].wbits, 0))
         copy_meta(consumer, value, node.meta["val"])

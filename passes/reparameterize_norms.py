@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from repquant_fx.errors import PassError
+from repquant_fx.naming import beside
 from repquant_fx.passes.base import Pass, aten, attribute, constant_node, copy_meta, replace_constant
 from repquant_fx.passes.calibrate_activations import install, slot_module
 from repquant_fx.passes.match_sites import Group, Site
@@ -78,7 +79,7 @@ class ReparameterizeNorms(Pass):
         old = norm.args[2] if len(norm.args) > 2 else None
         name = str(old.target) if isinstance(old, Node) else f"{path}.weight"
         replace_constant(graph_module, norm, 2, new_weight.float(), name)
-        bias_name = name.removesuffix("weight") + "bias"
+        bias_name = beside(name, "bias")
         if layer_norm and not self.group.padded:
             replace_constant(graph_module, norm, 3, new_bias.float(), bias_name)
             return
@@ -89,7 +90,7 @@ class ReparameterizeNorms(Pass):
         if not bool(shift.any()):
             return
         for site in self.group.sites:
-            self._add_shift(graph_module, site, name.removesuffix("weight") + "shift", shift.float())
+            self._add_shift(graph_module, site, beside(name, "shift"), shift.float())
 
     def _add_shift(self, graph_module: GraphModule, site: Site, name: str, shift: Tensor) -> None:
         assert site.slot is not None
@@ -108,7 +109,7 @@ class ReparameterizeNorms(Pass):
         _check(linear, new_weight, new_bias)
         name = str(weight_node.target)
         replace_constant(graph_module, linear, 1, new_weight.float(), name)
-        replace_constant(graph_module, linear, 2, new_bias.float(), name.removesuffix("weight") + "bias")
+        replace_constant(graph_module, linear, 2, new_bias.float(), beside(name, "bias"))
 
 
 def descendants(node: Node) -> set[Node]:

@@ -18,6 +18,7 @@ import onnx
 from repquant_fx.errors import InputError, ModelFileError
 from repquant_fx.exporters.metadata import PREFIX
 from repquant_fx.files import MODEL, irregular
+from repquant_fx.naming import QUANTIZED, SCALE, ZERO_POINT, ZERO_POINT_UINT4, beside, site_operand
 
 RECORD = "layers"  # key of the metadata
 KINDS = {"norm_linear": "norm → linear", "linear": "linear", "conv": "convolution", "matmul": "matmul"}
@@ -182,8 +183,8 @@ def _rows(layers: Sequence[Mapping[str, Any]], tensors: Mapping[str, onnx.Tensor
 
 def _site_row(layer: Mapping[str, Any], site: Mapping[str, Any], tensors: Mapping[str, onnx.TensorProto]) -> Row:
     scale = tensors.get(site["scale"])
-    stem = site["scale"].removesuffix("_scale")
-    zero = tensors.get(f"{stem}_zero_point", tensors.get(f"{stem}_zero_point_uint4"))
+    stem = SCALE.stem(site["scale"]) or site["scale"]
+    zero = tensors.get(ZERO_POINT.of(stem), tensors.get(ZERO_POINT_UINT4.of(stem)))
     return Row(site["name"], [], kind_of(layer["kind"], site["name"]), site["bits"], grid=site["grid"],
                scale=None if scale is None else onnx.numpy_helper.to_array(scale).tolist(),
                zero_point=site.get("zero_code", None if zero is None else onnx.numpy_helper.to_array(zero).tolist()),
@@ -192,15 +193,14 @@ def _site_row(layer: Mapping[str, Any], site: Mapping[str, Any], tensors: Mappin
 
 def kind_of(group: str, site: str) -> str:
     """What stands before and behind a site, in words."""
-    return "softmax → matmul" if group == "matmul" and site.partition("/")[2].startswith("probabilities") else KINDS.get(group, group)
+    return "softmax → matmul" if group == "matmul" and site_operand(site).startswith("probabilities") else KINDS.get(group, group)
 
 
 def _constants(codes: str) -> list[str]:
     """Names of the tensors that belong to a layer's weight: codes, scales, zero points, those of the bias and of codes that the layer writes."""
-    weight = codes.removesuffix("_quantized")
-    bias = weight[:weight.rfind("weight")] + "bias" if "weight" in weight else f"{weight}_bias"
-    return [codes, f"{weight}_scale", f"{weight}_zero_point", bias, f"{bias}_quantized", f"{bias}_scale",
-            *(f"{weight.removesuffix('weight')}output_{name}" for name in ("scale", "zero_point"))]
+    weight = QUANTIZED.stem(codes) or codes
+    bias, output = beside(weight, "bias"), beside(weight, "output")
+    return [codes, SCALE.of(weight), ZERO_POINT.of(weight), bias, QUANTIZED.of(bias), SCALE.of(bias), SCALE.of(output), ZERO_POINT.of(output)]
 
 
 def _elements(tensor: onnx.TensorProto | None) -> int:

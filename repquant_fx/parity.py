@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from repquant_fx.errors import ParityError
 from repquant_fx.frontends.capture import tensors_in
+from repquant_fx.naming import DEQUANTIZED, QUANTIZED, SCALE, UINT8
 from repquant_fx.passes.base import attribute
 from repquant_fx.passes.fuse_requantization import MOVES
 from repquant_fx.passes.lower_to_qdq import DEQUANTIZE, LOG2_QUANTIZE, LOG2_SOFTMAX, QUANTIZE
@@ -130,7 +131,7 @@ def value_name(node: Node) -> str:
         named = next(user for user in node.users if user.target is DEQUANTIZE)
     scale = named.args[1]
     assert isinstance(scale, Node)
-    return str(scale.target).removesuffix("_scale") + ("_dequantized" if _logarithmic(node) else "_quantized")
+    return (DEQUANTIZED if _logarithmic(node) else QUANTIZED).of(SCALE.stem(str(scale.target)) or "")
 
 
 def _logarithmic(node: Node) -> bool:
@@ -145,8 +146,8 @@ def expose(proto: onnx.ModelProto, values: Sequence[tuple[str, bool]]) -> onnx.M
     narrow = {node.output[0] for node in proto.graph.node if node.op_type == "QuantizeLinear" and node.input[2] in narrow}
     for name, integer in values:
         if name in narrow:
-            copy.graph.node.append(onnx.helper.make_node("Cast", [name], [f"{name}_uint8"], to=onnx.TensorProto.UINT8))
-            name = f"{name}_uint8"
+            copy.graph.node.append(onnx.helper.make_node("Cast", [name], [UINT8.of(name)], to=onnx.TensorProto.UINT8))
+            name = UINT8.of(name)
         kind = onnx.TensorProto.UINT8 if integer else onnx.TensorProto.FLOAT
         copy.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
     return copy

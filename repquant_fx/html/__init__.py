@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from repquant_fx.errors import InputError
+from repquant_fx.naming import site_operand
 from repquant_fx.version import VERSION
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def versions() -> dict[str, str]:
 
 def _layer(entry: Mapping[str, Any]) -> dict[str, Any]:
     """What the page shows of a layer; the two products of an attention are told apart by their operands."""
-    operands = [str(item.get("name", "")).rpartition("/")[2] for item in entry.get("inputs", ())]
+    operands = [site_operand(str(item.get("name", ""))) for item in entry.get("inputs", ())]
     label = entry.get("path") or entry.get("node") or "?"
     label = f"{label} ({' × '.join(operands)})" if entry.get("group") == "matmul" and len(operands) > 1 else label
     return {**entry, "label": label, "inputs": [_ranges(item) for item in entry.get("inputs", ())]}

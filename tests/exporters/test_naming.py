@@ -7,7 +7,8 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
 
-from repquant_fx.exporters.naming import SCOPES, _Names, name_by_module, scope
+from repquant_fx.exporters.naming import SCOPES, name_by_module, scope
+from repquant_fx.naming import Names
 
 F = TensorProto.FLOAT
 
@@ -95,7 +96,7 @@ def test_names_do_not_collide_with_parameters_or_inputs() -> None:
 
 
 def test_unique_names_for_hostile_orders() -> None:
-    names = _Names()
+    names = Names()
     given = [names.unique(n) for n in ("a", "a_2", "a", "a", "a_2", "a_3", "a_2_2")]
     assert len(set(given)) == len(given) and given[:2] == ["a", "a_2"]
 
