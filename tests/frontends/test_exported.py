@@ -16,7 +16,9 @@ import torch
 from torch import nn
 
 from repquant_fx.errors import ModelFileError
-from repquant_fx.frontends.exported import is_safe_expression, is_safe_target, load_exported
+from repquant_fx.frontends.exported import load_exported
+from repquant_fx.frontends.pt2_expressions import is_safe_expression
+from repquant_fx.frontends.pt2_operators import is_safe_target
 
 MODEL = "models/model.json"
 SAMPLES = "data/sample_inputs/model.pt"
