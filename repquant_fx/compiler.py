@@ -38,6 +38,7 @@ from repquant_fx.frontends.capture import AXES, Captured, capture, tensors_in
 from repquant_fx.frontends.companions import companions
 from repquant_fx.frontends.loading import LoadedModel, load_model
 from repquant_fx.frontends.memory import from_memory, left_as_found
+from repquant_fx.frontends.tokenizer import load_tokenizer
 from repquant_fx.inspection import record
 from repquant_fx.passes.base import aten, module_path, own_tensors, run_passes, shared_copy
 from repquant_fx.passes.insert_observers import InsertObservers
@@ -363,7 +364,7 @@ def _tokenization(loaded: LoadedModel, seq_len: int | None, tokenizer: Any) -> T
     if seq_len is not None and not 1 <= seq_len <= (longest or seq_len):
         raise InputError(f"--seq-len {seq_len}: expected 1 to {longest} tokens" if longest else f"--seq-len {seq_len}: expected at least 1 token")
     if isinstance(tokenizer, (str, Path)):
-        tokenizer = huggingface.load_tokenizer(huggingface.find_directory(str(tokenizer)))
+        tokenizer = load_tokenizer(huggingface.find_directory(str(tokenizer)))
     return Tokenization(tokenizer if tokenizer is not None else loaded.tokenizer, seq_len or int(ids.shape[1]), loaded.task == "causal-lm")
 
 

@@ -11,14 +11,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as registration
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from repquant_fx.errors import InputError
 
 _MOST_MODULES = 30_000  # the largest public transformers have a few thousand
-_BOMB_BYTES, _BOMB_RATIO = 1 << 30, 100
+_BOMB_BYTES, _BOMB_RATIO = 1 << 30, 20
 _CGROUP = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
@@ -108,8 +111,37 @@ def bounded_modules(what: str) -> Iterator[None]:
             handle.remove()
 
 
+class _Sizes(TorchDispatchMode):
+    """Every tensor that is made must be one that this machine can hold."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+        self.most = memory()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(tensor, Tensor) and tensor.numel() * tensor.element_size() > self.most:
+                raise InputError(f"{self.what} is too large: a table of {readable(tensor.numel() * tensor.element_size())} on the way, and this "
+                                 f"machine has {readable(self.most)}")
+        return made
+
+
+@contextmanager
+def rehearsal(what: str) -> Iterator[None]:
+    """What is built in the block is built on the meta device, and refused where its modules (`bounded_modules`) or any tensor on the way
+    are too large.
+
+    Raises:
+        InputError: too large.
+    """
+    with torch.device("meta"), bounded_modules(what), _Sizes(what):
+        yield
+
+
 def unpacks_to(data: bytes | Path) -> int | None:
-    """Bytes that a zip archive declares, where these are over 1 GiB and over 100 times its own size; None for any other data."""
+    """Bytes that a zip archive declares, where these are over 1 GiB and over 20 times its own size; None for any other data."""
     try:
         with zipfile.ZipFile(io.BytesIO(data) if isinstance(data, bytes) else data) as archive:
             declared = sum(entry.file_size for entry in archive.infolist())

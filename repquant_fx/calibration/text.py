@@ -17,6 +17,7 @@ from torch import Tensor
 
 from repquant_fx.errors import CalibrationError, is_failure
 from repquant_fx.files import irregular
+from repquant_fx.frontends.pickled import first_line
 
 TEXT_SUFFIXES = (".txt", ".jsonl")
 TEXT_SAMPLES = 128  # sequences, as in the paper
@@ -115,7 +116,7 @@ def _tokenize(tokenizer: Any, text: Text, path: Path, **options: Any) -> list[in
         if not is_failure(error):
             raise
         raise CalibrationError(f"the tokenizer fails on calibration text {path}, {str(text)[:40]!r}: "
-                               f"{type(error).__name__}: {error}") from error
+                               f"{type(error).__name__}: {first_line(error)}") from error
 
 
 def _padded(rows: Sequence[list[int]], tokenizer: Any) -> dict[str, Tensor]:

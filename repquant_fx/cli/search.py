@@ -100,7 +100,8 @@ def _measured(options: argparse.Namespace) -> tuple[Callable[[Any], float], floa
 
 def _tokenizer_of(model: str) -> str | None:
     """The directory of a transformers model with a tokenizer: a trial is measured in a folder that has none."""
-    from repquant_fx.frontends.huggingface import find_directory, has_tokenizer, is_huggingface
+    from repquant_fx.frontends.huggingface import find_directory, is_huggingface
+    from repquant_fx.frontends.tokenizer import has_tokenizer
 
     folder = find_directory(model) if is_huggingface(model) else None
     return str(folder) if folder is not None and has_tokenizer(folder) else None

@@ -196,7 +196,7 @@ def _vocabulary(outputs: Sequence[Any]) -> int | None:
 
 
 def _tokenizer_beside(path: Path) -> Any | None:
-    from repquant_fx.frontends.huggingface import has_tokenizer, load_tokenizer
+    from repquant_fx.frontends.tokenizer import has_tokenizer, load_tokenizer
 
     return load_tokenizer(path.parent) if has_tokenizer(path.parent) else None
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repquant_fx.errors import InputError
+from repquant_fx.errors import InputError, is_failure
 from repquant_fx.evaluation.runners import Runner
+from repquant_fx.frontends.pickled import first_line
 
 _KNOWN = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 _UNLIMITED = 1_000_000  # transformers writes "no limit" as a number larger than any length
@@ -24,7 +25,8 @@ def tokenizer_for(runner: Runner, directory: str | None) -> Any:
     Raises:
         InputError: there is none.
     """
-    from repquant_fx.frontends.huggingface import find_directory, load_tokenizer
+    from repquant_fx.frontends.huggingface import find_directory
+    from repquant_fx.frontends.tokenizer import load_tokenizer
 
     if directory is not None:
         return load_tokenizer(find_directory(directory))
@@ -91,8 +93,10 @@ def tokenize(tokenizer: Any, texts: Sequence[str], **options: Any) -> list[list[
     """
     try:
         return [list(ids) for ids in tokenizer(list(texts), verbose=False, **options)["input_ids"]]
-    except Exception as error:
-        raise InputError(f"the tokenizer fails on {str(texts[0])[:40]!r}: {type(error).__name__}: {error}") from error
+    except BaseException as error:  # a panic of its library is no Exception
+        if not is_failure(error):
+            raise
+        raise InputError(f"the tokenizer fails on {str(texts[0])[:40]!r}: {type(error).__name__}: {first_line(error)}") from error
 
 
 def check_vocabulary(runner: Runner, rows: Sequence[Sequence[int]]) -> None:

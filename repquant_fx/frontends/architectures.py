@@ -23,7 +23,7 @@ from repquant_fx.errors import InputError, ModelFileError
 BATCH = 2  # torch.export takes a dimension of 1 for a constant
 _SEED = 0
 # Arguments of timm.create_model that read other files or the hub.
-_FORBIDDEN = ("checkpoint_path", "pretrained_cfg", "cache_dir")
+FORBIDDEN = ("checkpoint_path", "pretrained_cfg", "cache_dir")
 _PREPROCESSING = {"input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode"}
 
 
@@ -69,7 +69,7 @@ def parse_architecture(text: str) -> Architecture:
             raise ModelFileError(f"architecture {text!r}: {part.strip()!r} is neither key=value nor 'pretrained'")
         elif key == "pretrained_cfg_overlay":
             options[key] = _preprocessing_overlay(_value(value, text), text)
-        elif key in _FORBIDDEN:
+        elif key in FORBIDDEN:
             raise ModelFileError(f"architecture {text!r}: {key} is not accepted, because it reads other files; "
                                  "give the weights as the model file and the architecture as --arch")
         else:
@@ -83,14 +83,13 @@ def build(architecture: Architecture) -> nn.Module:
     Raises:
         ModelFileError: unknown name (with close matches), unknown option, or options the model rejects.
     """
-    create = _create_timm if architecture.library == "timm" else _create_torchvision
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if architecture.options:  # they can ask for any size
-                _check_size(create, architecture)
+                skeleton(architecture)
             with limits.bounded_modules(str(architecture)):
-                return create(architecture).eval()
+                return _creator(architecture)(architecture).eval()
     except InputError:
         raise
     except ImportError as error:
@@ -177,15 +176,24 @@ def _preprocessing_overlay(value: Any, whole: str) -> dict[str, Any]:
     return value
 
 
-def _check_size(create: Callable[[Architecture], nn.Module], architecture: Architecture) -> None:
-    """Refuse an absurd size before memory is taken, by building the module without."""
+def skeleton(architecture: Architecture) -> nn.Module | None:
+    """The module without memory, on the meta device; None where it cannot be built so.
+
+    Raises:
+        InputError: it is too large for this machine.
+    """
     try:
-        with torch.device("meta"), limits.bounded_modules(str(architecture)):
-            create(replace(architecture, pretrained=False))
+        with warnings.catch_warnings(), limits.rehearsal(str(architecture)):
+            warnings.simplefilter("ignore")
+            return _creator(architecture)(replace(architecture, pretrained=False))
     except InputError:
         raise
     except Exception:  # some modules need values; what else is wrong, building in earnest says
-        return
+        return None
+
+
+def _creator(architecture: Architecture) -> Callable[[Architecture], nn.Module]:
+    return _create_timm if architecture.library == "timm" else _create_torchvision
 
 
 def _create_timm(architecture: Architecture) -> nn.Module:

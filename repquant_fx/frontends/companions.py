@@ -7,8 +7,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from repquant_fx.frontends import huggingface
+from repquant_fx.frontends.directory import DESCRIPTIONS, ModelDirectory
+from repquant_fx.frontends.huggingface import find_directory
 from repquant_fx.frontends.loading import LoadedModel
+from repquant_fx.frontends.offline import quiet_offline
+from repquant_fx.frontends.tokenizer import has_tokenizer, load_tokenizer
+
+_ELSEWHERE = ("modules.json", "data_config.json")
 
 
 def companions(loaded: LoadedModel, tokenizer: Any | None = None) -> dict[str, bytes]:
@@ -21,17 +26,25 @@ def companions(loaded: LoadedModel, tokenizer: Any | None = None) -> dict[str, b
         tokenizer: of transformers, or its directory; written where the model's directory has none.
     """
     if loaded.directory is not None:
-        files = {path.name: path.read_bytes() for path in huggingface.descriptions(loaded.directory)}
-        has_tokenizer = huggingface.has_tokenizer(loaded.directory)
+        files, tokenized = descriptions(loaded.directory), has_tokenizer(loaded.directory)
     else:
-        files, has_tokenizer = _configuration(loaded), False
+        files, tokenized = _configuration(loaded), False
     if tokenizer is None:
         tokenizer = loaded.tokenizer
-    if not has_tokenizer and tokenizer is not None:
+    if not tokenized and tokenizer is not None:
         if isinstance(tokenizer, (str, Path)):
-            tokenizer = huggingface.load_tokenizer(huggingface.find_directory(str(tokenizer)))
+            tokenizer = load_tokenizer(find_directory(str(tokenizer)))
         files |= _saved(tokenizer)
     return files
+
+
+def descriptions(files: ModelDirectory) -> dict[str, bytes]:
+    """The files of a directory that describe the model, its tokenizer and its processor.
+
+    No weights, no index of weights, and no `modules.json` of a sentence encoder, which names further folders of weights. No links that lead
+    out of the directory: they would put a file of this machine beside the model.
+    """
+    return {name: files.read(name) for name in files.named(*DESCRIPTIONS) if not name.endswith(".index.json") and name not in _ELSEWHERE}
 
 
 def _configuration(loaded: LoadedModel) -> dict[str, bytes]:
@@ -47,6 +60,6 @@ def _configuration(loaded: LoadedModel) -> dict[str, bytes]:
 
 
 def _saved(tokenizer: Any) -> dict[str, bytes]:
-    with tempfile.TemporaryDirectory() as folder, huggingface.quiet_offline():
+    with tempfile.TemporaryDirectory() as folder, quiet_offline():
         tokenizer.save_pretrained(folder)
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}

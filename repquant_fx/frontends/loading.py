@@ -22,9 +22,12 @@ from repquant_fx import limits
 from repquant_fx.errors import InputError, ModelFileError
 from repquant_fx.files import irregular
 from repquant_fx.frontends import architectures, huggingface, signature
+from repquant_fx.frontends.directory import ModelDirectory, find_files
 from repquant_fx.frontends.exported import load_exported
 from repquant_fx.frontends.pickled import first_line, load_pickled, refuse_bomb
+from repquant_fx.frontends.processor import load_preprocessing
 from repquant_fx.frontends.tasks import check_task
+from repquant_fx.frontends.tokenizer import has_tokenizer, load_tokenizer
 from repquant_fx.security.guard import guarded_unless
 from repquant_fx.security.names import check_module_names, check_names
 
@@ -50,7 +53,7 @@ class LoadedModel:
         tokenizer: the transformers tokenizer that lies beside the model, if one does.
         task: one of `tasks.TASKS`; None where it is not known.
         float_modules: globs of module paths that stay float unless a recipe says otherwise.
-        directory: the transformers directory that it was read from, if any.
+        directory: the files of the transformers directory that it was read from, if any.
         trusted: the user vouches for its code: it was in memory, is built by a library from a name, or came with `allow_pickle`. Any other
             model runs under `security.guard`.
     """
@@ -67,7 +70,7 @@ class LoadedModel:
     tokenizer: Any | None = None
     task: str | None = None
     float_modules: tuple[str, ...] = ()
-    directory: Path | None = None
+    directory: ModelDirectory | None = None
     trusted: bool = True
 
     @property
@@ -251,11 +254,12 @@ def _loaded(module: nn.Module, source: str, input_shape: Sequence[int] | None, t
 
 def _from_directory(source: str, folder: Path, task: str | None, input_shape: Sequence[int] | None,
                     offload_dir: str | Path | None) -> LoadedModel:
-    module, task = huggingface.load_directory(folder, task, offload_dir)
-    preprocessing = huggingface.load_preprocessing(folder, architectures.config_image_shape(module))
-    tokenizer = huggingface.load_tokenizer(folder) if huggingface.has_tokenizer(folder) else None
+    files = find_files(folder)
+    module, task = huggingface.load_directory(files, task, offload_dir)
+    preprocessing = load_preprocessing(files, architectures.config_image_shape(module))
+    tokenizer = load_tokenizer(files) if has_tokenizer(files) else None
     loaded = _loaded(module, f"{type(module).__name__} of {source}", input_shape, task, preprocessing=preprocessing, tokenizer=tokenizer)
-    return replace(loaded, directory=folder)
+    return replace(loaded, directory=files)
 
 
 def _from_program(data: bytes, where: str, allow_pickle: bool, input_shape: Sequence[int] | None, task: str | None) -> LoadedModel:
@@ -328,10 +332,12 @@ def _from_weights(weights: dict[str, Tensor], arch: str | None, where: str, inpu
     named = architectures.parse_architecture(arch)
     if named.pretrained:
         raise InputError(f"--arch {arch}: 'pretrained' makes no sense with the weights of {where}; leave it out")
-    module = architectures.build(named)
     if weights and all(name.startswith("module.") for name in weights):  # saved from DataParallel
         weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
     check_finite(weights.items(), (), where)
+    if (skeleton := architectures.skeleton(named) if named.options else None) is not None:  # a misfit is known before memory is taken
+        _check_fit(skeleton.state_dict(), weights, f"the weights of {where} do not fit {named}")
+    module = architectures.build(named)
     _check_fit(module.state_dict(), weights, f"the weights of {where} do not fit {named}")
     try:
         module.load_state_dict(weights)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -24,20 +24,18 @@ _TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
 
-def map_directory(cls: Any, config: Any, folder: Path, scratch: Path, attention: str = "sdpa") -> nn.Module | None:
-    """A transformers model on the weights of its directory, or None where names or shapes do not fit one to one.
+def map_directory(cls: Any, config: Any, files: Sequence[Path], scratch: Path, attention: str = "sdpa") -> nn.Module | None:
+    """A transformers model on the weights in files, or None where names or shapes do not fit one to one.
 
     Args:
         cls: its class.
+        files: of safetensors.
         scratch: a folder for weights that must be converted.
         attention: implementation, as transformers names it.
 
     Raises:
         OutputError: `scratch` cannot be written.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        return None
     with empty_parameters():
         model = cls._from_config(config, dtype=torch.float32, attn_implementation=attention)
     places = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}

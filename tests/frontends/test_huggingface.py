@@ -16,9 +16,9 @@ from torch import Tensor
 
 from repquant_fx import Recipe, compile
 from repquant_fx.errors import InputError, ModelFileError, RepQuantWarning
-from repquant_fx.frontends import huggingface
 from repquant_fx.frontends.loading import LoadedModel, load_model
 from repquant_fx.frontends.memory import from_memory
+from repquant_fx.frontends.processor import load_preprocessing
 from repquant_fx.frontends.tasks import TASKS, task_of
 
 FAST = Recipe(gptq=False, correction=False, clipping="none", activations="minmax", weights="minmax", softmax_scale="percentile")
@@ -308,7 +308,7 @@ def test_a_processor_that_cannot_be_read_is_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "NoSuchProcessor"}')
     with pytest.warns(RepQuantWarning, match="cannot be read"):
         assert load_model(tmp_path).preprocessing is not None
-    assert huggingface.load_preprocessing(tmp_path / "nowhere", None) is None
+    assert load_preprocessing(tmp_path / "nowhere", None) is None
 
 
 # ---- the whole way ---------------------------------------------------------------------------------------------------------------
