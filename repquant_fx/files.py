@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 from repquant_fx.errors import OutputError
+from repquant_fx.security import channel
 
 MODEL = "model.onnx"  # within a directory; the name that optimum looks for
-_LONGEST_PREFIX = 200  # of the name of a temporary file
+_LONGEST_PREFIX = 200  # bytes, of the name of a temporary file
 
 
 def irregular(path: Path) -> str | None:
@@ -84,30 +87,55 @@ def write_atomically(path: str | Path, data: bytes) -> None:
 def write_together(files: Mapping[str | Path, bytes] | Mapping[Path, bytes]) -> None:
     """Write beside, then rename: a reader sees the old file or the new one, never a part. None is renamed before all are written.
 
-    A process that is killed outright may leave the hidden file `.NAME.xxxxxxxx` behind, never a part under the name itself.
+    A signal comes before the first is renamed or after the last. A process that is killed outright may leave the hidden file
+    `.NAME.xxxxxxxx` behind, never a part under the name itself.
 
     Raises:
         OutputError: the disk is full, or a path cannot be written.
     """
+    _replace({Path(path): data for path, data in files.items()}, channel.committing)
+
+
+def write_part(path: Path, data: bytes) -> None:
+    """Write one file that is no output but a part of the work, complete or not at all.
+
+    Raises:
+        OutputError: the disk is full, or the path cannot be written.
+    """
+    _replace({path: data}, lambda _: nullcontext())
+
+
+def _replace(files: Mapping[Path, bytes], committing: Callable[[Sequence[Path]], AbstractContextManager[None]]) -> None:
     path = Path()
-    written: list[tuple[str, Path]] = []
+    written: list[tuple[Path, Path]] = []
     try:
-        for path, data in ((Path(name), data) for name, data in files.items()):
-            handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:_LONGEST_PREFIX]}.", dir=path.parent)
+        for path, data in files.items():
+            temporary = _beside(path)
             written.append((temporary, path))
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
-        for temporary, path in written:
-            os.replace(temporary, path)
+            _write(temporary, data)
+        with committing(list(files)):
+            for temporary, path in written:
+                os.replace(temporary, path)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         for temporary, _ in written:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
+            with suppress(OSError):
+                temporary.unlink()
+
+
+def _write(path: Path, data: bytes) -> None:
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _beside(path: Path) -> Path:
+    """A name for what becomes `path`; the supervisor removes it if this process is killed."""
+    temporary = path.parent / f".{os.fsdecode(os.fsencode(path.name)[:_LONGEST_PREFIX])}.{secrets.token_hex(4)}"
+    channel.tell("temporary", path=str(temporary.absolute()))
+    return temporary
 
 
 def is_directory(path: str | Path) -> bool:
@@ -141,25 +169,18 @@ def write_directory(path: str | Path, files: Mapping[str, bytes]) -> None:
         OutputError: the disk is full, or the path cannot be written.
     """
     path = Path(path)
-    staging = None
+    staging = _beside(path)
     try:
-        staging = Path(tempfile.mkdtemp(prefix=f".{path.name[:_LONGEST_PREFIX]}.", dir=path.parent))
+        staging.mkdir()
         for name, data in files.items():
-            write_atomically(staging / name, data)
-        staging.chmod(0o777 & ~_umask())
-        if not path.exists():
-            os.rename(staging, path)
-            return
-        for name in files:
-            os.replace(staging / name, path / name)
+            _write(staging / name, data)
+        with channel.committing([path / name for name in files]):
+            if not path.exists():
+                os.rename(staging, path)
+                return
+            for name in files:
+                os.replace(staging / name, path / name)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        shutil.rmtree(staging, ignore_errors=True)

@@ -24,6 +24,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from repquant_fx import progress
+from repquant_fx.security import channel
 from repquant_fx.security.escape import printable
 
 QUIET, NORMAL, VERBOSE, JSON = "quiet", "normal", "verbose", "json"
@@ -53,6 +54,7 @@ def stage(name: str) -> None:
     """A stage begins; the one before has finished."""
     finish()
     _Log.stage = (name, time.perf_counter())
+    channel.tell("stage", name=name)
     if _Log.form == JSON:
         _event("stage_started", stage=name)
 

@@ -6,6 +6,7 @@ import json
 import sys
 import types
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -72,7 +73,7 @@ def torch_source(monkeypatch) -> Callable[..., None]:
                 inputs: int = 1) -> None:
         def load_model(source, *, arch=None, allow_pickle=False, input_shape=None):
             assert (source, arch, allow_pickle) == ("some.pt", "timm:x", True)
-            return SimpleNamespace(module=module, exported=exported, preprocessing=preprocessing,
+            return SimpleNamespace(module=module, guard=nullcontext(), exported=exported, preprocessing=preprocessing,
                                    example_inputs=(torch.zeros(batch, *SIZE),) * inputs)
 
         fake = types.ModuleType("repquant_fx.frontends.loading")

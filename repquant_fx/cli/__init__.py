@@ -12,66 +12,96 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from repquant_fx import log
 from repquant_fx.cli import compile, completion, evaluate, inspect, recipe, search, sensitivity, signals
 from repquant_fx.cli.common import Parser
 from repquant_fx.errors import RepQuantError, RepQuantWarning, is_failure, is_out_of_memory
+from repquant_fx.security import channel
+from repquant_fx.security.supervisor import supervise
 from repquant_fx.version import VERSION
 
 COMMANDS = {"compile": compile, "evaluate": evaluate, "inspect": inspect, "recipe": recipe, "sensitivity": sensitivity, "search": search,
             "completion": completion}
 EXIT_CODES = "exit codes: 0 done; 1 internal error, a bug; 2 bad input: one message, nothing written; 3 the exported file disagrees with " \
-    "the reference, nothing written; 130 interrupted (SIGINT), 143 terminated (SIGTERM), 129 hung up (SIGHUP), nothing written; " \
-    "141 nobody reads stdout any more"
+    "the reference, nothing written; 130 interrupted (SIGINT), 143 terminated (SIGTERM), 129 hung up (SIGHUP); 141 nobody reads stdout any " \
+    "more. What ends after the outputs were written (a signal, a stdout that is full) says so"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line; returns the exit code.
+
+    Args:
+        argv: the arguments; they are worked on in this process. Those of the process where None: then a child of it does the work
+            (see `security.supervisor`).
+    """
     if "_ARGCOMPLETE" in os.environ:  # a shell asks what may follow
         import argcomplete
 
         argcomplete.autocomplete(parser())
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is not None:
+        return _run(list(argv))
+    arguments = sys.argv[1:]
+
+    def say(message: str, kind: str, code: int) -> None:
+        with log.using(_form(arguments)):
+            log.error(message, kind, code)
+
+    return supervise(lambda: _run(arguments), say)
+
+
+def _run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
+    channel.begin()
     # wrong options are reported in the form asked for, too
-    with log.using(next((form for form in log.FORMS if f"--{_switch(form)}" in arguments), log.NORMAL)):
+    with log.using(_form(arguments)):
         try:
             options = parser().parse_args(arguments)
+            channel.load_seconds = getattr(options, "load_timeout", channel.LOAD_SECONDS)
             options.command_line = shlex.join(["repquant-fx", *arguments])
             with warnings.catch_warnings():
                 if not debug:
                     warnings.simplefilter("ignore")
                     warnings.simplefilter("always", RepQuantWarning)
                     warnings.showwarning = _show_warning
-                with signals.terminated(), signals.flushed():
-                    return int(options.run(options))
-        except RepQuantError as error:
-            if debug:
-                traceback.print_exc()
-            log.error(f"error: {error}", type(error).__name__, error.exit_code)
-            return error.exit_code
-        except KeyboardInterrupt:
-            log.error("interrupted; nothing was written", "KeyboardInterrupt", 130)
-            return 130
-        except signals.Terminated as stop:
-            log.error(f"terminated by {stop.name}; nothing was written", "Terminated", stop.exit_code)
-            return stop.exit_code
-        except BrokenPipeError:  # who reads has enough
-            return 141
+                with nullcontext() if channel.supervised() else signals.terminated(), signals.flushed():
+                    code = int(options.run(options))
+            channel.ask("ending", code=code)
+            return code
         except BaseException as error:
-            if not is_failure(error):
-                raise
-            if debug:
+            message, code = _explained(error)
+            channel.ask("ending", code=code)
+            if debug and not isinstance(error, (KeyboardInterrupt, signals.Terminated, BrokenPipeError)):
                 traceback.print_exc()
-            if is_out_of_memory(error):
-                log.error(f"error: not enough memory ({str(error).splitlines()[0][-200:] if str(error) else 'MemoryError'}); take smaller batches "
-                          "(--batch-size), fewer samples (--calib-samples) or smaller inputs", type(error).__name__, 2)
-                return 2
-            log.error(f"internal error: {type(error).__name__}: {error}", type(error).__name__, 1,
-                      "This is a bug; please report it with the output of the same command and --debug.")
-            return 1
+            if message:
+                text, _, advice = message.partition("\n")
+                log.error(text, type(error).__name__, code, advice)
+            return code
+
+
+def _explained(error: BaseException) -> tuple[str, int]:
+    """What to say of an error, nothing where the reader of stdout is gone, and the exit code.
+
+    Raises:
+        BaseException: it is no failure, such as the end that --help asks for.
+    """
+    if isinstance(error, RepQuantError):
+        return f"error: {error}", error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return f"interrupted; {channel.outcome()}", 130
+    if isinstance(error, signals.Terminated):
+        return f"terminated by {error.name}; {channel.outcome()}", error.exit_code
+    if isinstance(error, BrokenPipeError):  # who reads has enough
+        return "", 141
+    if not is_failure(error):
+        raise error
+    if is_out_of_memory(error):
+        return (f"error: not enough memory ({str(error).splitlines()[0][-200:] if str(error) else 'MemoryError'}); take smaller batches "
+                "(--batch-size), fewer samples (--calib-samples) or smaller inputs"), 2
+    return (f"internal error: {type(error).__name__}: {error}\n"
+            "This is a bug; please report it with the output of the same command and --debug."), 1
 
 
 def parser() -> argparse.ArgumentParser:
@@ -83,6 +113,10 @@ def parser() -> argparse.ArgumentParser:
         about = (module.__doc__ or "").split(": ", 1)[1].split("\n")[0].rstrip(".")
         module.add(commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".", epilog=EXIT_CODES))
     return top
+
+
+def _form(arguments: Sequence[str]) -> str:
+    return next((form for form in log.FORMS if f"--{_switch(form)}" in arguments), log.NORMAL)
 
 
 def _switch(form: str) -> str:

@@ -8,6 +8,7 @@ import re
 from typing import Any, NoReturn
 
 from repquant_fx.errors import InputError
+from repquant_fx.security.channel import LOAD_SECONDS
 
 SOURCES = "a file (.pt2, .pt, .safetensors), a transformers directory, hf:OWNER/NAME, or timm:NAME[,key=value...][,pretrained]"
 
@@ -43,6 +44,8 @@ def add_source(command: argparse.ArgumentParser, about: str = SOURCES) -> None:
     command.add_argument("model", help=about)
     command.add_argument("--arch", help="architecture of a state dict, e.g. timm:vit_small_patch16_224,num_classes=10")
     command.add_argument("--allow-pickle", action="store_true", help="load files that execute code; only for files you trust")
+    command.add_argument("--load-timeout", type=seconds, metavar="SECONDS", default=LOAD_SECONDS, help="that loading, or capturing, may take "
+                         f"without --allow-pickle (default {LOAD_SECONDS:g})")
     command.add_argument("--seed", type=seed, default=0, help="chooses samples and every random number (default 0)")
     add_output(command)
 
@@ -99,6 +102,17 @@ def seed(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) < 2**63):
         raise argparse.ArgumentTypeError(f"a seed is a whole number from 0 to 2^63 - 1; found {text[:40]!r}")
     return int(text)
+
+
+def seconds(text: str) -> float:
+    """A time in seconds."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e9:
+        raise argparse.ArgumentTypeError(f"a time is a number of seconds above 0; found {text[:40]!r}")
+    return value
 
 
 def read_shape(text: str | None) -> list[int] | None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from repquant_fx.errors import OutputError
+from repquant_fx.security import channel
 
 
 class Terminated(BaseException):
@@ -57,7 +58,7 @@ def flushed() -> Iterator[None]:
         if error.errno != errno.ENOSPC:
             raise
         _discard()
-        raise OutputError(f"the disk is full: {error}") from error
+        raise OutputError(f"the disk is full: {error}; {channel.outcome()}") from error
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -65,7 +66,7 @@ def flushed() -> Iterator[None]:
         _discard()
         if isinstance(error, BrokenPipeError):
             raise
-        raise OutputError(f"cannot write the result to stdout: {error.strerror or error}") from error
+        raise OutputError(f"cannot write the result to stdout: {error.strerror or error}; {channel.outcome()}") from error
 
 
 def _discard() -> None:

@@ -32,6 +32,7 @@ from types import FrameType
 from typing import Any
 
 from repquant_fx.errors import ModelFileError
+from repquant_fx.security import channel
 
 _ACTIONS = {  # events, or their first part where it ends in a dot, to what was tried
     "start a process": ("os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.startfile", "os.startfile/2",
@@ -103,6 +104,7 @@ def guarded(what: str, writable: Iterable[Path] = ()) -> Iterator[None]:
     guard, bytecode = _Guard(what, writable), sys.dont_write_bytecode
     sys.dont_write_bytecode = True  # a module that a library imports late would be compiled into its own folder
     _active.append(guard)
+    channel.tell("guarded", what=what, seconds=channel.load_seconds)
     try:
         yield
     except (Exception, SystemExit) as error:
@@ -113,6 +115,7 @@ def guarded(what: str, writable: Iterable[Path] = ()) -> Iterator[None]:
         raise
     finally:
         _active.remove(guard)
+        channel.tell("free")
         sys.dont_write_bytecode = bytecode
     if guard.violation is not None:
         raise guard.violation
