@@ -33,7 +33,7 @@ from repquant_fx.evaluation import labelled_folder
 from repquant_fx.frontends.capture import capture
 from repquant_fx.frontends.loading import LoadedModel, load_model
 from repquant_fx.parity import sqnr
-from repquant_fx.passes.base import run_passes
+from repquant_fx.passes.base import run_pass
 from repquant_fx.passes.match_sites import MatchSites
 from repquant_fx.passes.normal_form import normalize as normal_form
 from repquant_fx.recipe import ABSORB
@@ -143,10 +143,9 @@ def plant_variation(loaded: LoadedModel, ratio: float = 30.0, seed: int = 0) -> 
     assert loaded.module is not None
     module = copy.deepcopy(loaded.module)
     graph = normal_form(capture(module, loaded.example_inputs).graph_module)
-    matching = MatchSites(Recipe())
-    run_passes(graph, [matching])
+    plan = run_pass(graph, MatchSites(Recipe()))
     state, generator = module.state_dict(), torch.Generator().manual_seed(seed)
-    for group in matching.plan.groups:
+    for group in plan.groups:
         if group.norm is None or group.shared_norm:
             continue
         names = [str(a.target) for a in group.norm.args[2:4] if hasattr(a, "target")]

@@ -83,8 +83,8 @@ def norm_samples(model: Any, calibration: Any, **keywords: Any) -> Iterator[tupl
     """(path, sample of shape (channels, values)) of every norm whose Linears are quantized, as calibration records them."""
     from repquant_fx.compiler import prepare
     from repquant_fx.passes.base import run_passes
-    from repquant_fx.passes.calibrate_activations import observer
     from repquant_fx.passes.insert_observers import InsertObservers
+    from repquant_fx.passes.slots import observer
     from repquant_fx.quantizers.observers import Observer
 
     prepared = prepare(model, calibration, Recipe(wbits=4, abits=4), samples=SAMPLES, **keywords)

@@ -22,13 +22,13 @@ from torch.fx import GraphModule, Node
 
 from repquant_fx.naming import beside, site_operand
 from repquant_fx.passes.base import Pass, aten, attribute, is_constant, module_path, replace_constant, shape_of
-from repquant_fx.passes.channel_flow import FIXED, PADDING, ChannelFlow, leads_to_softmax
-from repquant_fx.passes.match_sites import NORMS, Plan
-from repquant_fx.quantizers.clipping import Bounds
+from repquant_fx.passes.channel_flow import FIXED, ChannelFlow, leads_to_softmax
+from repquant_fx.passes.match_sites import Plan
+from repquant_fx.passes.operators import NORMS
+from repquant_fx.quantizers.equalization import Equalization
 from repquant_fx.recipe import ABSORB
 
 LEVELLED = "its channels share a scale with what they are multiplied by"
-LARGEST = 1e4  # a dead channel gets no factor beyond this
 
 
 @dataclass
@@ -144,65 +144,38 @@ def channel_rows(value: Tensor, pattern: Tensor) -> Tensor:
     return value.permute(*rest, *kept).reshape(-1, pattern.numel())
 
 
+def describe(plan: Plan, absorbable: Absorbable) -> Plan:
+    """A plan that says what was equalized: a norm whose channels were levelled was not left alone for want of a Linear."""
+    groups = []
+    for group in plan.groups:
+        levelled = [site_operand(site.name) for site in group.sites if site.name in absorbable.sites]
+        note = f"channels of {' and '.join(levelled)} levelled into the constants around"
+        groups.append(replace(group, notes=(*group.notes, note)) if levelled else group)
+    norms = {module_path(n) or n.name for n in absorbable.rows if n.target in NORMS}
+    return Plan(tuple(groups), tuple(replace(item, reason=f"{LEVELLED}; {item.reason}") if item.path in norms else item for item in plan.left_alone))
+
+
 class AbsorbScales(Pass):
-    """`bounds`: the clipping bounds of every channel of every absorbable site, in the order of its pattern."""
+    """`equalization`: the factors and shifts of the labels of `absorbable`."""
 
     name = "absorb scales"
-    needs = "a matched float graph and the bounds of its activations' channels"
+    needs = "a matched float graph"
     guarantees = "the same outputs; the channels of activations between two layers have like ranges"
 
-    def __init__(self, plan: Plan, absorbable: Absorbable, bounds: Mapping[str, Bounds]) -> None:
+    def __init__(self, absorbable: Absorbable, equalization: Equalization) -> None:
         super().__init__()
-        self.plan = plan
-        self.absorbable, self.bounds = absorbable, bounds
-        self.factors: dict[int, float] = {}
-        self.shifts: dict[int, float] = {}
+        self.absorbable, self.equalization = absorbable, equalization
 
     def run(self, graph_module: GraphModule) -> bool:
-        self._choose()
         for linear, labels in self.absorbable.columns.items():
             self._rewrite_columns(graph_module, linear, labels)
         for node, labels in self.absorbable.rows.items():
             self._rewrite_rows(graph_module, node, labels)
-        self._tell()
         return bool(self.absorbable.rows)
 
-    def _tell(self) -> None:
-        """In the report a norm whose channels were levelled here was not left alone for want of a Linear."""
-        for group in self.plan.groups:
-            levelled = [site_operand(site.name) for site in group.sites if site.name in self.absorbable.sites]
-            if levelled:
-                group.notes.append(f"channels of {' and '.join(levelled)} levelled into the constants around")
-        norms = {module_path(n) or n.name for n in self.absorbable.rows if n.target in NORMS}
-        for index, item in enumerate(self.plan.left_alone):
-            if item.path in norms:
-                self.plan.left_alone[index] = replace(item, reason=f"{LEVELLED}; {item.reason}")
-
-    def _choose(self) -> None:
-        """Factors that level the channels' ranges: the geometric mean over the sites that a factor reaches, each relative to its own mean."""
-        wishes: dict[int, list[float]] = {}
-        centres: dict[int, list[float]] = {}
-        for name, pattern in self.absorbable.sites.items():
-            labels, bound = pattern.reshape(-1).tolist(), self.bounds[name]
-            low, up = bound.low.double().cpu(), bound.up.double().cpu()
-            shiftable = torch.tensor([label in self.absorbable.shiftable for label in labels])
-            reach = torch.where(shiftable, (up - low) / 2, torch.maximum(low.abs(), up.abs()))
-            reach = reach.clamp(min=max(float(reach.max()) / LARGEST, 1e-12)).log()
-            reach = reach - reach.mean()
-            for label, wish, a, b in zip(labels, reach.tolist(), low.tolist(), up.tolist()):
-                if label > 0:
-                    root, sign = self.absorbable.signed[label]
-                    wishes.setdefault(root, []).append(sign * wish)
-                    centres.setdefault(label, []).append((a + b) / 2)
-        factor = {root: sum(w) / len(w) for root, w in wishes.items()}
-        for label, (root, sign) in self.absorbable.signed.items():
-            self.factors[label] = float(torch.exp(torch.tensor(sign * factor.get(root, 0.0), dtype=torch.float64)))
-            if label in self.absorbable.shiftable and label in centres:
-                self.shifts[label] = sum(centres[label]) / len(centres[label])
-
-    def _of(self, values: Mapping[int, float], labels: Tensor, default: float, device: torch.device) -> Tensor:
-        return torch.tensor([values.get(label, default) if label not in (FIXED, PADDING) else default for label in labels.tolist()],
-                            dtype=torch.float64, device=device)
+    def _of(self, labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Factors and shifts, float64, shape (C,)."""
+        return self.equalization.factor(labels).to(device), self.equalization.shift(labels).to(device)
 
     def _rewrite_rows(self, graph_module: GraphModule, node: Node, labels: Tensor) -> None:
         """`x -> (x - shift) / factor` for each output channel."""
@@ -210,7 +183,7 @@ class AbsorbScales(Pass):
         weight_node = node.args[at]
         assert isinstance(weight_node, Node)
         name, weight = str(weight_node.target), attribute(graph_module, weight_node).double()
-        factor, shift = self._of(self.factors, labels, 1.0, weight.device), self._of(self.shifts, labels, 0.0, weight.device)
+        factor, shift = self._of(labels, weight.device)
         replace_constant(graph_module, node, at, (weight / (factor[:, None] if weight.ndim == 2 else factor)).float(), name)
         if node.target is aten.rms_norm.default:
             return
@@ -226,7 +199,7 @@ class AbsorbScales(Pass):
         weight_node = linear.args[1]
         assert isinstance(weight_node, Node)
         name, weight = str(weight_node.target), attribute(graph_module, weight_node).double()
-        factor, shift = self._of(self.factors, labels, 1.0, weight.device), self._of(self.shifts, labels, 0.0, weight.device)
+        factor, shift = self._of(labels, weight.device)
         if bool(shift.any()):
             bias_node = linear.args[2] if len(linear.args) > 2 else None
             bias = weight @ shift

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,29 +19,58 @@ from repquant_fx.errors import PassError, RepQuantError
 aten = torch.ops.aten
 
 
-class Pass(PassBase):
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Made(Generic[T]):
+    """What a pass returns that hands on more than the graph: whether it changed anything, and what it made."""
+
+    modified: bool
+    value: T
+
+
+class Outcome(PassResult):
+    """A `PassResult` with what the pass `made`, None for most."""
+
+    made: Any = None
+
+
+class Pass(PassBase, Generic[T]):
     """One rewriting of a graph. Subclasses set `name`, `needs` and `guarantees` (one sentence each) and define `run`.
 
-    The graph given still runs afterwards: `run` edits it in place and returns whether it changed anything.
+    The graph given still runs afterwards: `run` edits it in place and returns whether it changed anything, or that and what it `Made`.
     """
 
     name = "pass"
     needs = ""
     guarantees = ""
 
-    def run(self, graph_module: GraphModule) -> bool:
+    def run(self, graph_module: GraphModule) -> bool | Made[T]:
         raise NotImplementedError
 
-    def call(self, graph_module: GraphModule) -> PassResult:
-        modified = self.run(graph_module)
+    def call(self, graph_module: GraphModule) -> Outcome:
+        returned = self.run(graph_module)
+        modified = returned.modified if isinstance(returned, Made) else returned
         if modified:
             graph_module.graph.eliminate_dead_code()
             graph_module.graph.lint()
             graph_module.recompile()
-        return PassResult(graph_module, modified)
+        outcome = Outcome(graph_module, modified)
+        outcome.made = returned.value if isinstance(returned, Made) else None
+        return outcome
 
 
-def run_passes(graph_module: GraphModule, passes: Sequence[Pass]) -> GraphModule:
+def run_pass(graph_module: GraphModule, each: Pass[T]) -> T:
+    """Run one pass that makes something, and give what it made.
+
+    Raises:
+        PassError: the pass failed; the message names it.
+    """
+    return _run(graph_module, each, []).made
+
+
+def run_passes(graph_module: GraphModule, passes: Sequence[Pass[Any]]) -> GraphModule:
     """Run passes in order.
 
     Raises:
@@ -48,17 +78,21 @@ def run_passes(graph_module: GraphModule, passes: Sequence[Pass]) -> GraphModule
     """
     done: list[str] = []
     for each in passes:
-        try:
-            result = each(graph_module)
-        except RepQuantError:
-            raise
-        except Exception as error:
-            before = ", ".join(done) or "no other pass"
-            raise PassError(f"pass {each.name!r} failed after {before}: {type(error).__name__}: {error}") from error
-        assert result is not None
-        graph_module = result.graph_module
+        graph_module = _run(graph_module, each, done).graph_module
         done.append(each.name)
     return graph_module
+
+
+def _run(graph_module: GraphModule, each: Pass[Any], done: Sequence[str]) -> Outcome:
+    try:
+        outcome = each(graph_module)
+    except RepQuantError:
+        raise
+    except Exception as error:
+        before = ", ".join(done) or "no other pass"
+        raise PassError(f"pass {each.name!r} failed after {before}: {type(error).__name__}: {error}") from error
+    assert isinstance(outcome, Outcome)
+    return outcome
 
 
 def module_path(node: Node) -> str:
@@ -66,7 +100,7 @@ def module_path(node: Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     entries = [value for key, value in stack.items() if not str(key).startswith("_empty")]
     if not entries:
-        return str(node.meta.get("module_path", ""))
+        return ""
     path = entries[-1][0] if isinstance(entries[-1], tuple) else str(entries[-1])
     # export writes list indices of some paths as attribute calls; keep the dotted form that users know
     path = path.replace("L['self'].", "").replace("L['self']", "")
@@ -192,9 +226,8 @@ def own_tensors(graph_module: GraphModule) -> None:
 
 def copy_meta(source: Node, target: Node, value: Tensor | None = None) -> Node:
     """Give a new node the module path of the node it derives from."""
-    for key in ("nn_module_stack", "module_path"):
-        if key in source.meta:
-            target.meta[key] = source.meta[key]
+    if "nn_module_stack" in source.meta:
+        target.meta["nn_module_stack"] = source.meta["nn_module_stack"]
     if value is not None:
         target.meta["val"] = value
     return target

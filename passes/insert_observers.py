@@ -10,11 +10,12 @@ from repquant_fx.naming import Names, attribute_name, unique
 from repquant_fx.passes.base import Pass, copy_meta
 from repquant_fx.passes.channel_flow import hinted
 from repquant_fx.passes.match_sites import Group, Plan, Site
+from repquant_fx.passes.slots import mark
 from repquant_fx.quantizers.observers import Observer
 
-CHANNEL_SAMPLE = 4096  # tokens kept a norm group
-TENSOR_SAMPLE = 1 << 17  # values kept a per-tensor site
-WHOLE_ELEMENTS = 1 << 19  # attention probabilities kept a site, to calibrate their scale by the product's output
+CHANNEL_SAMPLE = 4096  # tokens kept per norm group
+TENSOR_SAMPLE = 1 << 17  # values kept per per-tensor site
+WHOLE_ELEMENTS = 1 << 19  # attention probabilities kept per site, to calibrate their scale by the product's output
 SLOTS = "quantizers"  # the submodule that holds observers, then quantizers; numbered where the model has one of this name
 
 
@@ -36,11 +37,10 @@ class InsertObservers(Pass):
                 graph_module.add_submodule(target, self._observer(group, site))
                 first = min(site.consumers, key=order.__getitem__)
                 with graph_module.graph.inserting_before(first):
-                    site.slot = graph_module.graph.call_module(target, (site.value,))
-                copy_meta(first, site.slot, site.value.meta["val"])
+                    slot = graph_module.graph.call_module(target, (site.value,))
+                mark(copy_meta(first, slot, site.value.meta["val"]), site)
                 for consumer in site.consumers:
-                    index = consumer.args.index(site.value)
-                    consumer.update_arg(index, site.slot)
+                    consumer.update_arg(consumer.args.index(site.value), slot)
         return bool(self.plan.groups)
 
     def _observer(self, group: Group, site: Site) -> Observer:

@@ -11,20 +11,16 @@ from typing import Any, cast
 import torch
 from torch.fx import GraphModule, Node
 
-from repquant_fx import ops  # noqa: F401 - registers the operators
 from repquant_fx.naming import QUANTIZED, SCALE, SHIFT, ZERO_POINT, site_stem
 from repquant_fx.passes.base import Pass, aten, attribute, constant_node, copy_meta, free_stem, shape_of
-from repquant_fx.passes.calibrate_activations import slot_module
 from repquant_fx.passes.canonicalize import refresh_metadata
 from repquant_fx.passes.channel_flow import LAYOUT
 from repquant_fx.passes.match_sites import SOFTMAX, Plan, Site
+from repquant_fx.passes.operators import DEQUANTIZE, LOG2_QUANTIZE, LOG2_SOFTMAX, QUANTIZE
+from repquant_fx.passes.slots import slot_of
 from repquant_fx.quantizers.gptq import QuantizedWeight
 from repquant_fx.quantizers.observers import LogQuantizer, Passthrough, UniformQuantizer
 
-QUANTIZE = torch.ops.repquant_fx.quantize.default
-DEQUANTIZE = torch.ops.repquant_fx.dequantize.default
-LOG2_SOFTMAX = torch.ops.repquant_fx.log2_softmax.default
-LOG2_QUANTIZE = torch.ops.repquant_fx.log2_quantize.default
 BIAS_LIMIT = 2.0**31 - 1024  # float32 cannot hold the largest int32
 
 
@@ -43,7 +39,7 @@ class LowerToQDQ(Pass):
         self.constants: dict[str, str] = {}
 
     def run(self, graph_module: GraphModule) -> bool:
-        slots = {str(site.slot.target).partition(".")[0] for group in self.plan.groups for site in group.sites if site.slot is not None}
+        slots = {str(slot_of(graph_module, site).target).partition(".")[0] for group in self.plan.groups for site in group.sites}
         for group in self.plan.groups:
             for site in group.sites:
                 self._lower_site(graph_module, site)
@@ -59,19 +55,18 @@ class LowerToQDQ(Pass):
         return True
 
     def _lower_site(self, graph_module: GraphModule, site: Site) -> None:
-        slot, module = site.slot, slot_module(graph_module, site)
-        assert slot is not None
-        source = slot.args[0]
+        slot = slot_of(graph_module, site)
+        module, source = graph_module.get_submodule(str(slot.target)), slot.args[0]
         assert isinstance(source, Node)
         if isinstance(module, Passthrough):
             slot.replace_all_uses_with(source)
         elif isinstance(module, LogQuantizer):
-            slot.replace_all_uses_with(self._log(graph_module, site, source, module))
+            slot.replace_all_uses_with(self._log(graph_module, site, slot, module))
         else:
             assert isinstance(module, UniformQuantizer)
             linears = [c for c in site.consumers if c.target is aten.linear.default]
             if linears and len(linears) == len(site.consumers):
-                self._lower_linears(graph_module, site, source, module, linears)
+                self._lower_linears(graph_module, site, slot, module, linears)
             else:
                 value = self._quantize(graph_module, site, source, module, slot)
                 for consumer in site.consumers:
@@ -81,13 +76,10 @@ class LowerToQDQ(Pass):
         if not slot.users:
             graph_module.graph.erase_node(slot)
 
-    def _lower_linears(self, graph_module: GraphModule, site: Site, source: Node, quantizer: UniformQuantizer,
+    def _lower_linears(self, graph_module: GraphModule, site: Site, slot: Node, quantizer: UniformQuantizer,
                        linears: list[Node]) -> None:
         """One flat, quantized input shared by all Linears of the site."""
-        slot = site.slot
-        assert slot is not None
-        graph = graph_module.graph
-        shape = shape_of(slot)
+        graph, source, shape = graph_module.graph, cast(Node, slot.args[0]), shape_of(slot)
         flat = source
         if len(shape) != 2:
             with graph.inserting_before(slot):
@@ -104,7 +96,7 @@ class LowerToQDQ(Pass):
         axis, shift = -1, None
         scale, zero_point = quantizer.scale, quantizer.zero_point
         if quantizer.axis is not None:
-            axis = len(shape_of(site.value)) - 1 if source is site.value else 1
+            axis = len(shape_of(source)) - 1 if source is before.args[0] else 1  # a Linear's input was made a matrix
             stored = zero_point.clamp(0, (1 << bits) - 1)
             if not torch.equal(stored, zero_point):
                 # a stored zero point is a code: move the activation instead
@@ -122,12 +114,11 @@ class LowerToQDQ(Pass):
         self.quantizers[site.name] = codes
         return value
 
-    def _log(self, graph_module: GraphModule, site: Site, source: Node, quantizer: LogQuantizer) -> Node:
+    def _log(self, graph_module: GraphModule, site: Site, slot: Node, quantizer: LogQuantizer) -> Node:
         """The Softmax itself, where the product is all that reads it; else a quantizer of its result."""
-        assert site.slot is not None
-        graph = graph_module.graph
-        softmax = _sole_softmax(site.slot)
-        before = site.slot if softmax is None else softmax
+        graph, source = graph_module.graph, cast(Node, slot.args[0])
+        softmax = _sole_softmax(slot)
+        before = slot if softmax is None else softmax
         scale = constant_node(graph_module, SCALE.of(free_stem(graph_module, site_stem(site.name))), quantizer.scale, before)
         if softmax is None:
             with graph.inserting_before(before):

@@ -6,47 +6,44 @@ all Linears that read it, the two operands of a MatMul, the Linears that share a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.fx import GraphModule, Node
 
 from repquant_fx import naming
 from repquant_fx.naming import Names
-from repquant_fx.passes.base import Pass, aten, is_constant, is_tensor, module_path, shape_of
+from repquant_fx.passes.base import Made, Pass, aten, is_constant, is_tensor, module_path, shape_of
 from repquant_fx.passes.channel_flow import MATMULS, SOFTMAX, ChannelFlow, describe_reader, origin
+from repquant_fx.passes.operators import CONVOLUTIONS, NORMS
 from repquant_fx.recipe import LayerPlan, Recipe
 
-NORMS = {aten.layer_norm.default, aten.rms_norm.default}
 OTHER_NORMS = {aten.group_norm.default, aten.batch_norm.default, aten.instance_norm.default,
                aten._native_batch_norm_legit_no_training.default}  # what export makes of BatchNorm
-CONVOLUTIONS = {aten.conv2d.default, aten.conv1d.default}
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity
 class Site:
-    """One quantized activation.
+    """One quantized activation, as matched.
 
     Attributes:
         name: unique; module path and operand, e.g. `blocks.0.attn/probabilities`.
         role: `norm` (per channel while calibrating), `softmax` (logarithmic) or `value` (uniform, per tensor).
-        value: the node that produces it.
+        value: the node that produces it in the matched graph; later passes may put others between it and the site's slot.
         consumers: the nodes that read it.
-        slot: the observer or quantizer node, once inserted.
     """
 
     name: str
     role: str
     value: Node
-    consumers: list[Node]
+    consumers: tuple[Node, ...]
     bits: int
-    slot: Node | None = None
-    skip: bool = False
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Group:
-    """What is calibrated together.
+    """What is calibrated together, as matched.
 
     Attributes:
         kind: `norm_linear`, `linear`, `conv` or `matmul`.
@@ -55,23 +52,19 @@ class Group:
         shared_norm: the norm has readers besides these Linears, which must keep seeing its original values.
         padded: zeros are put in between the norm and a Linear, so the shift must be added after them.
         plans: effective settings of each consumer.
+        notes: what the report says about it, as sentences.
     """
 
     kind: str
     path: str
-    sites: list[Site]
-    consumers: list[Node]
-    plans: dict[Node, LayerPlan]
+    sites: tuple[Site, ...]
+    consumers: tuple[Node, ...]
+    plans: Mapping[Node, LayerPlan]
     norm: Node | None = None
     softmax: Node | None = None
     shared_norm: bool = False
     padded: bool = False
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def anchor(self) -> Node:
-        """The first node whose result calibration of this group may change."""
-        return self.norm or self.softmax or self.sites[0].value
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,15 +76,17 @@ class LeftAlone:
     reason: str
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plan:
-    """The result of matching."""
+    """The result of matching: groups in graph order, and what is in none."""
 
-    groups: list[Group] = field(default_factory=list)
-    left_alone: list[LeftAlone] = field(default_factory=list)
+    groups: tuple[Group, ...] = ()
+    left_alone: tuple[LeftAlone, ...] = ()
 
 
-class MatchSites(Pass):
+class MatchSites(Pass[Plan]):
+    """Makes the plan."""
+
     name = "match sites"
     needs = "a canonical graph with tensor metadata"
     guarantees = "every norm and softmax is in a group or has a reason; the graph is unchanged"
@@ -99,12 +94,13 @@ class MatchSites(Pass):
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
         self.recipe = recipe
-        self.plan = Plan()
+        self._groups: list[Group] = []
+        self._left_alone: list[LeftAlone] = []
         self._names = Names()
         self._left: set[Node] = set()
 
-    def run(self, graph_module: GraphModule) -> bool:
-        self.plan = Plan()
+    def run(self, graph_module: GraphModule) -> Made[Plan]:
+        self._groups, self._left_alone = [], []
         self._names, self._left = Names(), set()
         self._live = data_dependent(graph_module)
         claimed: dict[Node, Group] = {}
@@ -130,13 +126,13 @@ class MatchSites(Pass):
                 alike.setdefault(_geometry(consumer), []).append(consumer)
             for chosen in alike.values():
                 self._match_weighted(value, chosen, "conv" if chosen[0].target in CONVOLUTIONS else "linear")
-        matched = {group.softmax for group in self.plan.groups}
+        matched = {group.softmax for group in self._groups}
         for node in nodes:
             if node.op == "call_function" and node.target in SOFTMAX and node not in matched and node not in self._left:
                 self._leave(node, "its result is not an operand of a matrix product")
         order = {node: index for index, node in enumerate(nodes)}
-        self.plan.groups.sort(key=lambda g: min(order[c] for c in g.consumers))
-        return False
+        groups = sorted(self._groups, key=lambda g: min(order[c] for c in g.consumers))
+        return Made(False, Plan(tuple(groups), tuple(self._left_alone)))
 
     def _match_norm(self, graph_module: GraphModule, norm: Node, claimed: dict[Node, Group]) -> None:
         if len(norm.args[1]) != 1:  # type: ignore[arg-type]
@@ -166,18 +162,19 @@ class MatchSites(Pass):
         for reader in readers:
             values.setdefault(reader.value, []).append(reader.node)
         bits = max(plans[r.node].abits for r in readers)  # one scale serves them all
-        sites = [self._site(naming.site(module_path(consumers[0]) or path, "input"), "norm", value, consumers, bits)
-                 for value, consumers in values.items()]
-        consumers = [r.node for r in readers]
+        sites = tuple(self._site(naming.site(module_path(consumers[0]) or path, "input"), "norm", value, consumers, bits)
+                      for value, consumers in values.items())
+        consumers = tuple(r.node for r in readers)
         others = [r for r in flow.readers if r.node not in consumers]
-        group = Group("norm_linear", path, sites, consumers, {c: plans[c] for c in consumers}, norm=norm, shared_norm=bool(others),
-                      padded=any(r.padded for r in readers))
+        padded, notes = any(r.padded for r in readers), []
         if others:
-            group.notes.append("also read by " + ", ".join(dict.fromkeys(describe_reader(r) for r in others))
-                               + ": these keep the original norm")
-        if group.padded:
-            group.notes.append("zeros are padded in after the norm: its shift is added after them")
-        self.plan.groups.append(group)
+            notes.append("also read by " + ", ".join(dict.fromkeys(describe_reader(r) for r in others))
+                         + ": these keep the original norm")
+        if padded:
+            notes.append("zeros are padded in after the norm: its shift is added after them")
+        group = Group("norm_linear", path, sites, consumers, {c: plans[c] for c in consumers}, norm=norm, shared_norm=bool(others),
+                      padded=padded, notes=tuple(notes))
+        self._groups.append(group)
         for consumer in consumers:
             claimed[consumer] = group
 
@@ -202,7 +199,7 @@ class MatchSites(Pass):
                 label = "probabilities" if is_softmax else "value"
             role = "softmax" if is_softmax and self.recipe.softmax != "uniform" else "value"
             sites.append(self._site(naming.site(path, label), role, operand, [node], plan.abits))
-        self.plan.groups.append(Group("matmul", path, sites, [node], {node: plan}, softmax=softmax))
+        self._groups.append(Group("matmul", path, tuple(sites), (node,), {node: plan}, softmax=softmax))
 
     def _match_weighted(self, value: Node, consumers: list[Node], kind: str) -> None:
         plans = {c: self.recipe.layer(module_path(c)) for c in consumers}
@@ -213,19 +210,19 @@ class MatchSites(Pass):
         from_input = origin(value).op == "placeholder"
         bits = self.recipe.input_bits if from_input and not self._overridden(path) else max(plans[c].abits for c in consumers)
         site = self._site(naming.site(path, "input"), "value", value, consumers, bits)
-        self.plan.groups.append(Group(kind, path, [site], consumers, {c: plans[c] for c in consumers}))
+        self._groups.append(Group(kind, path, (site,), tuple(consumers), {c: plans[c] for c in consumers}))
 
     def _overridden(self, path: str) -> bool:
         import fnmatch
 
         return any(rule.abits is not None and fnmatch.fnmatchcase(path, rule.match) for rule in self.recipe.layers)
 
-    def _site(self, name: str, role: str, value: Node, consumers: list[Node], bits: int) -> Site:
-        return Site(self._names.unique(name), role, value, consumers, bits)
+    def _site(self, name: str, role: str, value: Node, consumers: Sequence[Node], bits: int) -> Site:
+        return Site(self._names.unique(name), role, value, tuple(consumers), bits)
 
     def _leave(self, node: Node, reason: str) -> None:
         self._left.add(node)
-        self.plan.left_alone.append(LeftAlone(module_path(node) or node.name, str(node.target).split(".")[1], reason))
+        self._left_alone.append(LeftAlone(module_path(node) or node.name, str(node.target).split(".")[1], reason))
 
 
 def _geometry(consumer: Node) -> object:

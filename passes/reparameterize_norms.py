@@ -12,14 +12,19 @@ from torch.fx import GraphModule, Node
 
 from repquant_fx.errors import PassError
 from repquant_fx.naming import beside
-from repquant_fx.passes.base import Pass, aten, attribute, constant_node, copy_meta, replace_constant
-from repquant_fx.passes.calibrate_activations import install, slot_module
+from repquant_fx.passes.base import Made, Pass, aten, attribute, constant_node, copy_meta, replace_constant
 from repquant_fx.passes.match_sites import Group, Site
+from repquant_fx.passes.slots import install, slot_module, slot_of
 from repquant_fx.quantizers.observers import UniformQuantizer
 from repquant_fx.quantizers.reparameterization import ChannelAffine, reparameterize
 
 
-class ReparameterizeNorms(Pass):
+class ReparameterizeNorms(Pass[str | None]):
+    """Makes the sentence that says so in the report, None where nothing was rewritten.
+
+    Norm and Linears keep the shapes and float32 of their constants; where one has no weight or bias, it gets one.
+    """
+
     name = "reparameterize norms"
     needs = "a per-channel quantizer at every site of a norm group"
     guarantees = "a per-tensor quantizer with the same codes; the float output is unchanged"
@@ -28,13 +33,13 @@ class ReparameterizeNorms(Pass):
         super().__init__()
         self.group = group
 
-    def run(self, graph_module: GraphModule) -> bool:
+    def run(self, graph_module: GraphModule) -> Made[str | None]:
         group = self.group
         if group.norm is None:
-            return False
+            return Made(False, None)
         quantizer = slot_module(graph_module, group.sites[0])
         if not isinstance(quantizer, UniformQuantizer) or quantizer.axis is None:
-            return False
+            return Made(False, None)
         scale, zero_point = quantizer.exact
         affine = reparameterize(scale, zero_point, quantizer.bits)
         norm = self._split(graph_module) if group.shared_norm else group.norm
@@ -43,9 +48,8 @@ class ReparameterizeNorms(Pass):
             self._rewrite_linear(graph_module, consumer, affine)
         for site in group.sites:
             install(graph_module, site, UniformQuantizer(affine.scale, affine.zero_point, quantizer.bits))
-        group.notes.append(f"norm and {len(group.consumers)} linear(s) rewritten: channel scales spanned "
-                           f"{float(scale.max() / scale.min()):.3g}x")
-        return True
+        spread = float(scale.max() / scale.min())
+        return Made(True, f"norm and {len(group.consumers)} linear(s) rewritten: channel scales spanned {spread:.3g}x")
 
     def _split(self, graph_module: GraphModule) -> Node:
         """Copy the norm, and the layout operators between it and each site, for the Linears alone."""
@@ -64,20 +68,17 @@ class ReparameterizeNorms(Pass):
             return copies[node]
 
         for site in self.group.sites:
-            assert site.slot is not None
-            site.value = copy(site.value)
-            site.slot.update_arg(0, site.value)
+            slot_of(graph_module, site).update_arg(0, copy(site.value))
         return copies[norm]
 
     def _rewrite_norm(self, graph_module: GraphModule, norm: Node, affine: ChannelAffine) -> None:
-        path = str(norm.meta.get("module_path") or norm.name)
         weight = _optional(graph_module, norm, 2)
         layer_norm = norm.target is aten.layer_norm.default
         bias = _optional(graph_module, norm, 3) if layer_norm else None
         new_weight, new_bias = affine.rewrite_norm(weight, bias)
         _check(norm, new_weight, new_bias)
         old = norm.args[2] if len(norm.args) > 2 else None
-        name = str(old.target) if isinstance(old, Node) else f"{path}.weight"
+        name = str(old.target) if isinstance(old, Node) else f"{norm.name}.weight"
         replace_constant(graph_module, norm, 2, new_weight.float(), name)
         bias_name = beside(name, "bias")
         if layer_norm and not self.group.padded:
@@ -93,13 +94,14 @@ class ReparameterizeNorms(Pass):
             self._add_shift(graph_module, site, beside(name, "shift"), shift.float())
 
     def _add_shift(self, graph_module: GraphModule, site: Site, name: str, shift: Tensor) -> None:
-        assert site.slot is not None
-        constant = constant_node(graph_module, name, shift, site.slot)
-        with graph_module.graph.inserting_before(site.slot):
-            added = graph_module.graph.call_function(aten.add.Tensor, (site.value, constant))
-        copy_meta(site.value, added, site.value.meta["val"])
-        site.slot.update_arg(0, added)
-        site.value = added
+        slot = slot_of(graph_module, site)
+        value = slot.args[0]
+        assert isinstance(value, Node)
+        constant = constant_node(graph_module, name, shift, slot)
+        with graph_module.graph.inserting_before(slot):
+            added = graph_module.graph.call_function(aten.add.Tensor, (value, constant))
+        copy_meta(value, added, value.meta["val"])
+        slot.update_arg(0, added)
 
     def _rewrite_linear(self, graph_module: GraphModule, linear: Node, affine: ChannelAffine) -> None:
         weight_node = linear.args[1]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch.fx import GraphModule
 
 from repquant_fx.passes.base import Pass
-from repquant_fx.passes.calibrate_activations import install, slot_module
 from repquant_fx.passes.match_sites import Group
+from repquant_fx.passes.slots import install, slot_module
 from repquant_fx.quantizers.observers import LogQuantizer, ShiftLogQuantizer
 
 

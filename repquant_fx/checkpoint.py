@@ -38,7 +38,7 @@ class Ledger:
 
     def load(self, name: str) -> Tensors | None:
         """What was recorded under a name; None where nothing was, or (with a warning) where the file is damaged."""
-        return None if self.folder is None else self.world.from_first(lambda: self._read(name))
+        return None if self.folder is None else self.world.broadcast(lambda: self._read(name))
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Record under a name; complete or not at all."""

@@ -40,7 +40,7 @@ from repquant_fx.frontends.loading import LoadedModel, load_model
 from repquant_fx.frontends.memory import from_memory, left_as_found
 from repquant_fx.frontends.tokenizer import load_tokenizer
 from repquant_fx.inspection import record
-from repquant_fx.passes.base import aten, module_path, own_tensors, run_passes, shared_copy
+from repquant_fx.passes.base import aten, module_path, own_tensors, run_pass, run_passes, shared_copy
 from repquant_fx.passes.insert_observers import InsertObservers
 from repquant_fx.passes.lower_to_qdq import LowerToQDQ
 from repquant_fx.passes.match_sites import MatchSites, Plan
@@ -190,7 +190,7 @@ def compile(
         devices.move(graph_module, there)
         batches = devices.move_batches(batches, there)
         with log.part("absorb scales"):
-            absorb_scales(graph_module, plan, batches, recipe, ledger)
+            plan = absorb_scales(graph_module, plan, batches, recipe, ledger)
         reference = shared_copy(graph_module)
         run_passes(graph_module, [InsertObservers(plan, len(batches))])
         quantized = quantize_sequentially(graph_module, plan, batches, recipe, ledger, offload_dir, collected)
@@ -261,14 +261,13 @@ def match(
     own = tuple(rule for rule in (LayerRule(glob, skip=True) for glob in loaded.float_modules) if rule not in recipe.layers)
     recipe = replace(recipe, layers=(*own, *recipe.layers))
     log.stage("capture")
-    matching = MatchSites(recipe)
     with loaded.guard:
         captured = _capture(loaded)
         graph_module = normalize(captured.graph_module)
-        run_passes(graph_module, [matching])
+        plan = run_pass(graph_module, MatchSites(recipe))
     for sentence in replace(recipe, layers=given).unmatched([module_path(n) for n in graph_module.graph.nodes if n.target in CONSUMERS]):
         warnings.warn(f"the recipe's {sentence}", RepQuantWarning, stacklevel=2)
-    return Matched(loaded, captured, graph_module, matching.plan, recipe)
+    return Matched(loaded, captured, graph_module, plan, recipe)
 
 
 @dataclass(frozen=True)
@@ -312,7 +311,7 @@ def _ledger(graph_module: GraphModule, batches: list[tuple[Tensor, ...]], recipe
         return
     world = World.current() if distributed else World()
     digest = fingerprint(graph_module, batches, recipe, seed)
-    world.agree(digest)
+    world.check_equal(digest)
     about = {"repquant_fx": VERSION, "source": source, "seed": seed, "recipe": recipe.to_dict()}
     with open_ledger(work_dir, digest, about, world) as ledger:
         yield ledger

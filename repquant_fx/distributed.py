@@ -40,15 +40,15 @@ class World:
             raise InputError("distributed calibration needs a process group: start with torchrun and call torch.distributed.init_process_group first")
         return cls(dist.get_rank(), dist.get_world_size())
 
-    def share(self, count: int) -> range:
+    def shard(self, count: int) -> range:
         """Which of `count` batches this rank runs."""
         return range(self.rank, count, self.size)
 
-    def rows(self, count: int) -> slice:
+    def row_shard(self, count: int) -> slice:
         """Which of `count` rows this rank works on, one run of them; they follow each other in the order of ranks."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
-    def gather(self, tensors: Mapping[str, Tensor]) -> list[Tensors]:
+    def all_gather(self, tensors: Mapping[str, Tensor]) -> list[Tensors]:
         """What every rank gives, on every rank, in the order of ranks."""
         if self.size == 1:
             return [dict(tensors)]
@@ -60,7 +60,7 @@ class World:
         dist.all_gather(found, torch.cat([sent, sent.new_zeros(longest - len(sent))]))
         return [_unpack(part[:int(size)]) for part, size in zip(found, sizes)]
 
-    def from_first(self, make: Callable[[], Mapping[str, Tensor] | None]) -> Tensors | None:
+    def broadcast(self, make: Callable[[], Mapping[str, Tensor] | None]) -> Tensors | None:
         """What rank 0 makes, on every rank; the others do not call `make`."""
         made = make() if self.rank == 0 else None
         if self.size == 1:
@@ -75,7 +75,7 @@ class World:
         dist.broadcast(packed, 0)
         return _unpack(packed)
 
-    def add_up(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over all ranks, in place."""
         if self.size == 1:
             return
@@ -85,13 +85,13 @@ class World:
             if moved is not tensor:
                 tensor.copy_(moved)
 
-    def agree(self, digest: str) -> None:
+    def check_equal(self, digest: str) -> None:
         """Make sure that all ranks were given the same.
 
         Raises:
             InputError: they were not.
         """
-        found = self.gather({"digest": torch.tensor(list(digest.encode()), dtype=torch.uint8)})
+        found = self.all_gather({"digest": torch.tensor(list(digest.encode()), dtype=torch.uint8)})
         if any(not torch.equal(f["digest"], found[0]["digest"]) for f in found):
             raise InputError("the processes were given different models, calibration data or recipes; data that a callable makes must be the "
                              "same in each, for instance by seeding its random numbers")

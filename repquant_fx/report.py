@@ -9,16 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule
 
 from repquant_fx import audit
 from repquant_fx.audit import Product
 from repquant_fx.parity import Parity
 from repquant_fx.passes.base import module_path
-from repquant_fx.passes.calibrate_activations import slot_module
 from repquant_fx.passes.match_sites import Group, Plan, Site
+from repquant_fx.passes.slots import slot_module
 from repquant_fx.pipeline import Quantized
 from repquant_fx.quantizers.observers import LogQuantizer, UniformQuantizer
+from repquant_fx.recorder import Recorder
 from repquant_fx.security.escape import printable
 
 SLICE = 4  # samples run at a time for the layers' SQNR
@@ -32,7 +33,7 @@ def describe_layers(graph_module: GraphModule, plan: Plan, quantized: Quantized)
             sites = [s for s in group.sites if consumer in s.consumers]
             entry: dict[str, Any] = {
                 "path": module_path(consumer) or consumer.name, "operator": str(consumer.target).split(".")[1], "node": consumer.name,
-                "group": group.kind, "inputs": [describe_site(graph_module, s) for s in sites], "rewritten": _rewritten(group),
+                "group": group.kind, "inputs": [describe_site(graph_module, s) for s in sites], "rewritten": _rewritten(group, quantized),
             }
             if consumer in quantized.weights:
                 weight, plan_of = quantized.weights[consumer], group.plans[consumer]
@@ -64,8 +65,8 @@ def describe_site(graph_module: GraphModule, site: Site) -> dict[str, Any]:
     return entry | {"quantizer": "none"}
 
 
-def _rewritten(group: Group) -> list[str]:
-    notes = list(group.notes)
+def _rewritten(group: Group, quantized: Quantized) -> list[str]:
+    notes = [*group.notes, *quantized.notes.get(group, ())]
     if group.kind == "matmul" and group.softmax is not None and any(s.role == "softmax" for s in group.sites):
         notes.append("softmax and its quantizer became one operator in the domain repquant_fx")
     return notes
@@ -92,18 +93,10 @@ def _slices(inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _values(graph_module: GraphModule, names: Sequence[str], inputs: Sequence[Tensor]) -> dict[str, Tensor]:
-    wanted, kept = set(names), {}
-
-    class Keep(Interpreter):
-        def run_node(self, n: Node) -> Any:
-            result = super().run_node(n)
-            if n.name in wanted and isinstance(result, Tensor):
-                kept[n.name] = result
-            return result
-
+    recorder = Recorder(graph_module, [n for n in graph_module.graph.nodes if n.name in set(names)])
     with torch.no_grad():
-        Keep(graph_module).run(*inputs)
-    return kept
+        recorder.run(*inputs)
+    return {node.name: value for node, value in recorder.kept.items() if isinstance(value, Tensor)}
 
 
 def build(

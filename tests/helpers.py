@@ -11,12 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
+from repquant_fx.decision import Decision
 from repquant_fx.frontends.capture import capture
-from repquant_fx.passes.base import run_passes
+from repquant_fx.passes.base import run_pass, run_passes
 from repquant_fx.passes.insert_observers import InsertObservers
+from repquant_fx.passes.install_decision import InstallDecision
 from repquant_fx.passes.match_sites import Group, MatchSites, Plan
 from repquant_fx.passes.normal_form import normalize
+from repquant_fx.passes.slots import install
 from repquant_fx.pipeline import Quantized, quantize_sequentially
+from repquant_fx.pipeline.choose import choose_quantizers
 from repquant_fx.quantizers.observers import Observer, Passthrough
 from repquant_fx.recipe import Recipe
 
@@ -141,9 +145,7 @@ def canonical(model: nn.Module, *inputs: Tensor) -> GraphModule:
 
 
 def match(graph_module: GraphModule, recipe: Recipe | None = None) -> Plan:
-    matching = MatchSites(recipe or Recipe())
-    run_passes(graph_module, [matching])
-    return matching.plan
+    return run_pass(graph_module, MatchSites(recipe or Recipe()))
 
 
 @dataclass
@@ -172,6 +174,12 @@ def observed(graph_module: GraphModule, batches: Sequence[Tensor], recipe: Recip
     return plan
 
 
+def calibrate(graph_module: GraphModule, recipe: Recipe, *groups: Group) -> None:
+    """Put quantizers in place of the observers of some groups."""
+    for group in groups:
+        run_passes(graph_module, [InstallDecision(group, Decision(choose_quantizers(graph_module, group, recipe)))])
+
+
 def quantized(graph_module: GraphModule, recipe: Recipe, batches: Sequence[Tensor]) -> Run:
     """Quantize a canonical graph; the graph given is left as it is."""
     reference, graph_module = graph_module, copy.deepcopy(graph_module)
@@ -198,8 +206,7 @@ def bypass(graph_module: GraphModule, plan: Plan) -> None:
     """Take all quantizers out: what remains is the float computation of the rewritten graph."""
     for group in plan.groups:
         for site in group.sites:
-            assert site.slot is not None
-            graph_module.set_submodule(str(site.slot.target), Passthrough())
+            install(graph_module, site, Passthrough())
 
 
 def relative(a: Tensor, b: Tensor) -> float:

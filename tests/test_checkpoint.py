@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from repquant_fx import Recipe, compile
-from repquant_fx import pipeline as pipeline_module
 from repquant_fx.checkpoint import fingerprint, open_ledger
 from repquant_fx.cli import main
 from repquant_fx.compiler import CompiledModel
@@ -29,7 +28,7 @@ from repquant_fx.distributed import World
 from repquant_fx.errors import OutputError, RepQuantWarning
 from repquant_fx.passes.base import run_passes
 from repquant_fx.passes.insert_observers import InsertObservers
-from repquant_fx.pipeline import absorb_scales, quantize_sequentially
+from repquant_fx.pipeline import absorb_scales, quantize_sequentially, sequential
 
 RECIPE = Recipe(wbits=4, abits=4)
 
@@ -46,13 +45,13 @@ def kept(work_dir: Path) -> list[Path]:
 def calibrated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Lists the groups that are calibrated."""
     done: list[str] = []
-    calibrate = pipeline_module._calibrate
+    calibrate = sequential._calibrate
 
     def watched(state, segment, group, statistics):
         done.append(group.path)
         return calibrate(state, segment, group, statistics)
 
-    monkeypatch.setattr(pipeline_module, "_calibrate", watched)
+    monkeypatch.setattr(sequential, "_calibrate", watched)
     return done
 
 
@@ -82,7 +81,7 @@ def pipeline(graph_module: GraphModule, work_dir: Path | None, recipe: Recipe = 
     batches = [(b,) for b in x.split(8)]
     plan = match(graph_module, recipe)
     with open_ledger(work_dir, fingerprint(graph_module, batches, recipe, 0), {}, World()) as ledger:
-        absorb_scales(graph_module, plan, batches, recipe, ledger)
+        plan = absorb_scales(graph_module, plan, batches, recipe, ledger)
         run_passes(graph_module, [InsertObservers(plan, len(batches))])
         quantize_sequentially(graph_module, plan, batches, recipe, ledger)
     return output(graph_module, x)

@@ -24,8 +24,8 @@ def test_every_batch_and_row_has_one_rank() -> None:
     for size in (1, 2, 3, 5):
         worlds = [World(rank, size) for rank in range(size)]
         for count in (0, 1, 4, 7):
-            assert sorted(i for w in worlds for i in w.share(count)) == list(range(count))
-            assert [i for w in worlds for i in range(count)[w.rows(count)]] == list(range(count))
+            assert sorted(i for w in worlds for i in w.shard(count)) == list(range(count))
+            assert [i for w in worlds for i in range(count)[w.row_shard(count)]] == list(range(count))
 
 
 def test_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,7 +35,7 @@ def test_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     with joined() as world:
         assert world == World()
     x = {"x": torch.arange(3)}
-    assert world.gather(x)[0].keys() == x.keys() and world.from_first(lambda: None) is None
+    assert world.all_gather(x)[0].keys() == x.keys() and world.broadcast(lambda: None) is None
     with pytest.raises(InputError, match="torchrun"):
         World.current()
 
@@ -50,7 +50,7 @@ def test_merged_observers_are_one_observer(size: int) -> None:
         alone(batch)
     ranks = [Observer(True, 60, leading=2) for _ in range(size)]
     for rank, observer in enumerate(ranks):
-        mine = World(rank, size).share(5)
+        mine = World(rank, size).shard(5)
         observer.start(5, mine)
         for number in mine:
             observer(batches[number])
@@ -65,15 +65,15 @@ from repquant_fx.distributed import World, joined
 from repquant_fx.errors import InputError
 with joined() as world:
     other = torch.full((3,), float(world.rank), dtype=torch.float64)
-    world.add_up([other])
+    world.all_reduce([other])
     assert other.tolist() == [1.0] * 3
-    found = world.gather({"a": torch.arange(world.rank * 4), "b": torch.tensor(1.5, dtype=torch.float64)} if world.rank else {})
+    found = world.all_gather({"a": torch.arange(world.rank * 4), "b": torch.tensor(1.5, dtype=torch.float64)} if world.rank else {})
     assert found[0] == {} and found[1]["a"].tolist() == [0, 1, 2, 3] and found[1]["b"].dtype == torch.float64
-    assert world.from_first(lambda: None) is None
-    assert world.from_first(lambda: {"x": torch.tensor(3 - world.rank)})["x"] == 3
-    world.agree("same")
+    assert world.broadcast(lambda: None) is None
+    assert world.broadcast(lambda: {"x": torch.tensor(3 - world.rank)})["x"] == 3
+    world.check_equal("same")
     try:
-        world.agree(f"rank {world.rank}")
+        world.check_equal(f"rank {world.rank}")
     except InputError as error:
         print("told", flush=True)
 """

@@ -14,7 +14,8 @@ from torch.fx import GraphModule, Node
 
 from repquant_fx.errors import CalibrationError
 from repquant_fx.parity import sqnr
-from repquant_fx.pipeline import SegmentRunner, quantize_sequentially
+from repquant_fx.pipeline import quantize_sequentially
+from repquant_fx.pipeline.runner import SegmentRunner
 from repquant_fx.recipe import PRESETS, Recipe
 
 

@@ -73,6 +73,11 @@ class Moments:
         x = self.mean
         return self.xx / self.count - x[:, None] * x
 
+    @property
+    def hessian(self) -> Tensor:
+        """`2 X^T X` of the centred x, shape (in, in): what GPTQ takes where a bias correction follows."""
+        return 2 * self.count * self.covariance
+
     def cross_covariance(self, layer: int) -> Tensor:
         """Centred second moments of a layer's r with x a token, shape (out, in)."""
         return self.rx[layer] / self.count - self.mean_residual(layer)[:, None] * self.mean

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from repquant_fx.errors import PassError
 from repquant_fx.quantizers import logarithmic, uniform
 
 
@@ -60,9 +61,13 @@ class Observer(nn.Module):
         return x
 
     def sample(self) -> Tensor:
-        """The recorded sample as (D, N), with the exact extremes of all data appended; D is 1 when not per channel."""
+        """The recorded sample as (D, N), with the exact extremes of all data appended; D is 1 when not per channel.
+
+        Raises:
+            PassError: nothing was recorded.
+        """
         if self._low is None or self._up is None:
-            raise RuntimeError("an observer has seen no data")
+            raise PassError("an observer has seen no data")
         return torch.cat([*(self._sample[n] for n in sorted(self._sample)), self._low[None], self._up[None]]).T.contiguous()
 
     def whole(self) -> Tensor:

@@ -114,7 +114,7 @@ def analyse(
     tried = {WEIGHTS: _checked(weight_choices), ACTIVATIONS: _checked(activation_choices)}
     graph_module, plan = prepared.graph_module, prepared.plan
     batches = list(prepared.data.split_held_back(HELD_BACK)[0].batches)
-    absorb_scales(graph_module, plan, batches, recipe)
+    plan = absorb_scales(graph_module, plan, batches, recipe)
     run_passes(graph_module, [InsertObservers(plan, len(batches))])
     names = prepared.captured.input_names
     mask_index = names.index("attention_mask") if "attention_mask" in names else None

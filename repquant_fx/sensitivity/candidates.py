@@ -8,23 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from repquant_fx.frontends.capture import tensors_in
-from repquant_fx.passes.base import attribute, module_path, run_passes
-from repquant_fx.passes.calibrate_activations import CalibrateActivations, install, slot_module
+from repquant_fx.passes.base import module_path
 from repquant_fx.passes.match_sites import Group, Plan, Site
-from repquant_fx.passes.quantize_weights import round_weight
-from repquant_fx.pipeline import as_rows
+from repquant_fx.passes.slots import observer, slot_of
+from repquant_fx.pipeline.choose import as_matrix, choose_quantizers
+from repquant_fx.pipeline.second_moments import as_rows
 from repquant_fx.progress import progress
 from repquant_fx.quantizers.correction import Moments
 from repquant_fx.quantizers.gptq import QuantizedWeight
-from repquant_fx.quantizers.observers import Observer, UniformQuantizer
+from repquant_fx.quantizers.observers import UniformQuantizer
+from repquant_fx.quantizers.weight import round_weight
 from repquant_fx.recipe import Recipe
+from repquant_fx.recorder import Recorder
 
 
 @dataclass
@@ -77,25 +78,21 @@ def observe(graph_module: GraphModule, plan: Plan, batches: Sequence[tuple[Tenso
         mask_index: which input says what tokens are real, if one does (see `valid`).
     """
     found = Observed()
-    slots = {site.slot: site for group in plan.groups for site in group.sites if site.slot is not None}
-    weighted = {site.slot for group in plan.groups if group.kind != "matmul" for site in group.sites}
-    for slot in slots:
-        module = graph_module.get_submodule(str(slot.target))
-        assert isinstance(module, Observer)
-        module.start(len(batches))
+    slots = {slot_of(graph_module, site): site for group in plan.groups for site in group.sites}
+    weighted = {site for group in plan.groups if group.kind != "matmul" for site in group.sites}
+    observers = [observer(graph_module, site) for site in slots.values()]
+    for each in observers:
+        each.start(len(batches))
 
-    class Record(Interpreter):
-        def run_node(self, n: Node) -> Any:
-            value = super().run_node(n)
-            if n in slots:
-                name = slots[n].name
-                found.elements[name] = found.elements.get(name, 0) + value.numel()
-                rows = as_rows(value, slots[n]) if n in weighted else None
-                if rows is not None:
-                    found.moments.setdefault(name, Moments(rows.shape[1], device=rows.device)).add(rows)
-            return value
+    def record(slot: Node, value: Tensor) -> Tensor:
+        site = slots[slot]
+        found.elements[site.name] = found.elements.get(site.name, 0) + value.numel()
+        rows = as_rows(value, site) if site in weighted else None
+        if rows is not None:
+            found.moments.setdefault(site.name, Moments(rows.shape[1], device=rows.device)).add(rows)
+        return value
 
-    recorder = Record(graph_module)
+    recorder = Recorder(graph_module, slots, record)
     for batch in progress(batches, total=len(batches), description="observe"):
         outputs = tensors_in(recorder.run(*batch))
         found.samples += len(batch[0])
@@ -105,8 +102,8 @@ def observe(graph_module: GraphModule, plan: Plan, batches: Sequence[tuple[Tenso
             real = valid(output, None if mask_index is None else batch[mask_index])
             found.power[index] += float((output.double().square() * real).sum())
             found.rows[index] += float(real.expand(output.shape)[..., 0].sum()) if output.ndim else 1.0
-    for slot in slots:
-        graph_module.get_submodule(str(slot.target)).recording = False  # type: ignore[assignment]
+    for each in observers:
+        each.recording = False
     return found
 
 
@@ -124,19 +121,12 @@ def activation_quantizers(graph_module: GraphModule, group: Group, choices: Mapp
     Args:
         choices: bits to try at each site, by name.
     """
-    observers = {site.name: slot_module(graph_module, site) for site in group.sites}
-    wanted = {site.name: site.bits for site in group.sites}
     found: dict[str, dict[int, nn.Module]] = {site.name: {} for site in group.sites}
     for bits in sorted({b for site in group.sites for b in choices[site.name]}):
-        for site in group.sites:
-            site.bits = bits if bits in choices[site.name] else wanted[site.name]
-        run_passes(graph_module, [CalibrateActivations(group, recipe)])
-        for site in group.sites:
-            if bits in choices[site.name]:
-                found[site.name][bits] = slot_module(graph_module, site)
-            install(graph_module, site, observers[site.name])
-    for site in group.sites:
-        site.bits = wanted[site.name]
+        tried = {site.name: bits for site in group.sites if bits in choices[site.name]}
+        chosen = choose_quantizers(graph_module, group, recipe, tried)
+        for name in tried:
+            found[name][bits] = chosen[name]
     return found
 
 
@@ -155,7 +145,7 @@ def rounded_weights(graph_module: GraphModule, group: Group, site: Site, quantiz
     hessian = mean = None
     if moments is not None:
         mean = moments.mean.float() if recipe.correction else None
-        hessian = 2 * moments.count * moments.covariance if recipe.correction else 2 * moments.xx
+        hessian = moments.hessian if recipe.correction else 2 * moments.xx
         if channels is not None:
             hessian = hessian / torch.outer(channels, channels)
     found: dict[Node, dict[int, RoundedWeight]] = {consumer: {} for consumer in site.consumers}
@@ -164,7 +154,7 @@ def rounded_weights(graph_module: GraphModule, group: Group, site: Site, quantiz
             consumers = [c for c in site.consumers if bits in choices[c] and (group.plans[c].gptq and recipe.gptq) is use_gptq]
             if not consumers:
                 continue
-            flat = [_matrix(graph_module, c) for c in consumers]
+            flat = [as_matrix(graph_module, c) for c in consumers]
             stacked = torch.cat(flat) if channels is None else torch.cat(flat) * channels
             _, chosen = round_weight(stacked, bits, hessian, recipe, use_gptq, module_path(consumers[0]))
             start = 0
@@ -173,8 +163,3 @@ def rounded_weights(graph_module: GraphModule, group: Group, site: Site, quantiz
                 found[consumer][bits] = RoundedWeight(part, channels, mean)
                 start += rows
     return found
-
-
-def _matrix(graph_module: GraphModule, consumer: Node) -> Tensor:
-    weight = attribute(graph_module, consumer.args[1])  # type: ignore[arg-type]
-    return weight.reshape(len(weight), -1).float()

@@ -19,17 +19,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from repquant_fx.errors import InputError
 from repquant_fx.frontends.capture import tensors_in
 from repquant_fx.passes.base import attribute
 from repquant_fx.passes.match_sites import Plan
+from repquant_fx.passes.slots import slot_of
 from repquant_fx.progress import progress
+from repquant_fx.recorder import Recorder
 from repquant_fx.sensitivity.candidates import Observed, RoundedWeight, valid
 
 LOSSES = ("error", "kl")
@@ -79,13 +82,12 @@ def estimate(
     """
     result = Estimate({name: {b: Tally() for b in tried} for name, tried in quantizers.items()},
                       {node: {b: Tally() for b in tried} for node, tried in weights.items()})
-    sites = [site for group in plan.groups for site in group.sites if site.slot is not None]
-    kept_nodes = {site.slot for site in sites} | set(weights)
+    slots = {slot_of(graph_module, site): site for group in plan.groups for site in group.sites}
     generator = torch.Generator().manual_seed(seed)
     for batch in progress(batches, total=len(batches), description="estimate"):
-        recorder = _Recorder(graph_module, kept_nodes)
-        outputs = tensors_in(recorder.run(*batch))
-        nodes, values = list(recorder.kept), list(recorder.kept.values())
+        recorded: dict[Node, Tensor] = {}
+        outputs = tensors_in(Recorder(graph_module, {*slots, *weights}, partial(_with_gradient, recorded)).run(*batch))
+        nodes, values = list(recorded), list(recorded.values())
         gradients: dict[Node, list[Tensor]] = {node: [] for node in nodes}
         for probe in range(probes):
             pairs = [(o, c) for o, c in zip(outputs, _cotangents(outputs, observed, loss, generator,
@@ -99,13 +101,12 @@ def estimate(
                     gradients[node].append(gradient)
         counts = _batch_sizes(graph_module, batch)
         with torch.no_grad():
-            for site in sites:
-                assert site.slot is not None
-                x = recorder.kept[site.slot].detach()
+            for slot, site in slots.items():
+                x = recorded[slot].detach()
                 for bits, quantizer in quantizers.get(site.name, {}).items():
-                    _add(result.activations[site.name][bits], quantizer(x) - x, x, gradients[site.slot], _samples(site.value, counts), probes)
+                    _add(result.activations[site.name][bits], quantizer(x) - x, x, gradients[slot], _samples(site.value, counts), probes)
                 for consumer in site.consumers:
-                    y = recorder.kept[consumer].detach() if consumer in weights else None
+                    y = recorded[consumer].detach() if consumer in weights else None
                     for bits, rounded in weights.get(consumer, {}).items():
                         assert y is not None and isinstance(consumer.args[1], Node)
                         difference, shift = rounded.error(attribute(graph_module, consumer.args[1]))
@@ -114,20 +115,11 @@ def estimate(
     return result
 
 
-class _Recorder(Interpreter):
-    """Keeps the values of some nodes, each with a place of its own in the autograd graph."""
-
-    def __init__(self, graph_module: GraphModule, wanted: set[Node | None]) -> None:
-        super().__init__(graph_module)
-        self.wanted, self.kept = wanted, dict[Node, Tensor]()
-
-    def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
-        if n in self.wanted:
-            # a slot gives its input back, which a residual may read too: a view has a gradient of its own
-            value = value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
-            self.kept[n] = value
-        return value
+def _with_gradient(recorded: dict[Node, Tensor], node: Node, value: Tensor) -> Tensor:
+    """Keep a node's value, with a place of its own in the autograd graph."""
+    # a slot gives its input back, which a residual may read too: a view has a gradient of its own
+    recorded[node] = value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
+    return recorded[node]
 
 
 def _cotangents(outputs: Sequence[Tensor], observed: Observed, loss: str, generator: torch.Generator, mask: Tensor | None) -> list[Tensor]:

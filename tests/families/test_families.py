@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from compiled import PLAIN
-from helpers import bypass, relative
+from helpers import bypass, calibrate, relative
 from models import FAMILIES, TEXT_AXES, VOCABULARY, Family, Inputs
 from torch import Tensor, nn
 from torch.fx import Interpreter, Node
@@ -23,13 +23,13 @@ from repquant_fx import parity as parity_check
 from repquant_fx.errors import RepQuantWarning
 from repquant_fx.frontends.capture import AXES, Captured, capture, name_outputs, tensors_in
 from repquant_fx.frontends.loading import LoadedModel
-from repquant_fx.passes.base import run_passes, shared_copy
-from repquant_fx.passes.calibrate_activations import CalibrateActivations
+from repquant_fx.passes.base import run_pass, run_passes, shared_copy
 from repquant_fx.passes.channel_flow import SOFTMAX
 from repquant_fx.passes.insert_observers import InsertObservers
 from repquant_fx.passes.lower_to_qdq import LOG2_SOFTMAX
-from repquant_fx.passes.match_sites import NORMS, MatchSites, Plan
+from repquant_fx.passes.match_sites import MatchSites, Plan
 from repquant_fx.passes.normal_form import normalize
+from repquant_fx.passes.operators import NORMS
 from repquant_fx.passes.reparameterize_norms import ReparameterizeNorms
 from repquant_fx.pipeline import absorb_scales
 from repquant_fx.quantizers.observers import Observer
@@ -104,9 +104,7 @@ def test_captured_at_every_size(name: str) -> None:
 
 def matched(name: str) -> tuple[torch.fx.GraphModule, Plan]:
     graph_module = normalize(shared_copy(captured(name).graph_module))
-    matching = MatchSites(recipe(FAMILIES[name]))
-    run_passes(graph_module, [matching])
-    return graph_module, matching.plan
+    return graph_module, run_pass(graph_module, MatchSites(recipe(FAMILIES[name])))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -132,7 +130,7 @@ def test_rewriting_is_an_identity(name: str) -> None:
     """Scales absorbed and norms reparameterized, no quantizer: the outputs of before."""
     graph_module, plan = matched(name)
     reference, data, settings = shared_copy(graph_module), batches(FAMILIES[name]), recipe(FAMILIES[name])
-    absorb_scales(graph_module, plan, data, settings)
+    plan = absorb_scales(graph_module, plan, data, settings)
     run_passes(graph_module, [InsertObservers(plan, len(data))])
     observers = [module for module in graph_module.modules() if isinstance(module, Observer)]
     for observer in observers:
@@ -142,9 +140,9 @@ def test_rewriting_is_an_identity(name: str) -> None:
             graph_module(*batch)
     for observer in observers:
         observer.recording = False
-    for group in plan.groups:
-        run_passes(graph_module, [CalibrateActivations(group, settings), ReparameterizeNorms(group)])
-    assert any("rewritten" in note for group in plan.groups for note in group.notes)
+    calibrate(graph_module, settings, *plan.groups)
+    notes = [run_pass(graph_module, ReparameterizeNorms(group)) for group in plan.groups]
+    assert any(notes)
     bypass(graph_module, plan)
     inputs = FAMILIES[name].inputs(3, 5, 4).values()
     with torch.no_grad():

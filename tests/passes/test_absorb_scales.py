@@ -78,7 +78,8 @@ MODELS = {
 def absorbed(model: nn.Module, kinds: tuple[str, ...] = ABSORB) -> tuple[GraphModule, Plan, bool]:
     graph_module = canonical(model, sequences())
     plan = match(graph_module)
-    return graph_module, plan, absorb_scales(graph_module, plan, [(b,) for b in sequences(64).split(16)], Recipe(absorb=kinds))
+    found = absorb_scales(graph_module, plan, [(b,) for b in sequences(64).split(16)], Recipe(absorb=kinds))
+    return graph_module, found, found is not plan
 
 
 @pytest.mark.parametrize("kind", [*ABSORB, "all"])
@@ -213,5 +214,5 @@ def test_a_dead_channel_gets_a_finite_factor() -> None:
 def test_nothing_to_do_without_data_or_kinds() -> None:
     graph_module = canonical(redraw(Encoder()), sequences())
     plan = match(graph_module)
-    assert not absorb_scales(graph_module, plan, [], Recipe())
-    assert not absorb_scales(graph_module, plan, [(sequences(),)], Recipe(absorb=()))
+    assert absorb_scales(graph_module, plan, [], Recipe()) is plan
+    assert absorb_scales(graph_module, plan, [(sequences(),)], Recipe(absorb=())) is plan

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import canonical, images, norm_groups, observed, output, quantized, redraw, relative, sequences, values_at
+from helpers import calibrate, canonical, images, match, norm_groups, observed, output, quantized, redraw, relative, sequences, values_at
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from repquant_fx.errors import PassError
 from repquant_fx.passes.base import attribute, run_passes
-from repquant_fx.passes.calibrate_activations import CalibrateActivations, observer, slot_module
 from repquant_fx.passes.insert_observers import InsertObservers
-from repquant_fx.passes.match_sites import MatchSites, Plan
+from repquant_fx.passes.match_sites import Plan
 from repquant_fx.passes.reparameterize_norms import ReparameterizeNorms
+from repquant_fx.passes.slots import observer, slot_module
 from repquant_fx.quantizers.observers import LogQuantizer, UniformQuantizer
 from repquant_fx.recipe import Recipe
 
@@ -22,7 +22,7 @@ def calibrated(graph_module: GraphModule, recipe: Recipe, x: Tensor) -> tuple[Pl
     """Calibrate every group, each on float data; returns the samples too."""
     plan = observed(graph_module, list(x.split(8)), recipe)
     samples = {s.name: observer(graph_module, s).sample() for g in plan.groups for s in g.sites}
-    run_passes(graph_module, [CalibrateActivations(g, recipe) for g in plan.groups])
+    calibrate(graph_module, recipe, *plan.groups)
     return plan, samples
 
 
@@ -116,7 +116,7 @@ def test_softmax_scale_by_the_product(encoder_graph) -> None:
         plan = observed(graph_module, list(sequences().split(8)), recipe)
         group = next(g for g in plan.groups if g.softmax is not None)
         a, v = (observer(graph_module, s).whole() for s in group.sites)
-        run_passes(graph_module, [CalibrateActivations(group, recipe)])
+        calibrate(graph_module, recipe, group)
         qa, qv = (slot_module(graph_module, s) for s in group.sites)
         errors[name] = float((qa(a) @ qv(v) - a @ qv(v)).square().mean())
     assert errors["output"] <= errors["percentile"] * (1 + 1e-6)
@@ -141,19 +141,18 @@ def test_dead_channels_and_constants() -> None:
 
 def test_mistakes_in_order_are_named(vit_graph) -> None:
     graph_module, recipe = vit_graph(), Recipe()
-    matching = MatchSites(recipe)
-    run_passes(graph_module, [matching])
-    group = matching.plan.groups[0]
+    plan = match(graph_module, recipe)
+    group = plan.groups[0]
     with pytest.raises(PassError, match="has no observer; run `insert observers` first"):
-        run_passes(graph_module, [CalibrateActivations(group, recipe)])
-    run_passes(graph_module, [InsertObservers(matching.plan, 1)])
+        calibrate(graph_module, recipe, group)
+    run_passes(graph_module, [InsertObservers(plan, 1)])
     with pytest.raises(PassError, match="an observer has seen no data"):
-        run_passes(graph_module, [CalibrateActivations(group, recipe)])
+        calibrate(graph_module, recipe, group)
     slot_module(graph_module, group.sites[0]).start(1)  # type: ignore[operator]
     graph_module(images())
-    run_passes(graph_module, [CalibrateActivations(group, recipe)])
+    calibrate(graph_module, recipe, group)
     with pytest.raises(PassError, match=r"patch_embed\.proj/input holds a UniformQuantizer, not an observer"):
-        run_passes(graph_module, [CalibrateActivations(group, recipe)])
+        calibrate(graph_module, recipe, group)
 
 
 def test_smoothing_shares_the_spread_between_activations_and_weights() -> None:

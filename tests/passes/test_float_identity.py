@@ -16,10 +16,11 @@ from torch.fx import Graph, GraphModule, Node
 
 from repquant_fx.passes.absorb_scales import AbsorbScales, find_absorbable
 from repquant_fx.passes.base import add_tensor, run_passes, shared_copy
-from repquant_fx.passes.calibrate_activations import install
 from repquant_fx.passes.insert_observers import InsertObservers
 from repquant_fx.passes.reparameterize_norms import ReparameterizeNorms
+from repquant_fx.passes.slots import install
 from repquant_fx.quantizers.clipping import Bounds
+from repquant_fx.quantizers.equalization import equalize
 from repquant_fx.quantizers.observers import UniformQuantizer
 
 CHANNELS = 4
@@ -180,8 +181,9 @@ def absorbed(before: GraphModule) -> tuple[GraphModule, set[int]]:
     bounds = {}
     for name, pattern in absorbable.sites.items():
         low, size = torch.randn(pattern.numel(), generator=generator), torch.rand(pattern.numel(), generator=generator) * 9
-        bounds[name] = Bounds(low, low + size + 0.1, size)
-    return run_passes(after, [AbsorbScales(plan, absorbable, bounds)]), absorbable.shiftable
+        bounds[name] = pattern.reshape(-1), Bounds(low, low + size + 0.1, size)
+    equalization = equalize(bounds, absorbable.signed, absorbable.shiftable)
+    return run_passes(after, [AbsorbScales(absorbable, equalization)]), absorbable.shiftable
 
 
 @given(steps, steps)

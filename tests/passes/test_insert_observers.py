@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from repquant_fx.passes.base import run_passes
 from repquant_fx.passes.insert_observers import CHANNEL_SAMPLE, SLOTS, TENSOR_SAMPLE, InsertObservers
+from repquant_fx.passes.slots import slot_module, slot_of
 from repquant_fx.quantizers.observers import Observer
 
 
@@ -25,10 +26,10 @@ def test_outputs_are_unchanged_and_consumers_read_slots(name: str, request: pyte
     sites = [s for g in plan.groups for s in g.sites]
     assert len(list(graph_module.get_submodule(SLOTS).children())) == len(sites)
     for site in sites:
-        assert site.slot is not None and site.slot.args == (site.value,)
-        assert set(site.slot.users) == set(site.consumers)
+        slot = slot_of(graph_module, site)
+        assert slot.args == (site.value,) and set(slot.users) == set(site.consumers)
         assert not set(site.value.users) & set(site.consumers)
-        assert site.slot.meta["val"].shape == site.value.meta["val"].shape
+        assert slot.meta["val"].shape == site.value.meta["val"].shape
 
 
 def test_norm_sites_are_observed_by_channel(encoder_graph) -> None:
@@ -36,7 +37,7 @@ def test_norm_sites_are_observed_by_channel(encoder_graph) -> None:
     plan = observed(graph_module, list(sequences().split(8)))
     for group in plan.groups:
         for site in group.sites:
-            observer = graph_module.get_submodule(str(site.slot.target))  # type: ignore[union-attr]
+            observer = slot_module(graph_module, site)
             assert isinstance(observer, Observer) and observer.channels == (site.role == "norm")
             assert observer.capacity == (CHANNEL_SAMPLE if site.role == "norm" else TENSOR_SAMPLE)
             assert observer.sample().shape[0] == (site.value.meta["val"].shape[-1] if site.role == "norm" else 1)
@@ -69,7 +70,7 @@ def test_a_product_of_a_value_with_itself() -> None:
     before = output(graph_module, x)
     plan = observed(graph_module, [x])
     product = next(g for g in plan.groups if g.kind == "matmul")
-    assert [list(product.consumers[0].args)] == [[s.slot for s in product.sites]]
+    assert [list(product.consumers[0].args)] == [[slot_of(graph_module, s) for s in product.sites]]
     assert torch.equal(output(graph_module, x), before)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from helpers import (
@@ -11,6 +9,7 @@ from helpers import (
     PostNorm,
     Run,
     aten,
+    calibrate,
     canonical,
     count,
     images,
@@ -26,9 +25,10 @@ from torch.fx import GraphModule
 
 from repquant_fx.parity import sqnr
 from repquant_fx.passes.base import attribute, run_passes
-from repquant_fx.passes.calibrate_activations import CalibrateActivations
 from repquant_fx.passes.insert_observers import SLOTS
-from repquant_fx.passes.lower_to_qdq import BIAS_LIMIT, DEQUANTIZE, LOG2_SOFTMAX, QUANTIZE, LowerToQDQ
+from repquant_fx.passes.lower_to_qdq import BIAS_LIMIT, LowerToQDQ
+from repquant_fx.passes.operators import DEQUANTIZE, LOG2_SOFTMAX, QUANTIZE
+from repquant_fx.passes.slots import install, slot_module
 from repquant_fx.quantizers.observers import Passthrough
 from repquant_fx.recipe import Recipe
 
@@ -140,7 +140,7 @@ def test_codes_are_those_of_the_quantizers(encoder_graph) -> None:
     x = sequences()
     run = quantized(encoder_graph(), Recipe(abits=4), list(x.split(8)))
     site = run.plan.groups[0].sites[0]  # reads the model's input: equal for both graphs
-    module = run.graph_module.get_submodule(str(site.slot.target))  # type: ignore[union-attr]
+    module = slot_module(run.graph_module, site)
     expected = module.codes(x)  # type: ignore[operator]
     graph_module, lowering = lowered(run)
     (found,) = values_at(graph_module, [lowering.quantizers[site.name]], x)
@@ -205,11 +205,9 @@ def test_passthrough_disappears(encoder_graph) -> None:
     graph_module = encoder_graph()
     expected = output(graph_module, sequences())
     plan = observed(graph_module, [sequences()])
-    matmuls = copy.copy(plan)
-    matmuls.groups = [g for g in plan.groups if g.kind == "matmul"]
     for group in plan.groups:
         for site in group.sites:
-            graph_module.set_submodule(str(site.slot.target), Passthrough())  # type: ignore[union-attr]
+            install(graph_module, site, Passthrough())
     run_passes(graph_module, [LowerToQDQ(plan, {})])
     assert not any(n.op == "call_module" for n in graph_module.graph.nodes)
     assert relative(output(graph_module, sequences()), expected) < 1e-6
@@ -223,7 +221,7 @@ def test_activations_alone(encoder_graph) -> None:
 
     graph_module, recipe = canonical(Attention(), sequences()), Recipe()
     plan = observed(graph_module, [sequences()], recipe)
-    run_passes(graph_module, [CalibrateActivations(g, recipe) for g in plan.groups])
+    calibrate(graph_module, recipe, *plan.groups)
     expected = output(graph_module, sequences())
     run_passes(graph_module, [LowerToQDQ(plan, {})])
     assert sqnr(output(graph_module, sequences()), expected) > 40

@@ -8,7 +8,9 @@ from helpers import Block, Encoder, PostNorm, aten, canonical, images, match, no
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from repquant_fx.passes.match_sites import NORMS, OTHER_NORMS, SOFTMAX, MatchSites, Plan
+from repquant_fx.passes.base import run_pass
+from repquant_fx.passes.match_sites import OTHER_NORMS, SOFTMAX, MatchSites, Plan
+from repquant_fx.passes.operators import NORMS
 from repquant_fx.recipe import LayerRule, Recipe
 
 
@@ -198,10 +200,10 @@ def test_the_input_has_its_own_bits(vit_graph) -> None:
 
 def test_matching_again_gives_the_same_plan(vit_graph) -> None:
     graph_module, matching = vit_graph(), MatchSites(Recipe())
-    matching(graph_module)
-    first = [(g.kind, g.path, [s.name for s in g.sites]) for g in matching.plan.groups]
-    matching(graph_module)
-    assert first == [(g.kind, g.path, [s.name for s in g.sites]) for g in matching.plan.groups]
+    plan = run_pass(graph_module, matching)
+    first = [(g.kind, g.path, [s.name for s in g.sites]) for g in plan.groups]
+    plan = run_pass(graph_module, matching)
+    assert first == [(g.kind, g.path, [s.name for s in g.sites]) for g in plan.groups]
 
 
 def test_position_tables_are_no_sites() -> None:

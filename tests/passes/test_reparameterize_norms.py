@@ -11,6 +11,7 @@ from helpers import (
     PostNorm,
     aten,
     bypass,
+    calibrate,
     canonical,
     count,
     images,
@@ -32,9 +33,9 @@ from torch.fx import GraphModule
 from repquant_fx.errors import PassError
 from repquant_fx.parity import sqnr
 from repquant_fx.passes.base import run_passes
-from repquant_fx.passes.calibrate_activations import CalibrateActivations, slot_module
 from repquant_fx.passes.match_sites import Group
 from repquant_fx.passes.reparameterize_norms import ReparameterizeNorms
+from repquant_fx.passes.slots import install, slot_module, slot_of
 from repquant_fx.quantizers.observers import UniformQuantizer
 from repquant_fx.recipe import LayerRule, Recipe
 
@@ -86,8 +87,8 @@ def codes_of(graph_module: GraphModule, group: Group, x: Tensor) -> tuple[list[T
     found, ties = [], []
     for site in group.sites:
         module = slot_module(graph_module, site)
-        assert isinstance(module, UniformQuantizer) and site.slot is not None
-        (value,) = values_at(graph_module, [site.slot.args[0]], x)  # type: ignore[list-item]
+        assert isinstance(module, UniformQuantizer)
+        (value,) = values_at(graph_module, [slot_of(graph_module, site).args[0]], x)  # type: ignore[list-item]
         found.append(module.codes(value))
         steps = value.double() / module.exact[0]
         ties.append((steps - steps.floor() - 0.5).abs() - 1e-6 * (1 + steps.abs() + module.exact[1].abs()))
@@ -101,7 +102,7 @@ def check(graph_module: GraphModule, x: Tensor, bits: int = 4, clipping: str = "
     plan = observed(graph_module, list(x.split(8)), recipe)
     groups = norm_groups(plan)
     for group in groups:
-        run_passes(graph_module, [CalibrateActivations(group, recipe)])
+        calibrate(graph_module, recipe, group)
         old, ties = codes_of(graph_module, group, x)
         run_passes(graph_module, [ReparameterizeNorms(group)])
         new, _ = codes_of(graph_module, group, x)
@@ -115,7 +116,7 @@ def check(graph_module: GraphModule, x: Tensor, bits: int = 4, clipping: str = "
             module = slot_module(graph_module, site)
             assert isinstance(module, UniformQuantizer) and module.axis is None
             assert 0 <= float(module.zero_point) <= (1 << bits) - 1
-            graph_module.set_submodule(str(site.slot.target), nn.Identity())  # type: ignore[union-attr]
+            install(graph_module, site, nn.Identity())
         after = [t for t in graph_module(x)] if isinstance(graph_module(x), tuple) else [output(graph_module, x)]
         assert all(relative(f, e) < 1e-5 for f, e in zip(after, before)), group.path
     return groups
@@ -190,7 +191,8 @@ def test_a_skipped_linear_sees_the_same_values(encoder_graph) -> None:
     skipped = next(n for n in graph_module.graph.nodes if str(n.target) == "blocks.0.k.weight").users
     (linear,) = skipped
     (before,) = values_at(graph_module, [linear], sequences())
-    run_passes(graph_module, [CalibrateActivations(group, recipe), ReparameterizeNorms(group)])
+    calibrate(graph_module, recipe, group)
+    run_passes(graph_module, [ReparameterizeNorms(group)])
     (after,) = values_at(graph_module, [linear], sequences())
     assert torch.equal(after, before)
 
@@ -200,7 +202,7 @@ def test_layerwise_and_other_groups_are_left_alone(encoder_graph) -> None:
     plan = observed(graph_module, [sequences()], recipe)
     text = str(graph_module.graph)
     for group in plan.groups:
-        run_passes(graph_module, [CalibrateActivations(group, recipe)])
+        calibrate(graph_module, recipe, group)
         assert not ReparameterizeNorms(group)(graph_module).modified
     assert str(graph_module.graph) == text
 
@@ -211,7 +213,8 @@ def test_float_output_of_a_whole_quantized_model(vit_graph) -> None:
     recipe = Recipe(abits=4)
     plan = observed(graph_module, [images()], recipe)
     for group in norm_groups(plan):
-        run_passes(graph_module, [CalibrateActivations(group, recipe), ReparameterizeNorms(group)])
+        calibrate(graph_module, recipe, group)
+        run_passes(graph_module, [ReparameterizeNorms(group)])
     assert relative(output(graph_module, images()), output(vit_graph(), images())) > 1e-3
     bypass(graph_module, plan)
     assert relative(output(graph_module, images()), output(vit_graph(), images())) < 1e-5
@@ -222,11 +225,11 @@ def test_values_that_are_not_finite_are_an_error() -> None:
     recipe = Recipe(abits=4, clipping="none")
     plan = observed(graph_module, [sequences()], recipe)
     (group,) = plan.groups
-    run_passes(graph_module, [CalibrateActivations(group, recipe)])
+    calibrate(graph_module, recipe, group)
     scale = torch.ones(8, dtype=torch.float64)
     scale[0] = 1e43  # fits float64 only, and so does the other channels' share of the mean
     quantizer = UniformQuantizer(scale, torch.zeros(8), 4)
-    graph_module.set_submodule(str(group.sites[0].slot.target), quantizer)  # type: ignore[union-attr]
+    install(graph_module, group.sites[0], quantizer)
     with pytest.raises(PassError, match="not finite in float32"):
         run_passes(graph_module, [ReparameterizeNorms(group)])
 
@@ -250,7 +253,8 @@ def test_planted_variation_does_not_change_the_codes() -> None:
         graph_module = canonical(each, x)
         plan = observed(graph_module, list(x.split(8)), recipe)
         group = norm_groups(plan)[0]
-        run_passes(graph_module, [CalibrateActivations(group, recipe), ReparameterizeNorms(group)])
+        calibrate(graph_module, recipe, group)
+        run_passes(graph_module, [ReparameterizeNorms(group)])
         found.append(codes_of(graph_module, group, x))
     (plain_codes, ties), (codes, _) = found
     # calibration in float32 moves a bound by rounding, so a value near a tie, or at the edge of a bin, may fall on its other side

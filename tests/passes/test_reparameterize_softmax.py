@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import Encoder, aten, canonical, match, observed, output, quantized, redraw, sequences, values_at
+from helpers import Encoder, aten, calibrate, canonical, match, observed, output, quantized, redraw, sequences, values_at
 from torch import Tensor, nn
 
 from repquant_fx import ops  # noqa: F401 - registers the operators
 from repquant_fx.passes.base import run_passes
-from repquant_fx.passes.calibrate_activations import CalibrateActivations, slot_module
 from repquant_fx.passes.lower_to_qdq import LowerToQDQ
 from repquant_fx.passes.reparameterize_softmax import ReparameterizeSoftmax
+from repquant_fx.passes.slots import slot_module, slot_of
 from repquant_fx.quantizers.observers import LogQuantizer, ShiftLogQuantizer
 from repquant_fx.recipe import Recipe
 
@@ -24,9 +24,8 @@ def test_same_values_in_the_graph(encoder_graph, bits: int) -> None:
     graph_module, recipe = encoder_graph(), Recipe(abits=bits, softmax="log_sqrt2")
     plan = observed(graph_module, [sequences()], recipe)
     group = next(g for g in plan.groups if g.softmax is not None)
-    run_passes(graph_module, [CalibrateActivations(group, recipe)])
-    slot = group.sites[0].slot
-    assert slot is not None
+    calibrate(graph_module, recipe, group)
+    slot = slot_of(graph_module, group.sites[0])
     (before,) = values_at(graph_module, [slot], sequences())
     assert ReparameterizeSoftmax(group)(graph_module).modified
     assert isinstance(slot_module(graph_module, group.sites[0]), ShiftLogQuantizer)
@@ -39,7 +38,7 @@ def test_log2_and_uniform_have_nothing_to_reparameterize(encoder_graph) -> None:
     for softmax in ("log2", "uniform"):
         graph_module, recipe = encoder_graph(), Recipe(softmax=softmax)
         plan = observed(graph_module, [sequences()], recipe)
-        run_passes(graph_module, [CalibrateActivations(g, recipe) for g in plan.groups])
+        calibrate(graph_module, recipe, *plan.groups)
         assert not any(ReparameterizeSoftmax(g)(graph_module).modified for g in plan.groups)
 
 

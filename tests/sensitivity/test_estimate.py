@@ -15,6 +15,7 @@ from repquant_fx.compiler import prepare
 from repquant_fx.passes.base import attribute, run_passes
 from repquant_fx.passes.channel_flow import hint
 from repquant_fx.passes.insert_observers import InsertObservers
+from repquant_fx.passes.slots import slot_of
 from repquant_fx.sensitivity.candidates import activation_quantizers, observe, rounded_weights, valid
 from repquant_fx.sensitivity.estimate import Estimate, estimate
 
@@ -49,7 +50,7 @@ class Laboratory:
         changed: dict[Node, object] = {}
         graph: GraphModule = self.graph
         for name in [site] if isinstance(site, str) else site:
-            changed[self.sites[name].slot] = self.quantizers[name][bits]  # type: ignore[index]
+            changed[slot_of(graph, self.sites[name])] = self.quantizers[name][bits]
         for node in [consumer] if isinstance(consumer, Node) else consumer:
             changed[node] = self.weights[node][bits].error(attribute(graph, node.args[1]))  # type: ignore[arg-type]
 

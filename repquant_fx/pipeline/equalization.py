@@ -1,0 +1,86 @@
+"""Cross-layer equalization: level channels between layers by one run of the float model over the calibration data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from repquant_fx.checkpoint import Ledger
+from repquant_fx.distributed import Tensors, World
+from repquant_fx.errors import CalibrationError
+from repquant_fx.passes.absorb_scales import Absorbable, AbsorbScales, channel_rows, describe, find_absorbable
+from repquant_fx.passes.base import run_passes
+from repquant_fx.passes.insert_observers import CHANNEL_SAMPLE
+from repquant_fx.passes.match_sites import Plan, Site
+from repquant_fx.pipeline.observing import merge_observers
+from repquant_fx.progress import progress
+from repquant_fx.quantizers.clipping import Bounds, search_bounds
+from repquant_fx.quantizers.equalization import equalize
+from repquant_fx.quantizers.observers import Observer
+from repquant_fx.recipe import Recipe
+from repquant_fx.recorder import Recorder
+
+PARTS = ("low", "up", "error")  # of the bounds of each site, as they are kept
+
+
+def absorb_scales(graph_module: GraphModule, plan: Plan, batches: Sequence[tuple[Tensor, ...]], recipe: Recipe,
+                  ledger: Ledger | None = None) -> Plan:
+    """Rewrite the matched float graph in place (see `passes.absorb_scales`). Call before observers are inserted.
+
+    Returns:
+        the plan with what there is to report, or the plan given where nothing was rewritten.
+
+    Raises:
+        CalibrationError: an activation is not finite (named).
+    """
+    ledger = ledger or Ledger()
+    if not recipe.absorb or not batches:
+        return plan
+    absorbable = find_absorbable(graph_module, plan, recipe.absorb)
+    sites = {site.name: site for group in plan.groups for site in group.sites if site.name in absorbable.sites}
+    if not sites:
+        return plan
+    tensors = ledger.load("absorb")
+    if tensors is None or tensors.keys() != {f"{part}.{name}" for part in PARTS for name in sites}:
+        tensors = _channel_bounds(graph_module, sites, absorbable, batches, ledger.world)
+        ledger.save("absorb", tensors)
+    bounds = {name: (absorbable.sites[name].reshape(-1), Bounds(*(tensors[f"{part}.{name}"] for part in PARTS))) for name in absorbable.sites}
+    run_passes(graph_module, [AbsorbScales(absorbable, equalize(bounds, absorbable.signed, absorbable.shiftable))])
+    return describe(plan, absorbable)
+
+
+def _channel_bounds(graph_module: GraphModule, sites: Mapping[str, Site], absorbable: Absorbable, batches: Sequence[tuple[Tensor, ...]],
+                    world: World) -> Tensors:
+    """Clipping bounds of every channel of the sites in the float model, float32, shape (C,) each, in the order of its pattern."""
+    observers = {name: Observer(True, CHANNEL_SAMPLE) for name in sites}
+    wanted: dict[Node, list[str]] = {}
+    mine = world.shard(len(batches))
+    for name, site in sites.items():
+        observers[name].start(len(batches), mine)
+        wanted.setdefault(site.value, []).append(name)
+
+    def record(node: Node, value: Any) -> Any:
+        for name in wanted[node]:
+            observers[name](channel_rows(value, absorbable.sites[name]))
+        return value
+
+    recorder = Recorder(graph_module, wanted, record)
+    with torch.no_grad():
+        for number in progress(mine, total=len(mine), description="absorb"):
+            recorder.run(*batches[number])
+    merge_observers(list(observers.values()), world)
+
+    def search() -> Tensors:
+        bounds = {name: search_bounds(observers[name].sample(), site.bits) for name, site in sites.items()}
+        for name, bound in bounds.items():
+            if not bool(torch.isfinite(bound.low).all() and torch.isfinite(bound.up).all()):
+                raise CalibrationError(f"the activation at {name} is not finite on the calibration data; check the data and the model's weights")
+        return {f"{part}.{name}": getattr(bound, part) for name, bound in bounds.items() for part in PARTS}
+
+    tensors = world.broadcast(search)
+    assert tensors is not None
+    return tensors

@@ -1,0 +1,55 @@
+"""Observe the sites of a group on all calibration data, across processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from repquant_fx.distributed import World
+from repquant_fx.errors import CalibrationError
+from repquant_fx.passes.match_sites import Group
+from repquant_fx.passes.slots import slot_module, slot_of
+from repquant_fx.pipeline.runner import SegmentRunner
+from repquant_fx.pipeline.segments import Segment
+from repquant_fx.quantizers.observers import Observer
+
+
+def observe_group(graph_module: GraphModule, group: Group, runner: SegmentRunner, segment: Segment, numbers: range, total: int,
+                  world: World) -> dict[str, Observer]:
+    """Fill the observers in a group's slots; gives them by site name, each holding what all ranks' recorded.
+
+    Args:
+        numbers: of the runner's batches among all `total`.
+
+    Raises:
+        CalibrationError: an activation is not finite (named).
+    """
+    modules = {site.name: slot_module(graph_module, site) for site in group.sites}
+    observers = {name: module for name, module in modules.items() if isinstance(module, Observer)}
+    slots = {slot_of(graph_module, site): site for site in group.sites}
+    for each in observers.values():
+        each.start(total, numbers)
+    for values in runner.run(segment.first, segment.stop, list(slots)):
+        for slot, site in slots.items():
+            if not bool(torch.isfinite(values[slot]).all()):
+                raise CalibrationError(f"the activation at {site.name} is not finite on the calibration data; "
+                                       "check the data and the model's weights")
+    merge_observers(list(observers.values()), world)
+    return observers
+
+
+def merge_observers(observers: Sequence[Observer], world: World) -> None:
+    """Let every rank's observers hold what all ranks' recorded."""
+    if world.size > 1:
+        for each in observers:
+            recorded = each.recorded()
+            device = next(iter(recorded.values())).device if recorded else torch.device("cpu")
+            each.merge([moved(part, device) for part in world.all_gather(recorded)])
+
+
+def moved(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """What was read from a file or came from another process, where this one computes."""
+    return {name: tensor.to(device) for name, tensor in tensors.items()}

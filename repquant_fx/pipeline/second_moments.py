@@ -1,0 +1,144 @@
+"""Second moments of the inputs of weighted layers, and of what their outputs still lack: what GPTQ and the correction start from."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from repquant_fx.passes.base import aten, attribute
+from repquant_fx.passes.match_sites import Group, Site
+from repquant_fx.passes.slots import slot_of
+from repquant_fx.pipeline.reference import Reference
+from repquant_fx.pipeline.runner import SegmentRunner
+from repquant_fx.pipeline.segments import Segment, between
+from repquant_fx.quantizers.correction import Moments
+from repquant_fx.recipe import Recipe
+
+Halves = tuple[Moments, Moments]
+
+
+@dataclass(frozen=True)
+class SecondMoments:
+    """Sums over all calibration data, float64, by site name.
+
+    Attributes:
+        hessians: `2 X^T X`, shape (in, in), where no correction follows.
+        halves: moments of the input and of what each consumer's output lacks, over the even and the odd batches, where one does.
+    """
+
+    hessians: dict[str, Tensor] = field(default_factory=dict)
+    halves: dict[str, Halves] = field(default_factory=dict)
+
+    def tensors(self) -> list[Tensor]:
+        """All sums, to be added to those over other batches."""
+        return [*self.hessians.values(), *(t for halves in self.halves.values() for half in halves for t in half.tensors())]
+
+    def hessian(self, site: Site, inputs: int) -> Tensor | None:
+        """`2 X^T X` of a site, centred where a bias correction follows; None where there is none for this kind of layer."""
+        if site.name in self.halves:
+            first, second = self.halves[site.name]
+            return (first + second).hessian
+        hessian = self.hessians.get(site.name)
+        return hessian if hessian is not None and hessian.shape[0] == inputs else None
+
+
+def second_moments(runner: SegmentRunner, reference: Reference | None, segment: Segment, group: Group, recipe: Recipe,
+                   numbers: Sequence[int]) -> SecondMoments:
+    """What GPTQ and the correction need of a group, summed over the runner's batches.
+
+    Args:
+        reference: the float model, where a correction follows.
+        numbers: of the runner's batches among all; their parity decides about the half.
+    """
+    found = SecondMoments()
+    use_gptq = recipe.gptq and any(plan.gptq for plan in group.plans.values())
+    if not use_gptq and reference is None:
+        return found
+    sites = {slot_of(runner.graph_module, site): site for site in group.sites if _input_size(site)}
+    inside = set(between(segment.first, segment.stop))
+    compared = {c: _compared(c, inside) for c in group.consumers}
+    for site in sites.values():
+        device = attribute(runner.graph_module, site.consumers[0].args[1]).device  # type: ignore[arg-type]
+        inputs, outputs = _input_size(site), [_weight_shape(c)[0] for c in site.consumers]
+        if reference is None:
+            found.hessians[site.name] = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
+        else:
+            found.halves[site.name] = (Moments(inputs, outputs, device), Moments(inputs, outputs, device))
+    wanted = [*sites, *compared.values()] if reference is not None else list(sites)
+    targets = reference.run(segment, list(compared.values())) if reference is not None else itertools.repeat(None)
+    for number, values, target in zip(numbers, runner.run(segment.first, segment.stop, wanted), targets):
+        for slot, site in sites.items():
+            x = as_rows(values[slot], site)
+            assert x is not None  # it has a size
+            if target is None:
+                found.hessians[site.name] += 2 * (x.T @ x).double()
+            else:
+                residuals = [_output_rows(target[compared[c]] - values[compared[c]], c) for c in site.consumers]
+                found.halves[site.name][number % 2].add(x, residuals)
+    return found
+
+
+def _compared(consumer: Node, inside: set[Node]) -> Node:
+    """Where a layer's output is compared with the float model's: after the residual addition it leads to, if one follows.
+
+    There the layer can also make up for the error that the residual stream carries. Only reshapes that keep the order of the
+    tokens may stand between.
+    """
+    node, channels = consumer, consumer.meta["val"].shape[-1]
+    while consumer.target is aten.linear.default and len(node.users) == 1:
+        (user,) = node.users
+        value = user.meta.get("val")
+        if user not in inside or not isinstance(value, Tensor) or value.ndim < 2 or value.shape[-1] != channels:
+            break
+        if user.target is aten.add.Tensor and all(isinstance(a, Node) for a in user.args) and not user.kwargs:
+            same = all(a.meta["val"].shape == value.shape for a in user.args)  # type: ignore[union-attr]
+            return user if same else consumer
+        if user.target is not aten.reshape.default:
+            break
+        node = user
+    return consumer
+
+
+def _output_rows(y: Tensor, consumer: Node) -> Tensor:
+    """A Linear's or convolution's output as (tokens, out), in the order of `as_rows`."""
+    if consumer.target is aten.linear.default:
+        return y.reshape(-1, y.shape[-1])
+    return y.flatten(2).transpose(1, 2).reshape(-1, y.shape[1])
+
+
+def _weight_shape(consumer: Node) -> torch.Size:
+    weight = consumer.args[1]
+    assert isinstance(weight, Node)
+    return weight.meta["val"].shape
+
+
+def _geometry(consumer: Node) -> list[Any]:
+    """Stride, padding, dilation and groups of a convolution."""
+    defaults: list[Any] = [None, [1, 1], [0, 0], [1, 1], 1]
+    return (list(consumer.args[2:]) + defaults[len(consumer.args) - 2:])[1:]
+
+
+def _input_size(site: Site) -> int:
+    """Columns of what `as_rows` gives; 0 for a grouped convolution, and what else has no such form."""
+    consumer = site.consumers[0]
+    whole = consumer.target is aten.conv2d.default and _geometry(consumer)[3] == 1
+    return math.prod(_weight_shape(consumer)[1:]) if whole or consumer.target is aten.linear.default else 0
+
+
+def as_rows(x: Tensor, site: Site) -> Tensor | None:
+    """A Linear's input as (tokens, in); a convolution's as unfolded patches. None for grouped convolutions."""
+    consumer = site.consumers[0]
+    if consumer.target is aten.linear.default:
+        return x.reshape(-1, x.shape[-1])
+    if not _input_size(site):
+        return None
+    stride, padding, dilation, _ = _geometry(consumer)
+    patches = torch.nn.functional.unfold(x, tuple(_weight_shape(consumer)[2:]), dilation=dilation, padding=padding, stride=stride)
+    return patches.transpose(1, 2).reshape(-1, patches.shape[1])

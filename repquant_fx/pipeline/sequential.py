@@ -1,0 +1,193 @@
+"""Quantize group by group: decide, or take what was decided before, and rewrite the graph accordingly."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from repquant_fx import log
+from repquant_fx.checkpoint import Ledger
+from repquant_fx.decision import Decision
+from repquant_fx.distributed import Tensors
+from repquant_fx.errors import CalibrationError, RepQuantWarning
+from repquant_fx.passes.base import run_pass, run_passes
+from repquant_fx.passes.install_decision import InstallDecision
+from repquant_fx.passes.match_sites import Group, Plan
+from repquant_fx.passes.reparameterize_norms import ReparameterizeNorms
+from repquant_fx.passes.reparameterize_softmax import ReparameterizeSoftmax
+from repquant_fx.pipeline.choose import choose_quantizers, choose_weights
+from repquant_fx.pipeline.observing import moved, observe_group
+from repquant_fx.pipeline.reference import Reference
+from repquant_fx.pipeline.runner import SegmentRunner
+from repquant_fx.pipeline.second_moments import second_moments
+from repquant_fx.pipeline.segments import Segment, cut_into_segments
+from repquant_fx.progress import progress
+from repquant_fx.quantizers.gptq import QuantizedWeight
+from repquant_fx.quantizers.weight import ChosenWeight
+from repquant_fx.recipe import Recipe
+from repquant_fx.statistics import Statistics
+
+
+@dataclass
+class Quantized:
+    """What the pipeline produced besides the rewritten graph.
+
+    Attributes:
+        weights: integer weights by consumer node.
+        errors: (round-to-nearest, chosen) output error by consumer node, on the calibration Hessian.
+        notes: what the report says about a group beside the group's own notes, as sentences.
+        node_executions: how many graph nodes were run in all, over all batches.
+    """
+
+    weights: dict[Node, QuantizedWeight] = field(default_factory=dict)
+    errors: dict[Node, tuple[float, float]] = field(default_factory=dict)
+    notes: dict[Group, tuple[str, ...]] = field(default_factory=dict)
+    node_executions: int = 0
+    segments: int = 0
+
+
+def quantize_sequentially(
+    graph_module: GraphModule, plan: Plan, batches: Sequence[tuple[Tensor, ...]], recipe: Recipe, ledger: Ledger | None = None,
+    offload_dir: str | Path | None = None, statistics: Statistics | None = None,
+) -> Quantized:
+    """Calibrate, reparameterize and quantize every group in graph order, editing the graph in place.
+
+    Args:
+        graph_module: with observers inserted.
+        batches: positional inputs of the model, one tuple per batch; all of them, on every rank.
+        ledger: where decisions are kept and read again, and which processes work together.
+        offload_dir: a folder for the values between segments; in memory where None.
+        statistics: filled with what the HTML report draws, where given.
+
+    Raises:
+        CalibrationError: no data, or an activation that is not finite (named).
+    """
+    if not batches:
+        raise CalibrationError("no calibration data")
+    state = _State(graph_module, cut_into_segments(graph_module, plan), batches, recipe, ledger or Ledger(), offload_dir, statistics)
+    for number, (segment, group) in enumerate(progress(state.order, total=len(plan.groups), description="quantize")):
+        _quantize_group(state, segment, group, f"group-{number:04d}")
+    return state.finish()
+
+
+class _State:
+    """What passes from group to group: the runners, how far they are, and the result so far."""
+
+    def __init__(self, graph_module: GraphModule, segments: list[Segment], batches: Sequence[tuple[Tensor, ...]], recipe: Recipe,
+                 ledger: Ledger, offload_dir: str | Path | None, statistics: Statistics | None) -> None:
+        self.graph_module, self.recipe, self.ledger, self.statistics = graph_module, recipe, ledger, statistics
+        self.order = [(segment, group) for segment in segments for group in segment.groups]
+        self.batches, self.mine = len(batches), ledger.world.shard(len(batches))
+        self.device = batches[0][0].device
+        shard = [batches[i] for i in self.mine]
+        self.reference = Reference(graph_module, shard, offload_dir) if recipe.correction else None
+        self.runner = SegmentRunner(graph_module, shard, offload_dir)
+        self.reached = segments[0].first if segments else None
+        self.result = Quantized(segments=len(segments))
+        self.unseen = 0  # groups decided before, when no statistics were asked for
+        self.reparameterizes = recipe.norm in ("reparameterize", "smooth")
+
+    def reach(self, segment: Segment) -> None:
+        """Advance to a segment, through all that were finished since (or before this process began)."""
+        if self.reached is not None and self.reached is not segment.first:
+            with log.part("advance"):
+                self.runner.advance(self.reached, segment.first)
+                if self.reference is not None:
+                    self.reference.advance(self.reached, segment.first)
+        self.reached = segment.first
+
+    def count(self, statistics: Statistics | None) -> None:
+        """Add the statistics of a group that is finished; None where it has none."""
+        if self.statistics is None:
+            return
+        if statistics is None:
+            self.unseen += 1
+        else:
+            self.statistics.add(statistics)
+
+    def finish(self) -> Quantized:
+        """The result, with what it took."""
+        if self.unseen:
+            warnings.warn(f"{self.unseen} of {len(self.order)} groups of layers were finished before without statistics: the page has no figures of "
+                          "them; take a new work directory for all", RepQuantWarning, stacklevel=2)
+        self.result.node_executions = self.runner.node_executions + (self.reference.runner.node_executions if self.reference is not None else 0)
+        return self.result
+
+
+def _quantize_group(state: _State, segment: Segment, group: Group, name: str) -> None:
+    """Decide about a group, or take what was decided before, and rewrite the graph accordingly."""
+    stored = state.ledger.load(name)
+    stored = None if stored is None else moved(stored, state.device)
+    restored = None if stored is None else _restored(group, stored)
+    statistics = None
+    if state.statistics is not None:
+        statistics = Statistics() if stored is None or restored is None else Statistics.from_tensors(stored)
+    if restored is None:
+        state.reach(segment)
+        quantizers = _calibrate(state, segment, group, statistics)
+    else:
+        quantizers = dict(restored.quantizers)
+    _rewrite_activations(state, group, quantizers)
+    weights: dict[Node, ChosenWeight] = {}
+    if group.kind != "matmul":
+        weights = _choose_weights(state, segment, group, statistics) if restored is None else dict(restored.weights)
+        run_passes(state.graph_module, [InstallDecision(group, Decision(weights=weights))])
+    state.result.weights |= {c: chosen.weight for c, chosen in weights.items()}
+    state.result.errors |= {c: chosen.errors for c, chosen in weights.items() if chosen.errors is not None}
+    state.count(statistics)
+    if restored is None:
+        state.ledger.save(name, Decision(quantizers, weights).to_tensors(group) | ({} if statistics is None else statistics.to_tensors()))
+
+
+def _restored(group: Group, tensors: Tensors) -> Decision | None:
+    """The decision that was kept about a group; None, with a warning, where the tensors do not fit it."""
+    try:
+        decision = Decision.from_tensors(group, tensors)
+        if not decision.is_complete(group):
+            raise ValueError("weights are missing")
+        return decision
+    except (KeyError, ValueError) as error:
+        warnings.warn(f"what the work directory holds about {group.path} does not fit ({error}) and is made anew",
+                      RepQuantWarning, stacklevel=2)
+        return None
+
+
+def _calibrate(state: _State, segment: Segment, group: Group, statistics: Statistics | None) -> dict[str, nn.Module]:
+    """Observe a group's sites on all batches and choose their quantizers, by site name; rank 0's choice holds."""
+    graph_module, world = state.graph_module, state.ledger.world
+    with log.part("observe"):
+        observers = observe_group(graph_module, group, state.runner, segment, state.mine, state.batches, world)
+    with log.part("choose scales"):
+        if world.size == 1:
+            quantizers = choose_quantizers(graph_module, group, state.recipe)
+        else:
+            sent = world.broadcast(lambda: Decision(choose_quantizers(graph_module, group, state.recipe)).to_tensors(group))
+            assert sent is not None
+            quantizers = dict(Decision.from_tensors(group, moved(sent, state.device)).quantizers)
+    if statistics is not None:
+        statistics.observe(group.sites, observers, quantizers, reparameterized=state.reparameterizes)
+    return quantizers
+
+
+def _rewrite_activations(state: _State, group: Group, quantizers: dict[str, nn.Module]) -> None:
+    """Install the quantizers, and bring them to the form in which the graph is lowered."""
+    run_passes(state.graph_module, [InstallDecision(group, Decision(quantizers))])
+    if state.reparameterizes:
+        note = run_pass(state.graph_module, ReparameterizeNorms(group))
+        state.result.notes[group] = () if note is None else (note,)
+    run_passes(state.graph_module, [ReparameterizeSoftmax(group)])
+
+
+def _choose_weights(state: _State, segment: Segment, group: Group, statistics: Statistics | None) -> dict[Node, ChosenWeight]:
+    """The integer weights of a group's consumers, on the second moments over all ranks' batches."""
+    world = state.ledger.world
+    with log.part("second moments"):
+        moments = second_moments(state.runner, state.reference, segment, group, state.recipe, state.mine)
+        world.all_reduce(moments.tensors())
+    with log.part("quantize weights"):
+        return choose_weights(state.graph_module, group, state.recipe, moments, world, None if statistics is None else statistics.weights)

@@ -1,0 +1,81 @@
+"""Choose the integer codes of a weight, as pure functions: tensors in, codes and scales out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from repquant_fx.quantizers.correction import Moments
+from repquant_fx.quantizers.gptq import QuantizedWeight, gptq, output_error, round_to_nearest, weight_grid
+from repquant_fx.recipe import Recipe
+
+ORDINARY_SCALE = 1e-4  # of a weight that is zero: fine enough for the bias, which is all there is
+
+
+@dataclass(frozen=True)
+class ChosenWeight:
+    """What a layer's weight becomes.
+
+    Attributes:
+        weight: codes in the shape of the float weight, scales of shape (out,).
+        bias: float32, shape (out,); None where the old one stays.
+        errors: (round-to-nearest's, chosen) output error, where there was a Hessian.
+    """
+
+    weight: QuantizedWeight
+    bias: Tensor | None
+    errors: tuple[float, float] | None
+
+
+def round_weight(weight: Tensor, bits: int, hessian: Tensor | None, recipe: Recipe, use_gptq: bool,
+                 where: str) -> tuple[QuantizedWeight, QuantizedWeight]:
+    """Codes to nearest, and the codes chosen. Rows are independent of each other.
+
+    Args:
+        weight: shape (out, in), float32.
+        hessian: `2 X^T X` of the input, shape (in, in), float64; None where there is none for this kind of layer.
+        where: names the layer in errors.
+    """
+    search = recipe.weights == "mse"
+    grid = weight_grid(weight, bits, symmetric=needs_symmetric(bits), search=search)
+    nearest = round_to_nearest(weight, grid)
+    if not use_gptq or hessian is None:
+        return nearest, nearest
+    # a second grid, chosen where the inputs have their energy; keep whichever ends with the smaller output error
+    weighted = weight_grid(weight, bits, symmetric=needs_symmetric(bits), search=search, importance=hessian.diagonal().float())
+    results = [gptq(weight, hessian, g, damping=recipe.gptq_damping, block=recipe.gptq_block,
+                    activation_order=recipe.gptq_activation_order, where=where) for g in (grid, weighted)]
+    costs = [output_error(weight, r.dequantize(), hessian) for r in results]
+    first = costs[0] <= costs[1]
+    return nearest, QuantizedWeight(torch.where(first[:, None], results[0].codes, results[1].codes),
+                                    torch.where(first, results[0].scale, results[1].scale))
+
+
+def corrected_bias(weight: Tensor, bias: Tensor | None, quantized: QuantizedWeight, moments: Moments, layer: int) -> Tensor:
+    """The bias that makes the mean output the float model's, float32, shape (out,).
+
+    Args:
+        weight, bias: before rounding, shapes (out, in) and (out,).
+        quantized: what the weight becomes.
+        moments: of the layer's quantized input and of what its output lacks.
+        layer: which of the layers of `moments` it is.
+    """
+    lost = (weight.double() - quantized.dequantize().double()) @ moments.mean
+    shift = moments.mean_residual(layer) + lost
+    return (shift if bias is None else shift + bias.double()).float()
+
+
+def with_ordinary_scales(quantized: QuantizedWeight) -> QuantizedWeight:
+    """The same weight; the scales of all-zero rows, which are free to choose, made ordinary, so that their bias fits an int32."""
+    codes, scale = quantized.codes, quantized.scale
+    dead = codes.reshape(len(codes), -1).eq(0).all(dim=1)
+    if not bool(dead.any()) or bool(dead.all()):
+        return QuantizedWeight(codes, torch.where(dead, torch.full_like(scale, ORDINARY_SCALE), scale))
+    return QuantizedWeight(codes, torch.where(dead, scale[~dead].median(), scale))
+
+
+def needs_symmetric(bits: int) -> bool:
+    """4 bits fill INT4 and 8 bits fill INT8: no room to fold a zero point into the codes."""
+    return bits in (4, 8)
