@@ -1,7 +1,7 @@
 """What the source of a module class puts into its attributes, read without running it.
 
-The kinds are coarse on purpose: a string where a number belongs, or a module where a tensor does, is what a file would use to
-make a method mean something else. What cannot be told is `other`, which allows any kind.
+The kinds are coarse on purpose: a string where a number belongs, or a module where a tensor does, is what a file would
+use to make a method mean something else. What cannot be told is `other`, which allows any kind.
 """
 
 from __future__ import annotations

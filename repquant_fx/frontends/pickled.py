@@ -24,6 +24,7 @@ from repquant_fx.errors import InputError, ModelFileError, first_line
 from repquant_fx.frontends.rebuilt import is_transformers_model, rebuild
 from repquant_fx.frontends.rehearsal import rehearse
 from repquant_fx.frontends.state import activation_functions, check_state, check_tensors
+from repquant_fx.security.guard import guarded
 from repquant_fx.security.names import check_module_names
 
 # Only modules that match may be imported because a file names them: they define layers, models and configurations.
@@ -116,9 +117,8 @@ def load_pickled(data: bytes, where: str, *, allow_pickle: bool = False) -> Any:
     if allow_pickle:
         return _load(data, where, weights_only=False)
     admitted = _screen(data, where)
-    with torch.serialization.safe_globals([(value, name) for name, value in admitted.items()]):
-        loaded = _load(data, where, weights_only=True)
-    return _settled(loaded, where)
+    with guarded(f"loading {where}"), torch.serialization.safe_globals([(value, name) for name, value in admitted.items()]):
+        return _settled(_load(data, where, weights_only=True), where)
 
 
 def check_pickle(data: bytes, where: str) -> None:

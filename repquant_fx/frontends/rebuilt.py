@@ -1,7 +1,7 @@
-"""A transformers model out of a pickle, built anew: by its class, from its configuration, with nothing of the file but tensors.
+"""A transformers model out of a pickle, built anew by its class from its configuration, with the tensors of the file.
 
-So a pickled model can do no more than a directory with a `config.json` and safetensors. The configuration is made anew as well, by
-its own constructor from plain data; no attribute of either may hide one of its class.
+So a pickled model can do no more than a directory with a `config.json` and safetensors. The configuration is made anew as
+well, by its own constructor from plain data; no attribute of it may hide one of its class.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from repquant_fx import limits
 from repquant_fx.errors import InputError, ModelFileError, first_line
+from repquant_fx.frontends.members import members_of
 
 Settle = Callable[[nn.Module, str], nn.Module]
 _ATTENTION = ("sdpa", "eager")
@@ -55,7 +56,7 @@ def rebuild(module: nn.Module, where: str, settle: Settle) -> nn.Module:
     Args:
         module: read from a file; nothing of it is run.
         where: the file and the path of the module, for the message.
-        settle: gives the layer to keep for a layer of torch that was put in the place of another, and for a model inside; takes its path.
+        settle: gives what to keep of a layer of torch out of the file; takes the layer and its path.
 
     Raises:
         ModelFileError: its configuration is not plain data, or builds another model.
@@ -82,7 +83,8 @@ def rebuild(module: nn.Module, where: str, settle: Settle) -> nn.Module:
         _transplant(made, module, where, "", settle)
         return made.train(module.training is True)
     raise ModelFileError(
-        f"{where}: the configuration does not build a {type(module).__name__} ({first_line(problem or ValueError())}). {_ADVICE}"
+        f"{where}: the configuration does not build a {type(module).__name__} ({first_line(problem or ValueError())}). "
+        f"{_ADVICE}"
     ) from problem
 
 
@@ -123,8 +125,8 @@ def _check_configuration(cls: Any, config: object, where: str) -> None:
         )
     if "timm" in cls.__module__:
         raise ModelFileError(
-            f"{where} is a {cls.__name__}, which builds whatever its configuration names. Give the timm model itself, or pass "
-            "--allow-pickle if you trust the file"
+            f"{where} is a {cls.__name__}, which builds whatever its configuration names. Give the timm model itself, "
+            "or pass --allow-pickle if you trust the file"
         )
 
 
@@ -148,7 +150,7 @@ def _arguments(config: Any, where: str, most_layers: int, count: list[int], dept
         ):
             _refuse(place, key, f"hides the one of {cls.__name__}")
         if key in _ELSEWHERE and value:
-            _refuse(place, key, f"is {str(value)[:60]!r}: it asks for code or weights from elsewhere")
+            _refuse(place, key, f"is {value!a:.60}: it asks for code or weights from elsewhere")
         if key.startswith("_") or key in _SKIPPED or (hidden is not None and key not in fields):
             continue
         if isinstance(value, int) and value > most_layers and re.fullmatch(r"num_labels|\w*layers?|depths?", key):
@@ -186,7 +188,8 @@ def _plain(value: Any, where: str, most_layers: int, count: list[int], depth: in
 def _transplant(made: nn.Module, old: nn.Module, where: str, path: str, settle: Settle) -> None:
     """Put the tensors of one model into another, which must have the same layers.
 
-    A layer of torch that differs (a head for other classes, another epsilon) is kept as the file has it, once it is settled.
+    A layer of torch (it may have another epsilon, or be a head for other classes) is kept as the file has it, once it is
+    settled and has nothing but the attributes of its class.
     """
     if type(made) is not type(old):
         _misfit(where, path, f"is a {type(old).__name__} where the configuration makes a {type(made).__name__}")
@@ -202,7 +205,8 @@ def _transplant(made: nn.Module, old: nn.Module, where: str, path: str, settle: 
                 _misfit(
                     where,
                     path,
-                    f"has {name} of shape {list(given[name].shape)} where the configuration makes {list(new[name].shape)}",
+                    f"has {name} of shape {list(given[name].shape)} where the configuration makes "
+                    f"{list(new[name].shape)}",
                 )
             vars(given[name]).clear()
             new[name] = given[name]
@@ -210,7 +214,7 @@ def _transplant(made: nn.Module, old: nn.Module, where: str, path: str, settle: 
         _misfit(
             where,
             path,
-            f"has {changed} = {str(old_state[changed])[:40]} where the configuration makes {str(new_state[changed])[:40]}",
+            f"has {changed} = {old_state[changed]!a:.40} where the configuration makes {new_state[changed]!a:.40}",
         )
     if names := sorted(set(_present(made._modules)) ^ set(_present(old._modules))):
         _misfit(where, path, f"differs in its layers {', '.join(names[:4])}")
@@ -219,6 +223,9 @@ def _transplant(made: nn.Module, old: nn.Module, where: str, path: str, settle: 
         before = made._modules[name]
         if type(child).__module__.startswith("torch.nn.modules.") and not child._modules:
             made._modules[name] = settle(child, inner)
+            known = {*vars(nn.Module()), *members_of(type(child)).kinds}
+            for key in [key for key in vars(child) if key not in known]:
+                del vars(child)[key]
         elif before is not None:
             _transplant(before, child, where, inner, settle)
 

@@ -1,6 +1,7 @@
 """A pickle run over inert objects: what it names, and whether reading it in earnest would end and fit into memory.
 
-Nothing that the file says is called. What would take memory or time without limit is refused by its value, before it is built.
+Nothing that the file says is called. What would take memory or time without limit is refused by its value, before it is
+built.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import torch
 
 from repquant_fx.errors import first_line
 
-# torch admits this by default; it calls a function that the file chooses and sets attributes on the result. A tensor that
-# carries Python attributes is saved so; nothing else needs it.
+# torch admits this by default; it calls a function that the file chooses and sets attributes on the result. A tensor
+# that carries Python attributes is saved so; nothing else needs it.
 _INDIRECT_CALL = "torch._tensor._rebuild_from_type_v2"
 _TENSOR_BUILDERS = {
     f"torch._utils._rebuild_{name}" for name in ("tensor_v2", "tensor_v3", "parameter", "parameter_with_state")
@@ -42,7 +43,10 @@ def _pickle_record(data: bytes) -> bytes:
 
 
 def _measure(items: tuple[object, ...]) -> tuple[int, int]:
-    """(objects in a tuple, levels). 200 bytes of pickle can nest so many that hashing them does not end, or overflows the stack."""
+    """(objects in a tuple, levels).
+
+    200 bytes of pickle can nest so many that hashing them does not end, or overflows the stack.
+    """
     weight = sum(getattr(item, "measure", (1, 0))[0] for item in items)
     depth = 1 + max((getattr(item, "measure", (1, 0))[1] for item in items), default=0)
     if weight > _MOST_NESTED or depth > _DEEPEST:

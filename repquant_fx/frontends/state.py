@@ -1,7 +1,8 @@
 """The state of a module that came out of a file, judged by what its class itself puts there.
 
-A pickle gives an instance any `__dict__`. The classes are known, but their code means what it says only with attributes of the kind
-that their constructors make: children that are modules, parameters that are tensors, and plain data that hides no method.
+A pickle gives an instance any `__dict__`. The classes are known, but their code means what it says only with attributes of
+the kind that their constructors make: children that are modules, parameters that are tensors, and plain data that hides no
+method. Nothing else can be called: what a file may hold of functions are activations, and classes that refuse.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import enum
 import functools
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -19,9 +21,10 @@ from repquant_fx import limits
 from repquant_fx.errors import ModelFileError
 from repquant_fx.frontends import members
 from repquant_fx.frontends.members import MAPPING, MODULE, NUMBER, OTHER, STRING, TENSOR, members_of
+from repquant_fx.security.escape import printable
 
 _DEEPEST = 64  # levels of lists in lists
-_MOST_ITEMS = 1_000_000  # of the plain data of one module, counted once for each way to them
+_MOST_ITEMS = 200_000  # of the plain data of one module, counted once for each way to them
 _MOST_BITS = 64
 _SMALL_BYTES = 16 << 20  # up to here a tensor may claim more than its storage holds
 _ADVICE = "Pass --allow-pickle if you trust the file"
@@ -34,7 +37,7 @@ class Unfit(Exception):
 
 
 def check_state(module: nn.Module, where: str, inert: tuple[type, ...] = ()) -> None:
-    """Refuse a module whose own state is not of the kind that its class makes. Its children are looked at by themselves.
+    """Refuse a module whose own state is not of the kind that its class makes. Its children are another call's.
 
     Args:
         module: read from a file; nothing of it is run.
@@ -95,23 +98,14 @@ def check_tensors(tensors: list[tuple[str, Tensor]], where: str) -> None:
             held = tensor.untyped_storage().nbytes()
         except (RuntimeError, NotImplementedError) as error:
             raise ModelFileError(
-                f"{where} holds a tensor that is not plain: {members_text(name)} is {tensor.layout}"
+                f"{where} holds a tensor that is not plain: {_shown(name)} is {tensor.layout}"
             ) from error
         if claimed > max(held, _SMALL_BYTES):
             raise ModelFileError(
-                f"{where}: {members_text(name)} claims {limits.readable(claimed)} ({list(tensor.shape)}) and holds "
+                f"{where}: {_shown(name)} claims {limits.readable(claimed)} ({list(tensor.shape)}) and holds "
                 f"{limits.readable(held)}; save it contiguous"
             )
     limits.check_size((total,), f"{where}: all tensors together", itemsize=1)
-
-
-def members_text(name: object) -> str:
-    """A name as it may be shown."""
-    return (
-        str(name)
-        if isinstance(name, str) and name.isprintable() and name.isascii() and len(name) < 200
-        else ascii(name)[:200]
-    )
 
 
 _A = {
@@ -136,8 +130,8 @@ def _check_own(state: dict[str, Any], cls: type, where: str) -> None:
                 _refuse(where, name, f"is {_a(value)} where every module holds a dict")
             if value and name not in _SLOTS:
                 raise ModelFileError(
-                    f"{where} carries hooks ({name}); hooks are code. Remove them before saving, or pass --allow-pickle if "
-                    "you trust the file"
+                    f"{where} carries hooks ({name}); hooks are code. Remove them before saving, or pass "
+                    "--allow-pickle if you trust the file"
                 )
         elif not isinstance(value, type(made)) and not (made is None and isinstance(value, bool)):
             _refuse(where, name, f"is {_a(value)}")
@@ -203,6 +197,10 @@ def _kinds_of(value: object, count: list[int], inert: tuple[type, ...], depth: i
         return {NUMBER}
     if isinstance(value, str):
         return {STRING}
+    if isinstance(value, range):
+        if value[_MOST_ITEMS:]:
+            raise Unfit("is a range beyond measure")
+        return {OTHER}
     if isinstance(value, (list, tuple, set, frozenset)):
         return set().union(*(_kinds_of(item, count, inert, depth + 1) for item in value))
     if isinstance(value, dict) and not getattr(value, "__dict__", None):
@@ -218,7 +216,7 @@ def _kinds_of(value: object, count: list[int], inert: tuple[type, ...], depth: i
             raise Unfit(f"holds {_a(value)} among plain data")
         return {MODULE}
     if isinstance(
-        value, (bytes, slice, range, torch.dtype, torch.device, torch.layout, torch.memory_format, *inert)
+        value, (bytes, bytearray, slice, weakref.ReferenceType, torch.dtype, torch.device, torch.layout, torch.memory_format, *inert)
     ) or _is_activation(value):
         return {OTHER}
     raise Unfit(f"is {_a(value)}, which is neither plain data nor a tensor nor a layer")
@@ -268,5 +266,9 @@ def _a(value: object) -> str:
 
 def _refuse(where: str, name: object, problem: str) -> NoReturn:
     raise ModelFileError(
-        f"{where}: `{members_text(name)}` {problem}. {_ADVICE}, or save a state dict (or safetensors) and pass --arch"
+        f"{where}: `{_shown(name)}` {problem}. {_ADVICE}, or save a state dict (or safetensors) and pass --arch"
     )
+
+
+def _shown(name: object) -> str:
+    return printable(name)[:200] if isinstance(name, str) else ascii(name)[:200]
