@@ -57,6 +57,7 @@ _TRANSPARENT = {
     "nn",
     "typing",
 }
+_ANYTHING = ast.Await(ast.Constant(None))  # an expression that no kind is known of
 _ARITHMETIC = (ast.Sub, ast.Div, ast.FloorDiv, ast.Pow)
 
 
@@ -77,7 +78,7 @@ class Members:
 
 
 @functools.cache
-def members_of(cls: type[nn.Module]) -> Members:
+def members_of(cls: type) -> Members:
     """The attributes that a class and its bases assign. Where there is no source, there are none."""
     found = Members()
     for base in cls.__mro__:
@@ -193,11 +194,10 @@ def _assigned(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr | None]]:
     elif isinstance(node, ast.Assign):
         for target in node.targets:
             for part in target.elts if isinstance(target, (ast.Tuple, ast.List)) else (target,):
-                yield part, node.value if part is target else ast.Await(node.value)
+                yield part, node.value if part is target else _ANYTHING
     elif isinstance(node, (ast.For, ast.With, ast.NamedExpr)):
-        for target in [node.target] if not isinstance(node, ast.With) else [item.optional_vars for item in node.items]:
-            if target is not None:
-                yield target, ast.Await(ast.Constant(None))
+        bound = [item.optional_vars for item in node.items] if isinstance(node, ast.With) else [node.target]
+        yield from ((target, _ANYTHING) for target in bound if target is not None)
 
 
 def _annotated(annotation: ast.expr | None) -> Kinds:

@@ -1,7 +1,7 @@
 """A transformers model out of a pickle, built anew by its class from its configuration, with the tensors of the file.
 
-So a pickled model can do no more than a directory with a `config.json` and safetensors. The configuration is made anew as
-well, by its own constructor from plain data; no attribute of it may hide one of its class.
+So a pickled model can do no more than a directory with a `config.json` and safetensors. The configuration is made anew
+as well, by its own constructor from plain data; no attribute of it may hide one of its class.
 """
 
 from __future__ import annotations
@@ -188,8 +188,8 @@ def _plain(value: Any, where: str, most_layers: int, count: list[int], depth: in
 def _transplant(made: nn.Module, old: nn.Module, where: str, path: str, settle: Settle) -> None:
     """Put the tensors of one model into another, which must have the same layers.
 
-    A layer of torch (it may have another epsilon, or be a head for other classes) is kept as the file has it, once it is
-    settled and has nothing but the attributes of its class.
+    A layer of torch (it may have another epsilon, or be a head for other classes) is kept as the file has it, once it
+    is settled and has nothing but the attributes of its class.
     """
     if type(made) is not type(old):
         _misfit(where, path, f"is a {type(old).__name__} where the configuration makes a {type(made).__name__}")
@@ -223,7 +223,8 @@ def _transplant(made: nn.Module, old: nn.Module, where: str, path: str, settle: 
         before = made._modules[name]
         if type(child).__module__.startswith("torch.nn.modules.") and not child._modules:
             made._modules[name] = settle(child, inner)
-            known = {*vars(nn.Module()), *members_of(type(child)).kinds}
+            cls: type = type(child)
+            known = {*vars(nn.Module()), *members_of(cls).kinds}
             for key in [key for key in vars(child) if key not in known]:
                 del vars(child)[key]
         elif before is not None:

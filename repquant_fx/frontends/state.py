@@ -1,8 +1,8 @@
 """The state of a module that came out of a file, judged by what its class itself puts there.
 
-A pickle gives an instance any `__dict__`. The classes are known, but their code means what it says only with attributes of
-the kind that their constructors make: children that are modules, parameters that are tensors, and plain data that hides no
-method. Nothing else can be called: what a file may hold of functions are activations, and classes that refuse.
+A pickle gives an instance any `__dict__`. The classes are known, but their code means what it says only with attributes
+of the kind that their constructors make: children that are modules, parameters that are tensors, and plain data that
+hides no method. Nothing else can be called: what a file may hold of functions are activations, and classes that refuse.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def check_state(module: nn.Module, where: str, inert: tuple[type, ...] = ()) -> 
     Raises:
         ModelFileError: it is not; the message names the attribute.
     """
-    state, cls = vars(module), type(module)
+    state = vars(module)
+    cls: type = type(module)
     known = members_of(cls)
     _check_own(state, cls, where)
     children: dict[str, Any] = {}
@@ -75,7 +76,11 @@ def check_state(module: nn.Module, where: str, inert: tuple[type, ...] = ()) -> 
         wanted = known.kinds.get(name, frozenset())
         if name in plain and MODULE in found:
             _refuse(where, name, "is a module among plain data")
-        if wanted and OTHER not in wanted and not found <= wanted | ({NUMBER} if wanted & {STRING, MAPPING} else set()):
+        if (
+            wanted
+            and OTHER not in wanted
+            and not found <= wanted | ({NUMBER} if wanted & {STRING, MAPPING} else set())
+        ):
             _refuse(
                 where,
                 name,
@@ -216,7 +221,18 @@ def _kinds_of(value: object, count: list[int], inert: tuple[type, ...], depth: i
             raise Unfit(f"holds {_a(value)} among plain data")
         return {MODULE}
     if isinstance(
-        value, (bytes, bytearray, slice, weakref.ReferenceType, torch.dtype, torch.device, torch.layout, torch.memory_format, *inert)
+        value,
+        (
+            bytes,
+            bytearray,
+            slice,
+            weakref.ReferenceType,
+            torch.dtype,
+            torch.device,
+            torch.layout,
+            torch.memory_format,
+            *inert,
+        ),
     ) or _is_activation(value):
         return {OTHER}
     raise Unfit(f"is {_a(value)}, which is neither plain data nor a tensor nor a layer")

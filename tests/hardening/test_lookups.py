@@ -1,6 +1,7 @@
-"""Where the code of admitted classes fetches or sets attributes under names that are data, calls what it is given, or imports.
+"""Where the code of admitted classes fetches or sets attributes under names that are data, calls, or imports.
 
-The table says of each why a file cannot use it. A new version of a library that adds one fails here until somebody has looked.
+The table says of each why a file cannot use it. A new version of a library that adds one fails here until somebody has
+looked.
 """
 
 from __future__ import annotations
@@ -27,27 +28,72 @@ _NUMBERED = "the name is written in the code but for a number"
 _REQUEST = "changes the model when a user asks for it; no forward calls it"
 _TORCH = "torch's own access to children; looks in the modules for a path, gives no attribute of the class"
 TABLE = {
-    _OWN: ["dla.DLA.forward_intermediates", "inception_resnet_v2.InceptionResnetV2.forward_intermediates",
-           "inception_v3.InceptionV3.forward_intermediates", "nasnet.NASNetALarge.forward_intermediates",
-           "pnasnet.PNASNet5Large.forward_intermediates", "regnet.RegNet.forward_intermediates",
-           "resnet.ResNet.forward_intermediates", "senet.SENet.forward_intermediates",
-           "container.ParameterDict.__getitem__", "container.ParameterDict.__setitem__",
-           "container.ParameterDict.__delitem__", "rnn.RNNBase._init_flat_weights", "rnn.RNNBase._weights_have_changed",
-           "rnn.RNNBase.__setstate__", "rnn.RNNBase.all_weights"],
-    _NUMBERED: ["container.Sequential.__setitem__", "container.Sequential.__delitem__", "container.ModuleList.__setitem__",
-                "container.ModuleList.__delitem__", "container.ParameterList.__getitem__",
-                "container.ParameterList.__setitem__", "coat.CoaT.forward_intermediates", "crossvit.CrossVit.__init__",
-                "crossvit.CrossVit.no_weight_decay", "fastvit.FastVit.forward_features",
-                "xception.Xception.forward_intermediates"],
-    _REQUEST: ["byobnet.Stem.prune_to_tap", "iformer.IFormer.fuse", "repvit.RepVit.fuse", "shvit.SHViT.fuse",
-               *(f"{name}.prune_intermediate_layers" for name in (
-                   "coat.CoaT", "dla.DLA", "hrnet.HighResolutionNet", "inception_resnet_v2.InceptionResnetV2",
-                   "inception_v3.InceptionV3", "nasnet.NASNetALarge", "pnasnet.PNASNet5Large", "regnet.RegNet",
-                   "resnet.ResNet", "senet.SENet", "visformer.Visformer", "xception.Xception"))],
-    _TORCH: ["module.Module.get_submodule", "module.Module.set_submodule", "module.Module.get_parameter",
-             "module.Module.get_buffer", "module.Module._load_from_state_dict"],
-    "runs in a constructor, which a file does not call": ["rnn.RNNBase.__init__", "shufflenetv2.ShuffleNetV2.__init__"],
-    "a class of generated source, which is not admitted": ["feature_extraction.DualGraphModule.__deepcopy__"]}
+    _OWN: [
+        "dla.DLA.forward_intermediates",
+        "inception_resnet_v2.InceptionResnetV2.forward_intermediates",
+        "inception_v3.InceptionV3.forward_intermediates",
+        "nasnet.NASNetALarge.forward_intermediates",
+        "pnasnet.PNASNet5Large.forward_intermediates",
+        "regnet.RegNet.forward_intermediates",
+        "resnet.ResNet.forward_intermediates",
+        "senet.SENet.forward_intermediates",
+        "container.ParameterDict.__getitem__",
+        "container.ParameterDict.__setitem__",
+        "container.ParameterDict.__delitem__",
+        "rnn.RNNBase._init_flat_weights",
+        "rnn.RNNBase._weights_have_changed",
+        "rnn.RNNBase.__setstate__",
+        "rnn.RNNBase.all_weights",
+    ],
+    _NUMBERED: [
+        "container.Sequential.__setitem__",
+        "container.Sequential.__delitem__",
+        "container.ModuleList.__setitem__",
+        "container.ModuleList.__delitem__",
+        "container.ParameterList.__getitem__",
+        "container.ParameterList.__setitem__",
+        "coat.CoaT.forward_intermediates",
+        "crossvit.CrossVit.__init__",
+        "crossvit.CrossVit.no_weight_decay",
+        "fastvit.FastVit.forward_features",
+        "xception.Xception.forward_intermediates",
+    ],
+    _REQUEST: [
+        "byobnet.Stem.prune_to_tap",
+        "iformer.IFormer.fuse",
+        "repvit.RepVit.fuse",
+        "shvit.SHViT.fuse",
+        *(
+            f"{name}.prune_intermediate_layers"
+            for name in (
+                "coat.CoaT",
+                "dla.DLA",
+                "hrnet.HighResolutionNet",
+                "inception_resnet_v2.InceptionResnetV2",
+                "inception_v3.InceptionV3",
+                "nasnet.NASNetALarge",
+                "pnasnet.PNASNet5Large",
+                "regnet.RegNet",
+                "resnet.ResNet",
+                "senet.SENet",
+                "visformer.Visformer",
+                "xception.Xception",
+            )
+        ),
+    ],
+    _TORCH: [
+        "module.Module.get_submodule",
+        "module.Module.set_submodule",
+        "module.Module.get_parameter",
+        "module.Module.get_buffer",
+        "module.Module._load_from_state_dict",
+    ],
+    "runs in a constructor, which a file does not call": [
+        "rnn.RNNBase.__init__",
+        "shufflenetv2.ShuffleNetV2.__init__",
+    ],
+    "a class of generated source, which is not admitted": ["feature_extraction.DualGraphModule.__deepcopy__"],
+}
 
 
 def _classes(tree: ast.AST, prefix: str) -> Iterator[tuple[str, ast.ClassDef]]:
@@ -64,10 +110,14 @@ def _methods() -> Iterator[tuple[str, ast.FunctionDef]]:
         assert spec is not None and spec.submodule_search_locations
         for path in sorted(Path(spec.submodule_search_locations[0]).rglob("*.py")):
             text = path.read_text(encoding="utf-8")
-            if not re.search(r"attr(getter)?\(|\b(eval|exec|__import__|import_module|get_(submodule|parameter|buffer))\(", text):
+            if not re.search(
+                r"attr(getter)?\(|\b(eval|exec|__import__|import_module|get_(submodule|parameter|buffer))\(", text
+            ):
                 continue
             for name, node in _classes(ast.parse(text), path.stem):
-                yield from ((f"{name}.{method.name}", method) for method in node.body if isinstance(method, ast.FunctionDef))
+                yield from (
+                    (f"{name}.{method.name}", method) for method in node.body if isinstance(method, ast.FunctionDef)
+                )
 
 
 def test_every_lookup_by_name_is_in_the_table() -> None:
@@ -77,8 +127,10 @@ def test_every_lookup_by_name_is_in_the_table() -> None:
     assert len(found) > 20
 
 
-@pytest.mark.parametrize("source", ["getattr(self, name)", "setattr(x, f'{n}', 1)", "eval(x)", "__import__(x)",
-                                    "importlib.import_module(x)"])
+@pytest.mark.parametrize(
+    "source",
+    ["getattr(self, name)", "setattr(x, f'{n}', 1)", "eval(x)", "__import__(x)", "importlib.import_module(x)"],
+)
 def test_the_search_finds(source: str) -> None:
     assert looks_up_by_name(ast.parse(source)) and not looks_up_by_name(ast.parse("getattr(self, 'a'); model.eval()"))
 
@@ -100,8 +152,12 @@ def test_whatever_is_called_is_a_layer_or_an_activation() -> None:
     import timm.models  # noqa: F401
 
     judged = 0
-    for module in [module for full, module in sys.modules.items() if full.startswith(("torch.nn.modules.", "timm.layers."))]:
-        for cls in [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, nn.Module)]:
+    for module in [
+        module for full, module in sys.modules.items() if full.startswith(("torch.nn.modules.", "timm.layers."))
+    ]:
+        for cls in [
+            value for value in vars(module).values() if isinstance(value, type) and issubclass(value, nn.Module)
+        ]:
             for name in _called(cls) - set(dir(cls)):
                 blank = cls.__new__(cls)
                 nn.Module.__init__(blank)
@@ -115,6 +171,12 @@ def test_whatever_is_called_is_a_layer_or_an_activation() -> None:
 
 def _called(cls: type) -> set[str]:
     """Attributes of self that the methods of a class call."""
-    return {node.func.attr for statement in class_body(cls) for node in ast.walk(statement)
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
-            and isinstance(node.func.value, ast.Name) and node.func.value.id == "self"}
+    return {
+        node.func.attr
+        for statement in class_body(cls)
+        for node in ast.walk(statement)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and isinstance(node.func.value, ast.Name)
+        and node.func.value.id == "self"
+    }

@@ -51,11 +51,18 @@ def config(names: dict[str, str], **more: Any) -> Any:
 def links() -> list[nn.Module]:
     """Five modules that hand each other what they need to call os.system, each by the attributes it was given."""
     first, last = config({"mul_": "from_dict"}), config({"log_prob": "update", "view": "system"})
-    built = {"dtype": "_import_dotted_name", "attribute_map": {"mul_": "dtype", "to_json_string": "validate_layer_type"}}
+    built = {
+        "dtype": "_import_dotted_name",
+        "attribute_map": {"mul_": "dtype", "to_json_string": "validate_layer_type"},
+    }
     hooks = config({"get_output": "get_text_config"}, text_config=first)
-    return [blank(FeatureHookNet, hooks=hooks, return_dict=True), blank(LayerScale, inplace=True, gamma=built),
-            blank(LayerScale, inplace=True, gamma="os.__dict__"), blank(XLMPredLayer, asm=True, proj=last),
-            blank(Scale, scale=last, shape="touch RAN")]
+    return [
+        blank(FeatureHookNet, hooks=hooks, return_dict=True),
+        blank(LayerScale, inplace=True, gamma=built),
+        blank(LayerScale, inplace=True, gamma="os.__dict__"),
+        blank(XLMPredLayer, asm=True, proj=last),
+        blank(Scale, scale=last, shape="touch RAN"),
+    ]
 
 
 def test_the_chain(tmp_path: Path) -> None:
@@ -68,10 +75,18 @@ def test_the_chain(tmp_path: Path) -> None:
             load_model(name, input_shape=(3, 8, 8))
 
 
-@pytest.mark.parametrize(("index", "message"), enumerate([
-    "`hooks` is a BertConfig", "`gamma` is a dict where LayerScale holds a Parameter",
-    "`gamma` is a str where LayerScale holds a Parameter", "XLMPredLayer outside of a model of transformers",
-    "`scale` is a BertConfig"]))
+@pytest.mark.parametrize(
+    ("index", "message"),
+    enumerate(
+        [
+            "`hooks` is a BertConfig",
+            "`gamma` is a dict where LayerScale holds a Parameter",
+            "`gamma` is a str where LayerScale holds a Parameter",
+            "XLMPredLayer outside of a model of transformers",
+            "`scale` is a BertConfig",
+        ]
+    ),
+)
 def test_each_link_of_the_chain(index: int, message: str) -> None:
     for model in (links()[index], nn.Sequential(nn.Linear(2, 2), links()[index])):
         with pytest.raises(ModelFileError, match=message):
@@ -136,11 +151,27 @@ def tampered(kind: str) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("kind", [
-    "a module as a parameter", "a parameter as a child", "a child that is a number", "a buffer that is a str",
-    "a str for a number", "children in an object of its own", "children that list something else", "a method hidden",
-    "a dunder", "a parameter twice", "a layer in a list", "a configuration", "deep", "wide", "a huge number",
-    "a long range"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "a module as a parameter",
+        "a parameter as a child",
+        "a child that is a number",
+        "a buffer that is a str",
+        "a str for a number",
+        "children in an object of its own",
+        "children that list something else",
+        "a method hidden",
+        "a dunder",
+        "a parameter twice",
+        "a layer in a list",
+        "a configuration",
+        "deep",
+        "wide",
+        "a huge number",
+        "a long range",
+    ],
+)
 def test_state_that_no_constructor_makes(kind: str) -> None:
     load_pickled(torch_file(tampered("nothing")), "m.pt")
     with pytest.raises(ModelFileError) as caught:
@@ -166,18 +197,38 @@ def test_attributes_of_a_tensor_do_not_hide_its_methods() -> None:
 
 
 def bert(**changes: Any) -> Any:
-    settings = BertConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
-                          max_position_embeddings=8)
+    settings = BertConfig(
+        vocab_size=16,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        max_position_embeddings=8,
+    )
     model = BertModel(settings).eval()
     vars(model.config).update(changes)
     return model
 
 
-@pytest.mark.parametrize("changes", [
-    {"attribute_map": {"hidden_size": "vocab_size"}}, {"model_type": "other"}, {"to_dict": 1}, {"get_text_config": "x"},
-    {"hidden_act": "os.system"}, {"hidden_size": nn.ReLU()}, {"num_hidden_layers": 10**9},
-    {"quantization_config": {"a": 1}}, {"auto_map": {"AutoModel": "m.M"}}, {"x": argparse.Namespace()},
-    {"x": nested(50)}, {"x": 10**400}, {"problem_type\n": 1}], ids=lambda changes: ascii(next(iter(changes))))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attribute_map": {"hidden_size": "vocab_size"}},
+        {"model_type": "other"},
+        {"to_dict": 1},
+        {"get_text_config": "x"},
+        {"hidden_act": "os.system"},
+        {"hidden_size": nn.ReLU()},
+        {"num_hidden_layers": 10**9},
+        {"quantization_config": {"a": 1}},
+        {"auto_map": {"AutoModel": "m.M"}},
+        {"x": argparse.Namespace()},
+        {"x": nested(50)},
+        {"x": 10**400},
+        {"problem_type\n": 1},
+    ],
+    ids=lambda changes: ascii(next(iter(changes))),
+)
 def test_configurations(changes: dict[str, Any]) -> None:
     with pytest.raises(InputError) as caught:
         load_pickled(torch_file(bert(**changes)), "m.pt")
@@ -193,7 +244,9 @@ def test_nothing_of_the_file_but_tensors() -> None:
     loaded = load_pickled(torch_file(model), "m.pt")
     assert not loaded.use_kernels and loaded.base_model_prefix == "bert" and not hasattr(loaded.config, "_use_kernels")
     assert not hasattr(loaded.encoder, "layer_names") and not hasattr(loaded.pooler.dense, "config")
-    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True)
+    )
 
 
 def test_layers_of_torch_keep_what_was_changed() -> None:
@@ -235,10 +288,18 @@ def _keys(levels: int, times: int) -> bytes:
     return b"\x80\x02cbuiltins\nset\n](" + code + (b"h" + bytes([levels])) * times + b"e\x85R."
 
 
-@pytest.mark.parametrize("value", [
-    Calls(bytearray, 3_000_000_000), Calls(frozenset, range(10**9)), Calls(set, range(10**9)),
-    Calls(torch.FloatTensor, 10**10), Calls(torch.FloatStorage, 10**10), Calls(OrderedDict, range(10**9))],
-    ids=["bytearray", "frozenset", "set", "tensor", "storage", "dict"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        Calls(bytearray, 3_000_000_000),
+        Calls(frozenset, range(10**9)),
+        Calls(set, range(10**9)),
+        Calls(torch.FloatTensor, 10**10),
+        Calls(torch.FloatStorage, 10**10),
+        Calls(OrderedDict, range(10**9)),
+    ],
+    ids=["bytearray", "frozenset", "set", "tensor", "storage", "dict"],
+)
 def test_little_files_that_ask_for_much(value: Any) -> None:
     for data in (torch_file({"a": value}), torch_file(value), torch_file(blank(nn.Identity, x=value))):
         assert len(data) < 4_000
