@@ -61,3 +61,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 def is_failure(error: BaseException) -> bool:
     """Whether an error is the failure of a library: any Exception, and the panic of one written in Rust, which is none."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, shortened; its type where there is none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:200]

@@ -8,22 +8,24 @@ storages, dtypes, OrderedDict) stay torch's trust boundary.
 
 from __future__ import annotations
 
-import _compat_pickle
 import enum
-import functools
 import importlib
 import io
 import pickle
 import re
 import warnings
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
 from repquant_fx import limits
-from repquant_fx.errors import ModelFileError
+from repquant_fx.errors import InputError, ModelFileError, first_line
+from repquant_fx.frontends.rebuilt import is_transformers_model, rebuild
+from repquant_fx.frontends.rehearsal import rehearse
+from repquant_fx.frontends.state import activation_functions, check_state, check_tensors
+from repquant_fx.security.guard import guarded
+from repquant_fx.security.names import check_module_names
 
 # Only modules that match may be imported because a file names them: they define layers, models and configurations.
 _IMPORTABLE = re.compile(
@@ -34,19 +36,8 @@ _IMPORTABLE = re.compile(
     r"|transformers\.(activations|pytorch_utils|configuration_utils|modeling_layers)"
     r"|transformers\.generation\.configuration_utils"
 )
-_ACTIVATIONS = ("celu", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log_softmax", "logsigmoid", "mish",
-                "relu", "relu6", "selu", "sigmoid", "silu", "softmax", "softplus", "softsign", "tanh")
 _PLAIN_DATA = {"builtins.frozenset": frozenset, "builtins.slice": slice, "builtins.range": range}
-# torch admits this by default; it calls a function that the file chooses and sets attributes on the result. A tensor that
-# carries Python attributes is saved so; nothing else needs it.
-_INDIRECT_CALL = "torch._tensor._rebuild_from_type_v2"
-_TENSOR_BUILDERS = {f"torch._utils._rebuild_{name}" for name in ("tensor_v2", "tensor_v3", "parameter", "parameter_with_state")}
-_MOST_BYTES = 16 << 20  # of the pickle without its tensors; those of large models have a few hundred thousand
-_MOST_GLOBALS = 10_000
-_MOST_NESTED, _DEEPEST = 10_000_000, 100  # objects in a tuple, counted once for each way to them, and levels
-_ZIP = b"PK\x03\x04"
 _DEEPEST_CONFIG = 8
-_LEGACY_HEADERS = 3  # a legacy file is a row of pickles: magic number, protocol, system, object, storage keys
 
 
 class ClassStandIn:
@@ -101,7 +92,7 @@ class InertPartial:
         return self
 
     def _set(self, func: object, args: object, keywords: object) -> None:
-        if not isinstance(func, ClassStandIn) and func not in _activation_functions().values():
+        if not isinstance(func, ClassStandIn) and func not in activation_functions().values():
             raise pickle.UnpicklingError(f"functools.partial of {type(func).__name__}, which is not a known layer")
         if not isinstance(args, tuple) or not isinstance(keywords, dict):
             raise pickle.UnpicklingError("malformed functools.partial")
@@ -126,11 +117,8 @@ def load_pickled(data: bytes, where: str, *, allow_pickle: bool = False) -> Any:
     if allow_pickle:
         return _load(data, where, weights_only=False)
     admitted = _screen(data, where)
-    with torch.serialization.safe_globals([(value, name) for name, value in admitted.items()]):
-        loaded = _load(data, where, weights_only=True)
-    for module in _modules_in(loaded):
-        _check_module(module, where)
-    return loaded
+    with guarded(f"loading {where}"), torch.serialization.safe_globals([(value, name) for name, value in admitted.items()]):
+        return _settled(_load(data, where, weights_only=True), where)
 
 
 def check_pickle(data: bytes, where: str) -> None:
@@ -141,7 +129,7 @@ def check_pickle(data: bytes, where: str) -> None:
     """
     refuse_bomb(data, where)
     known = _torch_defaults()
-    named, problem = _rehearse(data)
+    named, problem = rehearse(data)
     if others := sorted(named - known):
         raise ModelFileError(f"{where} cannot be loaded as plain tensors: it names {_shown(others)}. Nothing was executed")
     if problem is not None:
@@ -154,7 +142,7 @@ def globals_of(data: bytes, where: str) -> set[str]:
     Raises:
         ModelFileError: the pickle is damaged.
     """
-    named, problem = _rehearse(data)
+    named, problem = rehearse(data)
     if problem is not None:
         raise ModelFileError(f"{where} is not a model file: its pickle is damaged ({problem})")
     return named
@@ -170,135 +158,9 @@ def refuse_bomb(data: bytes, where: str) -> None:
         raise ModelFileError(f"not a model file: {where} has {len(data)} bytes but would unpack to {declared}")
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, shortened; its type where there is none."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:200]
-
-
-def _pickle_record(data: bytes) -> bytes:
-    """What the unpickler reads. A legacy file goes on with its tensors, which need not be looked at."""
-    if data[:4] != _ZIP:
-        return data[:_MOST_BYTES]
-    reader = torch._C.PyTorchFileReader(io.BytesIO(data))
-    if reader.get_record_size("data.pkl") > _MOST_BYTES:
-        raise pickle.UnpicklingError(f"its pickle has more than {_MOST_BYTES >> 20} MiB without the tensors")
-    return bytes(reader.get_record("data.pkl"))
-
-
-def _measure(items: tuple[object, ...]) -> tuple[int, int]:
-    """(objects in a tuple, levels). 200 bytes of pickle can nest so many that hashing them does not end, or overflows the stack."""
-    weight = sum(getattr(item, "measure", (1, 0))[0] for item in items)
-    depth = 1 + max((getattr(item, "measure", (1, 0))[1] for item in items), default=0)
-    if weight > _MOST_NESTED or depth > _DEEPEST:
-        raise pickle.UnpicklingError("it nests tuples beyond measure")
-    return weight, depth
-
-
-class _Tuple(tuple[object, ...]):
-    """A tuple with its measure."""
-
-    measure: tuple[int, int]
-
-    def __new__(cls, items: tuple[object, ...]) -> _Tuple:
-        made = super().__new__(cls, items)
-        made.measure = _measure(items)
-        return made
-
-
-class _Symbol(type):
-    """A global met in a rehearsal: calling it checks the call and yields a blank object."""
-
-    named: str
-
-    def __call__(cls, *args: object) -> object:
-        if cls.named == _INDIRECT_CALL and not _rebuilds_plain_tensor(args):
-            raise pickle.UnpicklingError(f"{_INDIRECT_CALL} of something that is not a tensor")
-        return _Inert.__new__(cls, *args)  # type: ignore[arg-type]
-
-
-class _Inert(metaclass=_Symbol):
-    """What every object of a rehearsal is: takes any state and items, keeps and does nothing."""
-
-    named = ""
-    measure: tuple[int, int] = (1, 0)
-
-    def __new__(cls, *args: object) -> _Inert:
-        made = object.__new__(cls)
-        made.measure = _measure(args)  # the class may be that of a tuple
-        return made
-
-    def __setstate__(self, state: object) -> None: ...
-
-    def __setitem__(self, key: object, value: object) -> None: ...
-
-    def append(self, item: object) -> None: ...
-
-    def extend(self, items: object) -> None: ...
-
-
-class _Rehearsal(pickle._Unpickler):
-    """Runs the opcodes of a pickle over inert objects and notes the globals.
-
-    The implementation in Python is used on purpose: the one in C allocates its memo by the largest index in the file.
-    """
-
-    dispatch = dict(pickle._Unpickler.dispatch)
-
-    def __init__(self, stream: io.BytesIO, named: set[str]) -> None:
-        super().__init__(stream)
-        self._named = named
-        self._symbols: dict[str, Any] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _compat_pickle.NAME_MAPPING:
-            module, name = _compat_pickle.NAME_MAPPING[module, name]
-        full = f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{name}"
-        self._named.add(full)
-        if len(self._named) > _MOST_GLOBALS:
-            raise pickle.UnpicklingError(f"it names more than {_MOST_GLOBALS} classes and functions")
-        if full not in self._symbols:
-            self._symbols[full] = type.__call__(_Symbol, "Symbol", (_Inert,), {"named": full})
-        return self._symbols[full]
-
-    def persistent_load(self, pid: object) -> object:
-        if isinstance(pid, tuple) and pid[:1] == ("module",):
-            raise pickle.UnpicklingError("a module pickled in the format before torch 1.6 carries its source; save it again")
-        return object.__new__(_Inert)
-
-
-def _weighed(load: Callable[[Any], None]) -> Callable[[Any], None]:
-    def weigh(unpickler: Any) -> None:
-        load(unpickler)
-        unpickler.stack[-1] = _Tuple(unpickler.stack[-1])
-
-    return weigh
-
-
-for _code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
-    _Rehearsal.dispatch[_code[0]] = _weighed(_Rehearsal.dispatch[_code[0]])
-
-
-def _rebuilds_plain_tensor(args: tuple[object, ...]) -> bool:
-    return (len(args) == 4 and getattr(args[0], "named", None) in _TENSOR_BUILDERS
-            and getattr(args[1], "named", None) in ("torch.Tensor", "torch.nn.parameter.Parameter"))
-
-
-def _rehearse(data: bytes) -> tuple[set[str], str | None]:
-    """(the globals that a `torch.save` file names, what stopped the rehearsal or None)."""
-    named: set[str] = set()
-    try:
-        stream = io.BytesIO(_pickle_record(data))
-        for _ in range(1 if data[:4] == _ZIP else _LEGACY_HEADERS + 2):
-            _Rehearsal(stream, named).load()
-    except Exception as error:
-        return named, first_line(error)
-    return named, None
-
-
 def _screen(data: bytes, where: str) -> dict[str, Any]:
     """What to admit beyond torch's defaults, by name; refuses what is not known to be harmless."""
-    named, problem = _rehearse(data)
+    named, problem = rehearse(data)
     admitted, refused = _admit(named)
     if refused:
         _refuse(where, refused)
@@ -335,16 +197,9 @@ def _admitted_value(name: str) -> Any:
         import argparse
 
         return ClassStandIn(argparse.Namespace)
-    if name in _activation_functions():
-        return _activation_functions()[name]
+    if name in activation_functions():
+        return activation_functions()[name]
     return _admitted_class(_resolve(name))
-
-
-@functools.cache
-def _activation_functions() -> dict[str, Callable[..., Any]]:
-    spaces = {"torch.nn.functional": nn.functional, "torch._C._nn": torch._C._nn}
-    return {f"{space}.{name}": getattr(module, name)
-            for space, module in spaces.items() for name in _ACTIVATIONS if hasattr(module, name)}
 
 
 def _resolve(name: str) -> object:
@@ -407,9 +262,49 @@ def _shown(names: list[str]) -> str:
     return ", ".join(names[:8])[:500] + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def _modules_in(loaded: Any) -> list[nn.Module]:
-    values = list(loaded.values()) if isinstance(loaded, dict) else [loaded]
-    return [value for value in values if isinstance(value, nn.Module)]
+def _settled(loaded: Any, where: str) -> Any:
+    """What was read, with its modules checked or made anew."""
+    if isinstance(loaded, nn.Module):
+        return _settled_module(loaded, where)
+    if isinstance(loaded, dict):
+        return {key: _settled_module(value, where) if isinstance(value, nn.Module) else value for key, value in loaded.items()}
+    return loaded
+
+
+def _settled_module(module: nn.Module, where: str) -> nn.Module:
+    """A model of transformers is built anew by its configuration and gets the file's tensors; of any other the state is checked.
+
+    Raises:
+        ModelFileError: its state is not what its class makes, or it cannot be built anew.
+    """
+    try:
+        check_module_names(module, where)
+        _check_module(module, where)
+        settled = _settle(module, where, "", {})
+        check_tensors([*settled.named_parameters(), *settled.named_buffers()], where)
+    except InputError:
+        raise
+    except Exception as error:
+        raise ModelFileError(f"{where} holds a module that is not whole: {first_line(error)}") from error
+    return settled
+
+
+def _settle(module: nn.Module, where: str, path: str, known: dict[int, nn.Module]) -> nn.Module:
+    if id(module) in known:
+        return known[id(module)]
+    place = f"{where}, {path or 'the model itself'}"
+    if is_transformers_model(module):
+        known[id(module)] = rebuild(module, place, lambda child, inner: _settle(child, where, f"{path}.{inner}".strip("."), known))
+        return known[id(module)]
+    if type(module).__module__.startswith("transformers."):
+        raise ModelFileError(f"{place} is a {type(module).__name__} outside of a model of transformers, so it cannot be built anew by a "
+                             "configuration. Save the model with torch.export.save, or pass --allow-pickle if you trust the file")
+    known[id(module)] = module
+    check_state(module, place, (ClassStandIn, InertPartial))
+    for name, child in module._modules.items():
+        if child is not None:
+            module._modules[name] = _settle(child, where, f"{path}.{name}".strip("."), known)
+    return module
 
 
 def _check_module(module: nn.Module, where: str) -> None:

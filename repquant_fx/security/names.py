@@ -24,8 +24,10 @@ def check_names(names: Iterable[str], where: str) -> None:
     """
     for name in names:
         if not isinstance(name, str) or len(name) > _LONGEST or not all(_is_part(part) for part in name.split(".")):
-            raise ModelFileError(f"{where} has a module, parameter or input called {_shown(name)}, which is not a name: "
-                                 "expected identifiers or digits joined by dots; rename it and save the model again")
+            raise ModelFileError(
+                f"{where} has a module, parameter or input called {_shown(name)}, which is not a name: "
+                "expected identifiers or digits joined by dots; rename it and save the model again"
+            )
 
 
 def check_module_names(module: nn.Module, where: str) -> None:
@@ -38,7 +40,9 @@ def check_module_names(module: nn.Module, where: str) -> None:
         for names in (child._modules, child._parameters, child._buffers):
             check_names(names, where)
             if dotted := next((name for name in names if "." in name), None):
-                raise ModelFileError(f"{where} has a module or parameter called {_shown(dotted)}; a single name holds no dot")
+                raise ModelFileError(
+                    f"{where} has a module or parameter called {_shown(dotted)}; a single name holds no dot"
+                )
 
 
 def _is_part(part: str) -> bool:

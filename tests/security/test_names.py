@@ -21,8 +21,29 @@ def test_names_pass(name: str) -> None:
     check_names([name], "m.pt")
 
 
-@pytest.mark.parametrize("name", [CODE, "", "a..b", "a.", "a b", "a-b", "__class__", "a.__dict__.b", "a\nb", "\x1b[2J", "\ud800", "x" * 2000, "1a", "²", "a(",
-                                  3, None], ids=ascii)
+@pytest.mark.parametrize(
+    "name",
+    [
+        CODE,
+        "",
+        "a..b",
+        "a.",
+        "a b",
+        "a-b",
+        "__class__",
+        "a.__dict__.b",
+        "a\nb",
+        "\x1b[2J",
+        "\ud800",
+        "x" * 2000,
+        "1a",
+        "²",
+        "a(",
+        3,
+        None,
+    ],
+    ids=ascii,
+)
 def test_what_is_no_name_is_refused_and_shown_escaped(name: str) -> None:
     with pytest.raises(ModelFileError, match="is not a name") as caught:
         check_names(["a", name], "m.pt")
