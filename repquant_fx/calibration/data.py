@@ -13,6 +13,7 @@ import random
 import re
 import sys
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ _MODULE_CALLABLE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 _LABEL_NAMES = frozenset({"label", "labels", "target", "targets", "y"})
 _IMAGE_NAMES = frozenset({"image", "images", "input", "inputs", "x"})
 _SYNTHETIC_LENGTH = 16
+_LARGEST = 1e18
 _SYNTHETIC_IDS = 16
 
 
@@ -405,6 +407,7 @@ def read_arrays(path: Path) -> Array | tuple[Array, ...] | dict[str, Array]:
         if (declared := limits.unpacks_to(path)) is not None:
             raise CalibrationError(f"calibration data {path} has {path.stat().st_size} bytes but would unpack to {declared}")
         if suffix == ".npz":
+            _check_archive(path)
             with np.load(path, allow_pickle=False) as file:
                 found = {name: file[name] for name in file.files}
             if not all(isinstance(array, np.ndarray) for array in found.values()):
@@ -423,6 +426,15 @@ def read_arrays(path: Path) -> Array | tuple[Array, ...] | dict[str, Array]:
         raise CalibrationError(f"calibration data {path} cannot be read as plain arrays "
                                f"(pickled objects are refused): {first_line(error)}") from error
     return tuple(loaded) if isinstance(loaded, list) else loaded
+
+
+def _check_archive(path: Path) -> None:
+    """The arrays of an archive are all read: together they must fit."""
+    with zipfile.ZipFile(path) as archive:
+        declared = sum(entry.file_size for entry in archive.infolist())
+    if declared > limits.memory() // 4:
+        raise CalibrationError(f"calibration data {path} would unpack to {limits.readable(declared)}, more than a quarter "
+                               f"of the {limits.readable(limits.memory())} of this machine; give .npy, which stay on disk")
 
 
 def check_array(array: Array, spec: InputSpec, where: str) -> None:
@@ -498,14 +510,19 @@ def check_finite(tensors: Iterable[Tensor], rows: Iterable[Sequence[int]], spec:
     if not spec.dtype.is_floating_point:
         return
     found: dict[int, int] = {}
+    largest = 0.0
     for tensor, numbers in zip(tensors, rows, strict=True):
         bad = (~torch.isfinite(tensor)).unsqueeze(-1).flatten(1).sum(1).tolist()
         found |= {number: count for number, count in zip(numbers, bad, strict=True) if count}
+        largest = max(largest, float(tensor.abs().max()) if tensor.numel() else 0.0)
     if found:
         samples = sorted(found)
         named = ", ".join(map(str, samples[:5])) + (", ..." if len(samples) > 5 else "")
         raise CalibrationError(f"{where}: input {spec.name} has {sum(found.values())} values that are NaN or infinite, "
                                f"in sample{'s' if len(samples) > 1 else ''} {named}")
+    if largest > _LARGEST and "mask" not in spec.name.lower():  # a mask may hold the least number that there is
+        raise CalibrationError(f"{where}: input {spec.name} has values up to {largest:.3g}, whose squares overflow float32; "
+                               "scale the data as the model was trained")
 
 
 def _dtype_of(array: Array, where: str) -> torch.dtype:

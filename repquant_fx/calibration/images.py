@@ -33,6 +33,7 @@ DEFAULT_SIDE = 224
 # PIL goes by the content: without this, a file called .png could be PostScript, which it hands to a program
 _FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "GIF", "TIFF", "PPM")
 _LONGEST = 100  # times as long as wide: resizing the short edge multiplies the long one
+_MOST_PIXELS = 128_000_000  # several are decoded at a time
 NAMED_FILES = 5
 _TIMM_KEYS = ("interpolation", "mean", "std", "crop_pct", "crop_mode")
 _DECODERS = max(2, min(8, os.cpu_count() or 2))
@@ -135,6 +136,8 @@ class ImageReader:
             return Unreadable(path, f"it is {kind}")
         try:
             with Image.open(path, formats=_FORMATS) as image:
+                if image.width * image.height > _MOST_PIXELS:
+                    return Unreadable(path, f"{image.width}x{image.height} pixels are more than {_MOST_PIXELS}")
                 if max(image.size) > _LONGEST * min(image.size):
                     return Unreadable(path, f"{image.width}x{image.height} pixels are too long and thin")
                 return self.transform(_to_channels(image, self.size[0]))

@@ -15,11 +15,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from repquant_fx import limits
 from repquant_fx.errors import CalibrationError, is_failure
 from repquant_fx.files import irregular
 from repquant_fx.frontends.pickled import first_line
 
 TEXT_SUFFIXES = (".txt", ".jsonl")
+_BYTES_OF_A_LETTER = 100  # that text takes while it is cut into tokens
 TEXT_SAMPLES = 128  # sequences, as in the paper
 Text: TypeAlias = str | tuple[str, str]
 
@@ -39,6 +41,21 @@ class Tokenization:
     causal: bool
 
 
+def check_text_size(path: Path, what: str) -> None:
+    """Refuse a text that does not fit into memory with its tokens, before it is read.
+
+    Raises:
+        CalibrationError: it is larger than a share of the memory.
+    """
+    try:
+        size = path.stat().st_size
+    except (OSError, ValueError):  # whoever opens it says why
+        return
+    if size > limits.memory() // _BYTES_OF_A_LETTER:
+        raise CalibrationError(f"{what} {path} has {limits.readable(size)}, and its tokens would take {_BYTES_OF_A_LETTER} times "
+                               f"as much: more than the {limits.readable(limits.memory())} of this machine; give a part of it")
+
+
 def read_text(path: Path) -> list[Text]:
     """The texts of a file: the lines of a `.txt`; of a `.jsonl` the field `text` (and `text_pair`), or a string or a pair a line.
 
@@ -49,6 +66,7 @@ def read_text(path: Path) -> list[Text]:
     """
     if kind := irregular(path):
         raise CalibrationError(f"calibration text {path} is {kind}, not a file")
+    check_text_size(path, "calibration text")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
+import os
 import re
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from repquant_fx.errors import InputError
 from repquant_fx.security.channel import LOAD_SECONDS
+from repquant_fx.security.escape import printable
 
 SOURCES = "a file (.pt2, .pt, .safetensors), a transformers directory, hf:OWNER/NAME, or timm:NAME[,key=value...][,pretrained]"
+
+MOST_SAMPLES, MOST_TOKENS, MOST_TRIES = 10_000_000, 10_000_000, 10_000  # more is a slip of the finger
+MOST_THREADS = max(64, 8 * (os.cpu_count() or 1))
 
 
 class Parser(argparse.ArgumentParser):
@@ -72,10 +79,12 @@ def add_calibration(command: argparse.ArgumentParser) -> None:
     command.add_argument("--task", help=TASKS)
     data = command.add_argument_group("calibration")
     data.add_argument("--calib", help="image folder, .npy/.npz/.pt/.safetensors tensors, .txt/.jsonl text, or module:callable")
-    data.add_argument("--calib-samples", type=int, help="default 1024, of text 128; fewer if there are fewer")
-    data.add_argument("--seq-len", type=int, help="tokens of a calibration sequence (default 128, fewer if the model takes fewer)")
+    data.add_argument("--calib-samples", type=count(MOST_SAMPLES),
+                      help="default 1024, of text 128; fewer if there are fewer")
+    data.add_argument("--seq-len", type=count(MOST_TOKENS),
+                      help="tokens of a calibration sequence (default 128, fewer if the model takes fewer)")
     data.add_argument("--tokenizer", metavar="DIR", help="directory of a transformers tokenizer, where the model brings none")
-    data.add_argument("--batch-size", type=int, default=32, help="default 32")
+    data.add_argument("--batch-size", type=count(MOST_SAMPLES), default=32, help="default 32")
 
 
 def calibration_from(options: argparse.Namespace) -> dict[str, Any]:
@@ -113,6 +122,31 @@ def seconds(text: str) -> float:
     if not 0 < value < 1e9:
         raise argparse.ArgumentTypeError(f"a time is a number of seconds above 0; found {text[:40]!r}")
     return value
+
+
+def count(most: int) -> Callable[[str], int]:
+    """A reader of whole numbers from 1 to `most`."""
+    def read(text: str) -> int:
+        digits = text.strip()
+        if not (digits.isascii() and digits.isdigit() and len(digits) < 20 and 1 <= int(digits) <= most):
+            raise argparse.ArgumentTypeError(f"expected a whole number, at least 1 and at most {most}; found "
+                                             f"{printable(text[:40])!r}")
+        return int(digits)
+    return read
+
+
+def number(least: float, most: float) -> Callable[[str], float]:
+    """A reader of numbers from `least` to `most`; NaN and infinity are none."""
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most or math.isinf(value):
+            raise argparse.ArgumentTypeError(f"expected a number from {least:g} to {most:g}; found "
+                                             f"{printable(text[:40])!r}")
+        return value
+    return read
 
 
 def read_shape(text: str | None) -> list[int] | None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from repquant_fx.cli.common import add_calibration, add_source, calibration_from, read_bits
+from repquant_fx.cli.common import MOST_TRIES, add_calibration, add_source, calibration_from, count, number, read_bits
 from repquant_fx.cli.method import add_method, recipe_from
 from repquant_fx.errors import InputError
 
@@ -22,20 +22,24 @@ def add(command: argparse.ArgumentParser) -> None:
     add_calibration(command)
     target = command.add_argument_group("target (one of the first three)")
     target.add_argument("--target-size", metavar="SIZE", help="of the weights at most: 400kB, 1.5MB, or 3.5b for bits a weight")
-    target.add_argument("--target-sqnr", metavar="DB", type=float, help="of the output on held-back samples at least; smallest size, measured")
-    target.add_argument("--max-drop", metavar="POINTS", type=float, help="accuracy or 100 x Spearman that may be lost against float on --data, or "
+    target.add_argument("--target-sqnr", metavar="DB", type=number(-1000, 1000),
+                        help="of the output on held-back samples at least; smallest size, measured")
+    target.add_argument("--max-drop", metavar="POINTS", type=number(0, 1e6),
+                        help="accuracy or 100 x Spearman that may be lost against float on --data, or "
                         "percent of perplexity gained; smallest size, measured")
     target.add_argument("--data", help="for --max-drop: what repquant-fx evaluate takes")
-    target.add_argument("--limit", type=int, help="of --data: evaluate a random subset of this size")
+    target.add_argument("--limit", type=count(10**12), help="of --data: evaluate a random subset of this size")
     target.add_argument("--count", choices=("stored", "information"), default="stored",
                         help="size as the file stores it (up to 4 bits take 4, more take 8), or as bits alone (default stored)")
     space = command.add_argument_group("choices")
     space.add_argument("--choices", metavar="B,B,...", default="2,3,4,6,8", help="bits of weights (default 2,3,4,6,8)")
-    space.add_argument("--mean-abits", type=float, help="let bits of activations vary too, with this mean (default: all as the recipe says)")
+    space.add_argument("--mean-abits", type=number(2, 8),
+                        help="let bits of activations vary too, with this mean (default: all as the recipe says)")
     space.add_argument("--activation-choices", metavar="B,B,...", default="2,3,4,6,8", help="for --mean-abits (default 2,3,4,6,8)")
     space.add_argument("--loss", choices=("error", "kl"), default="error", help="see repquant-fx sensitivity (default error)")
-    space.add_argument("--probes", type=int, default=4, help="likewise (default 4)")
-    space.add_argument("--trials", type=int, default=8, help="models compiled at most, for --target-sqnr and --max-drop (default 8)")
+    space.add_argument("--probes", type=count(MOST_TRIES), default=4, help="likewise (default 4)")
+    space.add_argument("--trials", type=count(MOST_TRIES), default=8,
+                        help="models compiled at most, for --target-sqnr and --max-drop (default 8)")
     add_method(command)
 
 

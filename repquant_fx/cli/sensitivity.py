@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from repquant_fx.cli.common import add_calibration, add_source, calibration_from, read_bits
+from repquant_fx.cli.common import MOST_TRIES, add_calibration, add_source, calibration_from, count, read_bits
 from repquant_fx.cli.method import add_method, recipe_from
 
 
@@ -18,8 +18,9 @@ def add(command: argparse.ArgumentParser) -> None:
     analysis.add_argument("--bits", metavar="B,B,...", help="measure these bits too, e.g. 2,3,4,6,8 (default: the recipe's alone)")
     analysis.add_argument("--loss", choices=("error", "kl"), default="error",
                           help="noise of the output over its power, or, of logits, divergence of the predictions (default error)")
-    analysis.add_argument("--probes", type=int, default=4, help="random directions; more make estimates less noisy (default 4)")
-    analysis.add_argument("--top", type=int, help="show only so many")
+    analysis.add_argument("--probes", type=count(MOST_TRIES), default=4,
+                        help="random directions; more make estimates less noisy (default 4)")
+    analysis.add_argument("--top", type=count(10**9), help="show only so many")
     add_method(command)
 
 

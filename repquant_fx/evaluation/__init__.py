@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,8 @@ def evaluate(
     """
     if any(count is not None and count < 1 for count in (batch_size, limit, threads)):
         raise InputError("batch size, limit and threads must be at least 1")
+    if threads is not None and threads > (most := max(64, 8 * (os.cpu_count() or 1))):
+        raise InputError(f"{threads} threads: this machine runs {most} at most")
     path = Path(data).expanduser()
     if not path.exists():
         raise InputError(f"evaluation data {path} does not exist: give class folders of images, a .npz or .safetensors with images and "

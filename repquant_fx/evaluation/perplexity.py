@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repquant_fx.calibration.text import read_text
+from repquant_fx.calibration.text import check_text_size, read_text
 from repquant_fx.errors import InputError
 from repquant_fx.evaluation.runners import Runner, first_rows
 from repquant_fx.evaluation.text import check_vocabulary, fixed_length, padded, sequence_length, text_inputs, tokenize, tokenizer_for
@@ -134,6 +134,7 @@ def _documents(path: Path, separator: str | None) -> list[str]:
             raise InputError(f"{path} holds pairs of texts; perplexity needs one text a line")
         whole = [str(text) for text in texts]
     else:
+        check_text_size(path, "text")
         try:
             whole = [path.read_text(encoding="utf-8-sig")]
         except (OSError, UnicodeDecodeError) as error:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from repquant_fx.calibration.text import check_text_size
 from repquant_fx.errors import InputError
 from repquant_fx.evaluation.classification import subset
 from repquant_fx.evaluation.runners import Runner, first_rows
@@ -88,7 +89,12 @@ def similarity(
     if len(set(gold)) < 2 or len(set(cosines)) < 2 or not all(map(math.isfinite, cosines)):
         raise InputError(f"the {'scores of ' + str(data) if len(set(gold)) < 2 else 'embeddings of ' + runner.source} are all equal or not "
                          "finite, so there is no correlation")
-    return Similarity(float(stats.spearmanr(cosines, gold).statistic), float(stats.pearsonr(cosines, gold).statistic), len(pairs))
+    largest = max(map(abs, gold))
+    linear = stats.pearsonr(cosines, [score / largest for score in gold])  # a scale changes nothing; squares overflow
+    found = Similarity(float(stats.spearmanr(cosines, gold).statistic), float(linear.statistic), len(pairs))
+    if not math.isfinite(found.pearson) or not math.isfinite(found.spearman):
+        raise InputError(f"the scores of {data} differ too little to correlate")
+    return found
 
 
 def embed(runner: Runner, rows: Sequence[Sequence[int]], batch_size: int, filler: int | None = None) -> Tensor:
@@ -143,6 +149,7 @@ def read_pairs(path: Path) -> list[Pair]:
     Raises:
         InputError: unreadable or malformed; with the number of the line.
     """
+    check_text_size(path, "sentence pairs")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             if path.suffix.lower() == ".jsonl":
@@ -150,7 +157,7 @@ def read_pairs(path: Path) -> list[Pair]:
             # quotes in a .tsv are part of the text
             rows = csv.reader(file, "excel") if path.suffix.lower() == ".csv" else csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
             table = [(rows.line_num, row) for row in rows if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"sentence pairs {path} cannot be read: {error}") from error
     if not table:
         raise InputError(f"there are no sentence pairs in {path}")
@@ -181,5 +188,5 @@ def _pair(row: Any, path: Path, number: int) -> Pair:
 def _is_number(value: Any) -> bool:
     try:
         return math.isfinite(float(value))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # the last: an integer of more digits than a float has
         return False

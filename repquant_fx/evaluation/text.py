@@ -80,7 +80,7 @@ def tokenizer_limit(tokenizer: Any) -> int | None:
     try:
         described = json.loads(Path(str(tokenizer.name_or_path), "config.json").read_text(encoding="utf-8"))
         limits.append(described.get("text_config", described).get("max_position_embeddings"))
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         pass  # a tokenizer alone
     return min((int(size) for size in limits if isinstance(size, int) and 0 < size < _UNLIMITED), default=None)
 

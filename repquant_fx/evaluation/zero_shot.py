@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from repquant_fx.calibration.images import image_size
+from repquant_fx.calibration.text import check_text_size
 from repquant_fx.errors import InputError
 from repquant_fx.evaluation.classification import Accuracy, accuracy_of, image_preprocessing, labelled_folder
 from repquant_fx.evaluation.runners import Runner, first_rows
@@ -97,6 +98,7 @@ def read_prompts(prompts: str, folders: Sequence[str]) -> dict[str, list[str]]:
     path = Path(prompts).expanduser()
     if kind := irregular(path):
         raise InputError(f"--prompts {prompts} is {kind}, not a file")
+    check_text_size(path, "prompts")
     try:
         stored = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:

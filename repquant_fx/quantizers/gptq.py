@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from repquant_fx.errors import PassError
+from repquant_fx.errors import CalibrationError, PassError
 
 
 @dataclass(frozen=True)
@@ -128,10 +128,12 @@ def inverse_factor(hessian: Tensor, damping: float, where: str = "") -> tuple[Te
         damping: fraction of the mean diagonal added to it. Raised tenfold, up to 10, until the factorisation succeeds.
 
     Raises:
-        PassError: the Hessian is not finite, or cannot be factorised at any damping.
+        CalibrationError: the Hessian is not finite.
+        PassError: it cannot be factorised at any damping.
     """
     if not bool(torch.isfinite(hessian).all()):
-        raise PassError(f"the Hessian of {where or 'a layer'} is not finite: its calibration inputs overflow; check the data")
+        raise CalibrationError(f"the Hessian of {where or 'a layer'} is not finite: its calibration inputs overflow; "
+                               "check the data")
     hessian = hessian.clone()
     dead = hessian.diagonal() <= 0
     hessian.diagonal()[dead] = 1.0

@@ -221,7 +221,7 @@ def test_a_failed_run_leaves_the_old_file(place: Path, tmp_path: Path, cli, monk
     (["--wbits", "9"], ["wbits", "2 to 8", "9"]), (["--wbits", "1"], ["wbits", "1"]), (["--abits", "0"], ["abits"]), (["--abits", "-4"], ["abits"]),
     (["--input-bits", "16"], ["input_bits", "16"]), (["--wbits", "4.5"], ["--wbits", "4.5"]), (["--percentile", "101"], ["percentile"]),
     (["--percentile", "nan"], ["percentile"]), (["--gptq-damping", "-1"], ["gptq_damping"]), (["--gptq-block", "0"], ["gptq_block"]),
-    (["--softmax", "log3"], ["log3"]), (["--preset", "other"], ["other"]), (["--batch-size", "0"], ["batch size"]),
+    (["--softmax", "log3"], ["log3"]), (["--preset", "other"], ["other"]), (["--batch-size", "0"], ["--batch-size", "at least 1"]),
     (["--calib-samples", "-1"], ["samples"]), (["--input-shape", "3,0,16"], ["--input-shape"]), (["--input-shape", ""], ["--input-shape"]),
 ], ids=lambda v: " ".join(v) if v and v[0].startswith("--") else "")
 def test_options_out_of_range(switches: list[str], words: list[str], place: Path, refused) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from repquant_fx.errors import PassError
+from repquant_fx.errors import CalibrationError, PassError
 from repquant_fx.quantizers.gptq import WeightGrid, gptq, inverse_factor, output_error, round_to_nearest, weight_grid
 
 BITS = range(2, 9)
@@ -210,5 +210,5 @@ def test_damping_is_raised_until_the_factorisation_succeeds() -> None:
 def test_a_hessian_that_is_not_finite_is_a_clear_error(value: float) -> None:
     w, h = weights(4, 8), hessian_of(inputs("random", 8))
     h[2, 5] = value
-    with pytest.raises(PassError, match=r"Hessian of blocks\.0\.fc1 is not finite"):
+    with pytest.raises(CalibrationError, match=r"Hessian of blocks\.0\.fc1 is not finite"):
         gptq(w, h, weight_grid(w, 4, symmetric=True), where="blocks.0.fc1")
