@@ -6,7 +6,6 @@ dequantizes both operands and multiplies in float, which is slower than the floa
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import onnx
 import onnxruntime
 
 from repquant_fx.errors import ModelFileError
+from repquant_fx.files import scratch
 from repquant_fx.runtime import session_options
 
 PRODUCTS = ("MatMul", "Gemm", "Conv")
@@ -90,8 +90,8 @@ def summary(products: Iterable[Product]) -> str:
 
 
 def _optimized(data: bytes) -> onnx.ModelProto:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "optimized.onnx"
+    with scratch() as folder:
+        path = folder / "optimized.onnx"
         options = session_options()
         options.optimized_model_filepath = str(path)
         try:

@@ -1,8 +1,10 @@
 """Resuming: what was decided about each group is kept in a folder, so that a killed compile goes on where it stopped.
 
 A folder holds one sub-folder a compile, named by a fingerprint of everything its result depends on; in it a safetensors file a
-group, written atomically, and `about.json` for people. Nothing is unpickled. Calibrating is what takes time: a resumed compile
-replays the decisions through the same passes and runs the finished part once over the data to reach the next group.
+group, written atomically, and `about.json` for people. Nothing is unpickled. Each file carries a digest of its tensors, its name and
+the fingerprint: one that was damaged, changed or taken from another place is made anew, with a warning. Calibrating is what takes
+time: a resumed compile replays the decisions through the same passes and runs the finished part once over the data to reach the
+next group.
 """
 
 from __future__ import annotations
@@ -24,10 +26,12 @@ from torch.fx import GraphModule
 
 from repquant_fx.distributed import Tensors, World
 from repquant_fx.errors import OutputError, RepQuantWarning
-from repquant_fx.files import write_atomically
+from repquant_fx.files import write_part
 from repquant_fx.passes.base import attribute
 from repquant_fx.recipe import Recipe
 from repquant_fx.version import VERSION
+
+_DIGEST = "sha256"  # in the metadata of a file
 
 
 class Ledger:
@@ -43,18 +47,34 @@ class Ledger:
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Record under a name; complete or not at all."""
         if self.folder is not None and self.world.rank == 0:
-            write_atomically(self.folder / f"{name}.safetensors", save({k: t.detach().cpu().contiguous() for k, t in tensors.items()}))
+            plain = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
+            write_part(self.folder / f"{name}.safetensors", save(plain, {_DIGEST: self._digest(name, plain)}))
 
     def _read(self, name: str) -> Tensors | None:
         assert self.folder is not None
         path = self.folder / f"{name}.safetensors"
         try:
-            return load(path.read_bytes())
+            data = path.read_bytes()
+            tensors = load(data)
+            header = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
+            if header.get("__metadata__", {}).get(_DIGEST) == self._digest(name, tensors):
+                return tensors
+            problem = "it is not what was written there"
         except FileNotFoundError:
             return None
         except (OSError, SafetensorError) as error:
-            warnings.warn(f"{path} cannot be used and is made anew: {error}", RepQuantWarning, stacklevel=2)
-            return None
+            problem = str(error)
+        warnings.warn(f"{path} cannot be used and is made anew: {problem}", RepQuantWarning, stacklevel=2)
+        return None
+
+    def _digest(self, name: str, tensors: Tensors) -> str:
+        """SHA-256 (hex) of what is recorded under a name of this compile."""
+        assert self.folder is not None
+        digest = hashlib.sha256(f"{self.folder.name}/{name}".encode())
+        for key in sorted(tensors):
+            digest.update(f"\n{key}".encode())
+            _update(digest, tensors[key])
+        return digest.hexdigest()
 
 
 @contextmanager
@@ -76,11 +96,12 @@ def open_ledger(work_dir: str | Path | None, digest: str, about: Mapping[str, An
         raise OutputError(f"another process compiles the same model with the same recipe in {folder}; "
                           "wait for it or give another --work-dir") from error
     except OSError as error:
-        raise OutputError(f"cannot work in {folder}: {error.strerror or error}") from error
+        raise OutputError(f"cannot work in {str(folder)[:200]}: {error.strerror or error}") from error
     try:
         for leftover in folder.glob(".*"):  # of a file that was being written when a process was killed
-            leftover.unlink()
-        write_atomically(folder / "about.json", (json.dumps({**about, "fingerprint": digest}, indent=2) + "\n").encode())
+            if leftover.is_file():  # a folder is not ours
+                leftover.unlink(missing_ok=True)
+        write_part(folder / "about.json", (json.dumps({**about, "fingerprint": digest}, indent=2) + "\n").encode())
         yield Ledger(folder, world)
     finally:
         lock.release()

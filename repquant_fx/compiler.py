@@ -106,8 +106,7 @@ class CompiledModel:
             inside = [p for p in extras if p.parent.resolve() == Path(path).resolve()]  # these become files of the directory
             files = {**self.companions, **{p.name: extras[p] for p in inside}, MODEL: self.to_bytes()}
             path = check_directory(path, files, force)
-            write_together({check_writable(p, force): data for p, data in extras.items() if p not in inside})
-            write_directory(path, files)
+            write_directory(path, files, {check_writable(p, force): data for p, data in extras.items() if p not in inside})
             return path / MODEL
         path = check_writable(path, force)
         write_together({path: self.to_bytes(), **{check_writable(p, force): data for p, data in extras.items()}})

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from repquant_fx.errors import OutputError
 from repquant_fx.security import channel
 
 MODEL = "model.onnx"  # within a directory; the name that optimum looks for
+_PROBE = 1 << 20  # bytes; a disk that has no room for so many is full
 _LONGEST_PREFIX = 200  # bytes, of the name of a temporary file
 
 
@@ -58,7 +60,7 @@ def check_folder(path: str | Path) -> Path:
     Raises:
         OutputError: the path is a file, or the folder (its first existing parent, where it is yet to be made) cannot be written.
     """
-    path = Path(path)
+    path = _possible(path)
     existing = next((p for p in [path, *path.absolute().parents] if p.exists()), path)
     if not existing.is_dir():
         raise OutputError(f"cannot use {path}: {existing} is not a folder")
@@ -72,7 +74,7 @@ def _possible(path: str | Path) -> Path:
     path = Path(path)
     try:
         path.stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, ValueError) as error:
         raise OutputError(f"cannot write {str(path)[:200]!r}: {getattr(error, 'strerror', None) or error}") from error
@@ -119,9 +121,7 @@ def _replace(files: Mapping[Path, bytes], committing: Callable[[Sequence[Path]],
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        for temporary, _ in written:
-            with suppress(OSError):
-                temporary.unlink()
+        _discard(temporary for temporary, _ in written)
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -136,6 +136,35 @@ def _beside(path: Path) -> Path:
     temporary = path.parent / f".{os.fsdecode(os.fsencode(path.name)[:_LONGEST_PREFIX])}.{secrets.token_hex(4)}"
     channel.tell("temporary", path=str(temporary.absolute()))
     return temporary
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A temporary folder for the block.
+
+    Raises:
+        OutputError: it cannot be made; or the block failed, whatever it says of it, and the disk of temporary files is full.
+    """
+    try:
+        folder = tempfile.mkdtemp()
+    except OSError as error:
+        raise OutputError(f"cannot make a temporary folder: {error.strerror or error}; set TMPDIR to a folder that can be written") from error
+    try:
+        yield Path(folder)
+    except Exception as error:
+        if _is_full(Path(folder)):
+            raise OutputError(f"the disk of temporary files is full ({tempfile.gettempdir()}); free space there or set TMPDIR") from error
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_full(folder: Path) -> bool:
+    try:
+        _write(folder / "probe", bytes(_PROBE))
+    except OSError as error:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return False
 
 
 def is_directory(path: str | Path) -> bool:
@@ -159,28 +188,42 @@ def check_directory(path: str | Path, names: Iterable[str], force: bool) -> Path
     return path
 
 
-def write_directory(path: str | Path, files: Mapping[str, bytes]) -> None:
-    """Write files into a directory: all of them or none. A directory that exists keeps its other files.
+def write_directory(path: str | Path, files: Mapping[str, bytes], beside: Mapping[Path, bytes] | None = None) -> None:
+    """Write files into a directory, and others beside it: all of them or none. A directory that exists keeps its other files.
 
-    Everything is written beside first, so a full disk changes nothing. A new directory then appears as a whole; in an old one the files
-    are replaced one after the other, the last of `files` last.
+    Everything is written under other names first, so a full disk changes nothing. A new directory then appears as a whole; in an old
+    one the files are replaced one after the other, the last of `files` last.
 
     Raises:
-        OutputError: the disk is full, or the path cannot be written.
+        OutputError: the disk is full, or a path cannot be written.
     """
-    path = Path(path)
+    path, others = Path(path), beside or {}
     staging = _beside(path)
+    written = [(_beside(other), other) for other in others]
+    problem = path
     try:
         staging.mkdir()
         for name, data in files.items():
             _write(staging / name, data)
-        with channel.committing([path / name for name in files]):
+        for temporary, problem in written:
+            _write(temporary, others[problem])
+        with channel.committing([*(path / name for name in files), *others]):
+            for temporary, problem in written:
+                os.replace(temporary, problem)
+            problem = path
             if not path.exists():
                 os.rename(staging, path)
                 return
             for name in files:
                 os.replace(staging / name, path / name)
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+        raise OutputError(f"cannot write {problem}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        _discard(temporary for temporary, _ in written)
+
+
+def _discard(temporaries: Iterable[Path]) -> None:
+    for temporary in temporaries:
+        with suppress(OSError):
+            temporary.unlink()

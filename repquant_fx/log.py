@@ -121,6 +121,12 @@ def info(message: str) -> None:
         _tell(message)
 
 
+def detail(message: str) -> None:
+    """Something for --verbose."""
+    if _Log.form == VERBOSE:
+        _tell(message)
+
+
 def warning(message: str) -> None:
     """Something the user should know, --quiet or not."""
     if _Log.form == JSON:

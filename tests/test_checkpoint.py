@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import Encoder, canonical, match, output, redraw, sequences
+from safetensors import safe_open
 from safetensors.torch import load, save_file
 from torch import Tensor
 from torch.fx import GraphModule
@@ -97,7 +98,7 @@ def test_every_kind_of_decision_is_kept(changes: dict[str, Any], encoder_graph, 
     assert torch.equal(pipeline(encoder_graph(), None, recipe), first)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "text", "other", "shape"])
+@pytest.mark.parametrize("damage", ["truncated", "text", "other", "shape", "zeros", "zeros with its digest", "another's"])
 def test_damaged_files_are_made_anew(damage: str, encoder_graph, tmp_path: Path, calibrated: list[str]) -> None:
     first = pipeline(encoder_graph(), tmp_path)
     path = kept(tmp_path)[1]
@@ -108,6 +109,12 @@ def test_damaged_files_are_made_anew(damage: str, encoder_graph, tmp_path: Path,
         path.write_text("not tensors")
     elif damage == "shape":
         save_file({k: t[:-1].clone() if "codes" in k else t for k, t in good.items()}, path)
+    elif damage.startswith("zeros"):  # codes of another model, in a sound file
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() if "digest" in damage else None
+        save_file({k: torch.zeros_like(t) for k, t in good.items()}, path, metadata)
+    elif damage == "another's":
+        path.write_bytes(kept(tmp_path)[2].read_bytes())
     else:
         save_file({"something": torch.zeros(3)}, path)
     calibrated.clear()
@@ -162,6 +169,17 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
             assert len(list(tmp_path.iterdir())) == 2
     with open_ledger(tmp_path, "a" * 64, {}, World()) as ledger:
         assert ledger.folder is not None and not list(ledger.folder.glob(".*"))
+
+
+def test_a_folder_with_things_of_others(tmp_path: Path) -> None:
+    """A hidden folder stays; a name that no folder can have is bad input."""
+    with open_ledger(tmp_path, "a" * 64, {}, World()) as ledger:
+        assert ledger.folder is not None
+        (ledger.folder / ".git").mkdir()
+    with open_ledger(tmp_path, "a" * 64, {}, World()) as ledger:
+        assert (ledger.folder / ".git").is_dir()
+    for name in ("n" * 256, "n" * 5000, "/".join(["n" * 200] * 30), "a\0b"):
+        assert main(["compile", "model.pt2", "--out", str(tmp_path / "m.onnx"), "--work-dir", str(tmp_path / name)]) == 2
 
 
 def test_a_folder_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -124,3 +124,23 @@ def test_a_folder_that_refuses_files(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(OutputError, match="no permission"):
         check_writable(tmp_path / "m.onnx", True)
+
+
+def test_a_full_disk_of_temporary_files_is_said_to_be_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library that could not write its file complains of what it reads afterwards. A limit on sizes stands for a full disk."""
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OutputError, match="the disk of temporary files is full") as caught, files.scratch():
+            raise ValueError("Error parsing message with type 'onnx.ModelProto'")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert str(tmp_path) in str(caught.value)
+    with pytest.raises(ValueError, match="another"), files.scratch() as folder:
+        raise ValueError("another")
+    assert not folder.exists() and not list(tmp_path.iterdir())
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    with pytest.raises(OutputError, match=r"cannot make a temporary folder.*TMPDIR"), files.scratch():
+        pass

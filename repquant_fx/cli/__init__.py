@@ -19,7 +19,7 @@ from repquant_fx import log
 from repquant_fx.cli import compile, completion, evaluate, inspect, recipe, search, sensitivity, signals
 from repquant_fx.cli.common import Parser
 from repquant_fx.errors import RepQuantError, RepQuantWarning, is_failure, is_out_of_memory
-from repquant_fx.security import channel
+from repquant_fx.security import channel, confinement
 from repquant_fx.security.supervisor import supervise
 from repquant_fx.version import VERSION
 
@@ -28,6 +28,8 @@ COMMANDS = {"compile": compile, "evaluate": evaluate, "inspect": inspect, "recip
 EXIT_CODES = "exit codes: 0 done; 1 internal error, a bug; 2 bad input: one message, nothing written; 3 the exported file disagrees with " \
     "the reference, nothing written; 130 interrupted (SIGINT), 143 terminated (SIGTERM), 129 hung up (SIGHUP); 141 nobody reads stdout any " \
     "more. What ends after the outputs were written (a signal, a stdout that is full) says so"
+
+REPORT = "This is a bug; please report it with the output of the same command and --debug."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,6 +62,8 @@ def _run(arguments: list[str]) -> int:
         try:
             options = parser().parse_args(arguments)
             channel.load_seconds = getattr(options, "load_timeout", channel.LOAD_SECONDS)
+            if confined := confinement.confine(options):
+                log.detail(f"confined: {', '.join(confined)}")
             options.command_line = shlex.join(["repquant-fx", *arguments])
             with warnings.catch_warnings():
                 if not debug:
@@ -71,37 +75,35 @@ def _run(arguments: list[str]) -> int:
             channel.ask("ending", code=code)
             return code
         except BaseException as error:
-            message, code = _explained(error)
+            message, advice, code = _explained(error)
             channel.ask("ending", code=code)
             if debug and not isinstance(error, (KeyboardInterrupt, signals.Terminated, BrokenPipeError)):
                 traceback.print_exc()
             if message:
-                text, _, advice = message.partition("\n")
-                log.error(text, type(error).__name__, code, advice)
+                log.error(message, type(error).__name__, code, advice)
             return code
 
 
-def _explained(error: BaseException) -> tuple[str, int]:
-    """What to say of an error, nothing where the reader of stdout is gone, and the exit code.
+def _explained(error: BaseException) -> tuple[str, str, int]:
+    """What to say of an error, nothing where the reader of stdout is gone; what to do about it, where that takes a line; the exit code.
 
     Raises:
         BaseException: it is no failure, such as the end that --help asks for.
     """
     if isinstance(error, RepQuantError):
-        return f"error: {error}", error.exit_code
+        return f"error: {error}", "", error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        return f"interrupted; {channel.outcome()}", 130
+        return f"interrupted; {channel.outcome()}", "", 130
     if isinstance(error, signals.Terminated):
-        return f"terminated by {error.name}; {channel.outcome()}", error.exit_code
+        return f"terminated by {error.name}; {channel.outcome()}", "", error.exit_code
     if isinstance(error, BrokenPipeError):  # who reads has enough
-        return "", 141
+        return "", "", 141
     if not is_failure(error):
         raise error
     if is_out_of_memory(error):
         return (f"error: not enough memory ({str(error).splitlines()[0][-200:] if str(error) else 'MemoryError'}); take smaller batches "
-                "(--batch-size), fewer samples (--calib-samples) or smaller inputs"), 2
-    return (f"internal error: {type(error).__name__}: {error}\n"
-            "This is a bug; please report it with the output of the same command and --debug."), 1
+                "(--batch-size), fewer samples (--calib-samples) or smaller inputs"), "", 2
+    return f"internal error: {type(error).__name__}: {error}", REPORT, 1
 
 
 def parser() -> argparse.ArgumentParser:

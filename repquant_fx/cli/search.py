@@ -79,9 +79,8 @@ def run(options: argparse.Namespace) -> int:
 
 def _measured(options: argparse.Namespace) -> tuple[Callable[[Any], float], float]:
     """A measure of compiled models on the data, larger is better, and what it must reach."""
-    import tempfile
-
     from repquant_fx.evaluation import METRICS, Accuracy, Perplexity, deduce_metric, evaluate
+    from repquant_fx.files import scratch
 
     more: dict[str, Any] = {"limit": options.limit, "seed": options.seed}
     metric = deduce_metric(Path(options.data))
@@ -95,8 +94,8 @@ def _measured(options: argparse.Namespace) -> tuple[Callable[[Any], float], floa
         return result.top1 if isinstance(result, Accuracy) else 100 * result.spearman
 
     def quality(compiled: Any) -> float:
-        with tempfile.TemporaryDirectory() as folder:
-            return score(str(compiled.save(Path(folder) / "trial.onnx")))
+        with scratch() as folder:
+            return score(str(compiled.save(folder / "trial.onnx")))
 
     best = score(options.model, arch=options.arch, allow_pickle=options.allow_pickle)
     return quality, best * (1 + options.max_drop / 100) if metric == "perplexity" else best - options.max_drop

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from repquant_fx.files import scratch
 from repquant_fx.frontends.directory import DESCRIPTIONS, ModelDirectory
 from repquant_fx.frontends.huggingface import find_directory
 from repquant_fx.frontends.loading import LoadedModel
@@ -60,6 +60,6 @@ def _configuration(loaded: LoadedModel) -> dict[str, bytes]:
 
 
 def _saved(tokenizer: Any) -> dict[str, bytes]:
-    with tempfile.TemporaryDirectory() as folder, quiet_offline():
+    with scratch() as folder, quiet_offline():
         tokenizer.save_pretrained(folder)
-        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
+        return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from repquant_fx.errors import OutputError
+from repquant_fx.security import channel
 
 _TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
           "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
@@ -99,7 +101,8 @@ def to_float32(tensors: dict[str, Tensor], scratch: Path) -> dict[str, Tensor]:
         return tensors
     try:
         scratch.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=scratch, delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=scratch, prefix=".weights.", delete=False) as file:
+            channel.tell("temporary", path=os.path.abspath(file.name))
             try:
                 for tensor in others.values():
                     file.write(tensor.float().numpy().tobytes())

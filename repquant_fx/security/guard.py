@@ -32,7 +32,7 @@ from types import FrameType
 from typing import Any
 
 from repquant_fx.errors import ModelFileError
-from repquant_fx.security import channel
+from repquant_fx.security import channel, confinement
 
 _ACTIONS = {  # events, or their first part where it ends in a dot, to what was tried
     "start a process": ("os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.startfile", "os.startfile/2",
@@ -102,6 +102,7 @@ def guarded(what: str, writable: Iterable[Path] = ()) -> Iterator[None]:
         sys.addaudithook(_hook)
         _installed = True
     guard, bytecode = _Guard(what, writable), sys.dont_write_bytecode
+    confinement.bound_memory()
     sys.dont_write_bytecode = True  # a module that a library imports late would be compiled into its own folder
     _active.append(guard)
     channel.tell("guarded", what=what, seconds=channel.load_seconds)

@@ -244,8 +244,8 @@ class _Watch:
                              "MemoryError", 2)
         if self.untrusted is not None:
             return self._say(f"error: {self.untrusted}: the process crashed ({name}) in the stage {self.stage}; {state}", "ModelFileError", 2)
-        return self._say(f"internal error: the process crashed ({name}) in the stage {self.stage}; {state}. "
-                         "Please report it with the output of the same command and --debug.", "Crash", 1)
+        return self._say(f"internal error: the process crashed ({name}) in the stage {self.stage}; {state}; "
+                         "please report it with the output of the same command and --debug", "Crash", 1)
 
     def _say(self, message: str, kind: str, code: int) -> int:
         if sys.stderr is not None and sys.stderr.isatty():

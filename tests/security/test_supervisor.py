@@ -22,6 +22,7 @@ PRELUDE = """
     import os, signal, sys, time, types
     from pathlib import Path
     from repquant_fx import cli, files, log
+    from repquant_fx.cli import common
     from repquant_fx.security import channel, guard
 
     def run(options):
@@ -29,8 +30,12 @@ PRELUDE = """
         return work() or 0
 
     command = types.ModuleType("command", "`repquant-fx do`: do something.")
-    command.add = lambda parser: (cli.common.add_source(parser), parser.set_defaults(run=run))
-    cli.common = cli.common if hasattr(cli, "common") else __import__("repquant_fx.cli.common", fromlist=["x"])
+    def add(parser):
+        common.add_source(parser)
+        common.add_calibration(parser)
+        parser.add_argument("--report", type=Path)
+        parser.set_defaults(run=run)
+    command.add = add
     cli.COMMANDS = {"do": command}
     sys.argv = ["repquant-fx", "do", "m.pt", "--log-json", *sys.argv[1:]]
 """

@@ -1,0 +1,90 @@
+"""What the kernel refuses to a command's process, whatever Python or C tries."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_supervisor import command, end
+
+from repquant_fx.security import channel, confinement
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
+
+TRY = """
+    import ctypes, socket, subprocess
+    libc = ctypes.CDLL(None, use_errno=True)
+    def fails(attempt):
+        try:
+            return attempt() and 0
+        except OSError as error:
+            return type(error).__name__
+    out = dict(
+        inside=fails(lambda: Path("out/a").write_text("x")),
+        outside=fails(lambda: Path("outside").write_text("x")),
+        change=fails(lambda: Path("m.pt").write_text("x")),
+        remove=fails(lambda: Path("m.pt").unlink()),
+        temporary=fails(lambda: __import__("tempfile").TemporaryFile().close()),
+        null=fails(lambda: open(os.devnull, "w").close()),
+        read=fails(lambda: Path("m.pt").read_text()),
+        process=fails(lambda: subprocess.run(["touch", "out/ran"])),
+        in_c=libc.system(b"touch out/ran2") == 0,
+        socket=fails(lambda: socket.socket().close()),
+        kill=fails(lambda: os.kill(os.getppid(), 0)),
+        own=fails(lambda: os.kill(os.getpid(), 0)),
+    )
+    print(out)
+    """
+
+
+def tried(folder: Path, *argv: str, report: str = "out/report") -> dict[str, Any]:
+    (folder / "out").mkdir(exist_ok=True)
+    (folder / "m.pt").write_text("model")
+    with command(folder, TRY, "--report", report, *argv) as process:
+        code, out, said = end(process)
+    assert code == 0, said
+    return dict(eval(out))  # what this test printed itself
+
+
+def test_landlock(tmp_path: Path) -> None:
+    pytest.importorskip("landlock")
+    found = tried(tmp_path)
+    if not found["outside"]:
+        pytest.skip("this kernel has no Landlock")
+    assert {name: found[name] for name in ("outside", "change", "remove", "process")} == dict.fromkeys(
+        ("outside", "change", "remove", "process"), "PermissionError")
+    assert not any(found[name] for name in ("inside", "temporary", "null", "read", "own", "in_c"))
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a"]
+
+
+def test_seccomp(tmp_path: Path) -> None:
+    pytest.importorskip("pyseccomp")
+    found = tried(tmp_path)
+    assert all(found[name] == "PermissionError" for name in ("socket", "kill", "process")) and not found["own"]
+
+
+@pytest.mark.parametrize("argv", [["--allow-pickle"], ["--calib", "mine:batches"], ["--arch", "timm:vit,pretrained"], ["--task", "hf:a/b"]])
+def test_what_is_not_confined(argv: list[str], tmp_path: Path) -> None:
+    """The user's own code, and the hub."""
+    found = tried(tmp_path, *argv)
+    assert not any(found[name] for name in ("outside", "process", "socket", "kill"))
+
+
+def options(**given: Any) -> argparse.Namespace:
+    return argparse.Namespace(**{"model": "m.pt", "allow_pickle": False, **given})
+
+
+def test_folders_that_may_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reports").mkdir()
+    found = confinement._writable(options(out=Path("m.onnx"), report=Path("reports/r.json"), html=None, work_dir=tmp_path / "a" / "b" / "c"))
+    assert set(found[1:]) == {tmp_path, tmp_path / "reports"}
+    assert len(confinement._writable(options(out=Path("a\0b")))) >= 1
+
+
+def test_not_as_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody who imports this package is confined by it."""
+    assert not channel.supervised() and confinement.confine(options()) == []
