@@ -29,6 +29,8 @@ EXIT_CODES = "exit codes: 0 done; 1 internal error, a bug; 2 bad input: one mess
     "the reference, nothing written; 130 interrupted (SIGINT), 143 terminated (SIGTERM), 129 hung up (SIGHUP); 141 nobody reads stdout any " \
     "more. What ends after the outputs were written (a signal, a stdout that is full) says so"
 
+BUG = "This is a bug; please report it with the output of the same command and --debug."
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code.
@@ -76,8 +78,7 @@ def _run(arguments: list[str]) -> int:
             if debug and not isinstance(error, (KeyboardInterrupt, signals.Terminated, BrokenPipeError)):
                 traceback.print_exc()
             if message:
-                text, _, advice = message.partition("\n")
-                log.error(text, type(error).__name__, code, advice)
+                log.error(message, type(error).__name__, code, BUG if code == 1 and not isinstance(error, RepQuantError) else "")
             return code
 
 
@@ -100,8 +101,7 @@ def _explained(error: BaseException) -> tuple[str, int]:
     if is_out_of_memory(error):
         return (f"error: not enough memory ({str(error).splitlines()[0][-200:] if str(error) else 'MemoryError'}); take smaller batches "
                 "(--batch-size), fewer samples (--calib-samples) or smaller inputs"), 2
-    return (f"internal error: {type(error).__name__}: {error}\n"
-            "This is a bug; please report it with the output of the same command and --debug."), 1
+    return f"internal error: {type(error).__name__}: {error}", 1
 
 
 def parser() -> argparse.ArgumentParser:
