@@ -1,20 +1,108 @@
-"""What the file says about itself: keys of an exported model's metadata."""
+"""What the file says about itself: keys of an exported model's metadata, written and read back.
+
+| key | holds |
+|---|---|
+| `repquant_fx.version`, `.method`, `.bits` | text |
+| `repquant_fx.recipe` | JSON: the effective settings |
+| `repquant_fx.preprocessing` | JSON, where known: how images are prepared |
+| `repquant_fx.layers` | JSON: `Layers` |
+
+A file is not trusted: what is read is checked against these types, and a misfit names its field.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from repquant_fx.recipe import Recipe
+import onnx
+
+from repquant_fx.errors import ModelFileError
+from repquant_fx.security.schema import Misfit, Within, parse, read
 from repquant_fx.version import VERSION
 
+if TYPE_CHECKING:
+    from repquant_fx.recipe import Recipe
+
 PREFIX = "repquant_fx."
+RECORD = "layers"
+Bits = Annotated[int, Within(2, 8)]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class StoredSite:
+    """A quantized activation: its name, bits and grid, and the name of the tensor that is its scale."""
+
+    name: str
+    bits: Bits
+    grid: str
+    scale: str
+    zero_code: Annotated[int, Within(0, 255)] | None = None
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """A quantized weight: its bits, and the name of the tensor that holds its codes."""
+
+    bits: Bits
+    codes: str
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """A quantized operator, what it reads, and what was done to the graph around it."""
+
+    path: str
+    operator: str
+    kind: str
+    sites: tuple[StoredSite, ...]
+    rewritten: tuple[str, ...]
+    weight: StoredWeight | None = None
+
+
+@dataclass(frozen=True)
+class StoredReason:
+    """A norm, Softmax or product that is not quantized or rewritten, and why."""
+
+    path: str
+    operator: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What is read of a timm data config. A cropped share of the image near zero would enlarge it without bounds."""
+
+    input_size: tuple[Annotated[int, Within(1, 1 << 14)], ...] | None = None
+    interpolation: str | None = None
+    mean: tuple[float, ...] | float | None = None
+    std: tuple[float, ...] | float | None = None
+    crop_pct: Annotated[float, Within(0.05, 16)] | None = None
+    crop_mode: str | None = None
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The record of a file's layers, in graph order, and what was left alone."""
+
+    layers: tuple[StoredLayer, ...]
+    left_alone: tuple[StoredReason, ...]
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
 
 
 def describe(recipe: Recipe, preprocessing: Mapping[str, Any] | None, layers: str | None = None) -> dict[str, str]:
-    """`repquant_fx.version`, `.method`, `.bits`, `.recipe` (JSON), and where known `.preprocessing` (JSON) and `.layers` (`inspection.record`)."""
-    parts = [recipe.norm + " norms", recipe.softmax + " softmax", f"{recipe.clipping} clipping" if recipe.clipping != "none" else "no clipping",
+    """The entries of a file, by key with the prefix.
+
+    Args:
+        layers: what `record` gives.
+    """
+    parts = [recipe.norm + " norms", recipe.softmax + " softmax",
+             f"{recipe.clipping} clipping" if recipe.clipping != "none" else "no clipping",
              "GPTQ" if recipe.gptq else "round to nearest"]
     entries = {
         "version": VERSION,
@@ -25,5 +113,118 @@ def describe(recipe: Recipe, preprocessing: Mapping[str, Any] | None, layers: st
     if preprocessing is not None:
         entries["preprocessing"] = json.dumps(dict(preprocessing), sort_keys=True)
     if layers is not None:
-        entries["layers"] = layers
+        entries[RECORD] = layers
     return {PREFIX + key: value for key, value in entries.items()}
+
+
+def record(layers: Sequence[Mapping[str, Any]], left_alone: Sequence[Any], tensors: Mapping[str, str]) -> str:
+    """The JSON text that a file keeps of its layers; `stored_layers` reads it.
+
+    Args:
+        layers: of `report.describe_layers`.
+        left_alone: `match_sites.LeftAlone` items.
+        tensors: names of constants in the file: the scale of a site by its name, the codes of a weight by its node's.
+    """
+    entries = []
+    for layer in layers:
+        sites = [{"name": site["name"], "bits": site["bits"], "grid": _grid(site),
+                  "scale": tensors.get(site["name"], ""),
+                  **({"zero_code": site["zero_code"]} if "zero_code" in site else {})}
+                 for site in layer["inputs"]]
+        entry = {"path": layer["path"], "operator": layer["operator"], "kind": layer["group"], "sites": sites,
+                 "rewritten": layer["rewritten"]}
+        if "weight" in layer:
+            entry["weight"] = {"bits": layer["weight"]["bits"], "codes": tensors.get(layer["node"], "")}
+        entries.append(entry)
+    return json.dumps({"layers": entries, "left_alone": [asdict(item) for item in left_alone]}, separators=(",", ":"))
+
+
+def _grid(site: Mapping[str, Any]) -> str:
+    kind = site.get("quantizer", "none")
+    if kind == "none":
+        return "float"
+    steps = site.get("codes_an_octave")
+    return kind if steps is None else f"log2, {steps} code{'s' * (steps > 1)} an octave"
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """The entries of a file under our prefix, by key without it; none of a file that somebody else wrote.
+
+    Attributes:
+        source: the file, for messages.
+        entries: as stored, text that nobody has read yet.
+    """
+
+    source: str
+    entries: Mapping[str, str]
+
+    @classmethod
+    def of(cls, model: onnx.ModelProto, source: str) -> Metadata:
+        """Those of a model.
+
+        Raises:
+            ModelFileError: an entry is no text, or is given twice.
+        """
+        entries: dict[str, str] = {}
+        for entry in model.metadata_props:
+            if not isinstance(entry.key, str) or not entry.key.startswith(PREFIX):
+                continue
+            if not isinstance(entry.value, str):  # protobuf gives bytes where they are not UTF-8
+                raise ModelFileError(f"{source}: the metadata {entry.key} is not UTF-8 text")
+            key = entry.key.removeprefix(PREFIX)
+            if key in entries:
+                raise ModelFileError(f"{source}: the metadata {entry.key} is given twice")
+            entries[key] = entry.value
+        return cls(source, entries)
+
+    def version(self) -> str:
+        """The version of repquant-fx that wrote the file.
+
+        Raises:
+            ModelFileError: none did.
+        """
+        if "version" not in self.entries:
+            raise ModelFileError(f"{self.source} was not written by repquant-fx: its metadata holds no {PREFIX}version")
+        return self.entries["version"]
+
+    def layers(self) -> Layers:
+        """What was done to the layers.
+
+        Raises:
+            ModelFileError: no record is kept, or it is not readable.
+        """
+        found = self._json(RECORD, Layers)
+        if found is None:
+            raise ModelFileError(f"{self.source} holds no readable record of its layers ({PREFIX}{RECORD}); it was "
+                                 f"written by repquant-fx {self.version()}: compile the model again")
+        return found
+
+    def recipe(self) -> dict[str, Any] | None:
+        """The settings as data, None where none are stored; `Recipe.from_dict` judges them.
+
+        Raises:
+            ModelFileError: not readable.
+        """
+        return self._json("recipe", dict[str, Any])
+
+    def preprocessing(self) -> dict[str, Any] | None:
+        """The timm data config, None where none is stored.
+
+        Raises:
+            ModelFileError: not readable, or no `Preprocessing`.
+        """
+        self._json("preprocessing", Preprocessing)
+        return self._json("preprocessing", dict[str, Any]) or None
+
+    def _json(self, key: str, kind: type[T]) -> T | None:
+        if key not in self.entries:
+            return None
+        try:
+            data = parse(self.entries[key])
+            return None if data is None else read(kind, data)
+        except Misfit as error:
+            raise ModelFileError(f"{self.source}: the metadata {PREFIX}{key} cannot be read: {error}") from error

@@ -14,6 +14,7 @@ import onnx
 import onnxruntime
 
 from repquant_fx.errors import ModelFileError
+from repquant_fx.exporters.reading import parse_onnx, read_onnx
 from repquant_fx.files import scratch
 from repquant_fx.runtime import session_options
 
@@ -55,12 +56,11 @@ def audit(model: str | Path | bytes | onnx.ModelProto) -> list[Product]:
     """
     if isinstance(model, onnx.ModelProto):
         proto, data = model, model.SerializeToString()
+    elif isinstance(model, bytes):
+        proto, data = parse_onnx(model, "the model"), model
     else:
-        try:
-            data = model if isinstance(model, bytes) else Path(model).read_bytes()
-            proto = onnx.load_from_string(data)
-        except Exception as error:
-            raise ModelFileError(f"not an ONNX model: {error}") from error
+        file = read_onnx(model)
+        proto, data = file.model, file.data
     kernels = {node.name: node.op_type for node in _optimized(data).graph.node}
     producers = {name: node for node in proto.graph.node for name in node.output}
     four_bit = {t.name for t in proto.graph.initializer if t.data_type in (onnx.TensorProto.UINT4, onnx.TensorProto.INT4)}
@@ -97,7 +97,7 @@ def _optimized(data: bytes) -> onnx.ModelProto:
         try:
             onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            raise ModelFileError(f"ONNX Runtime cannot load the model: {str(error).splitlines()[0]}") from error
+            raise ModelFileError(f"ONNX Runtime cannot load the model: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
         return onnx.load(str(path), load_external_data=False)
 
 

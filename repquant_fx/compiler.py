@@ -30,7 +30,7 @@ from repquant_fx.calibration.text import TEXT_SAMPLES, Tokenization
 from repquant_fx.checkpoint import Ledger, fingerprint, open_ledger
 from repquant_fx.distributed import World
 from repquant_fx.errors import InputError, RepQuantWarning
-from repquant_fx.exporters.metadata import describe
+from repquant_fx.exporters.metadata import describe, record
 from repquant_fx.exporters.onnx_qdq import export_onnx
 from repquant_fx.files import MODEL, check_directory, check_writable, is_directory, write_directory, write_together
 from repquant_fx.frontends import huggingface, signature
@@ -39,7 +39,6 @@ from repquant_fx.frontends.companions import companions
 from repquant_fx.frontends.loading import LoadedModel, load_model
 from repquant_fx.frontends.memory import from_memory, left_as_found
 from repquant_fx.frontends.tokenizer import load_tokenizer
-from repquant_fx.inspection import record
 from repquant_fx.passes.base import aten, module_path, own_tensors, run_pass, run_passes, shared_copy
 from repquant_fx.passes.insert_observers import InsertObservers
 from repquant_fx.passes.lower_to_qdq import LowerToQDQ

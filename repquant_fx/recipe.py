@@ -267,15 +267,17 @@ PRESETS = {"repquant": Recipe, "repq-vit": repq_vit, "smoothquant": smoothquant,
 
 
 def _stored(path: Path) -> Any:
-    import json
-
-    from repquant_fx.inspection import read_metadata
+    from repquant_fx.exporters.reading import read_onnx
 
     try:
-        return json.loads(read_metadata(path)[1]["recipe"])
-    except (InputError, KeyError, ValueError) as error:
-        reason = "it holds none" if isinstance(error, KeyError) else str(error)
-        raise RecipeError(f"cannot read the recipe of {path}: {reason}") from error
+        metadata = read_onnx(path).metadata
+        metadata.version()
+        found = metadata.recipe()
+    except InputError as error:
+        raise RecipeError(f"cannot read the recipe of {path}: {error}") from error
+    if found is None:
+        raise RecipeError(f"cannot read the recipe of {path}: it holds none")
+    return found
 
 
 def _parse(text: str, suffix: str) -> Any:

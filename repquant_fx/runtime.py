@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from repquant_fx.errors import ModelFileError
+from repquant_fx.exporters.reading import read_onnx
 
 
 def session_options(threads: int | None = None) -> onnxruntime.SessionOptions:
     """Options under which ONNX Runtime computes what the file says (see `session`)."""
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what it logs as an error it raises, too
     if threads is not None:
         options.intra_op_num_threads = threads
     return options
@@ -35,18 +36,17 @@ def session(model: str | Path | bytes | onnx.ModelProto, *, threads: int | None 
         threads: intra-op threads; ONNX Runtime's default where None.
 
     Raises:
-        ModelFileError: the file is missing or ONNX Runtime refuses it.
+        ModelFileError: the file is missing or refused (see `exporters.reading`), or ONNX Runtime refuses it.
     """
     options = session_options(threads)
+    name = str(model) if isinstance(model, (str, Path)) else "the model"
     if isinstance(model, onnx.ModelProto):
         model = model.SerializeToString()
-    if not isinstance(model, bytes) and not Path(model).is_file():
-        raise ModelFileError(f"no such file: {model}")
+    data = model if isinstance(model, bytes) else read_onnx(model).data  # the bytes that were screened, not what the path names by then
     try:
-        return onnxruntime.InferenceSession(model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        name = "the model" if isinstance(model, bytes) else str(model)
-        raise ModelFileError(f"ONNX Runtime cannot load {name}: {str(error).splitlines()[0]}") from error
+        raise ModelFileError(f"ONNX Runtime cannot load {name}: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
 
 
 def run(runner: onnxruntime.InferenceSession, inputs: Mapping[str, Tensor]) -> list[Tensor]:

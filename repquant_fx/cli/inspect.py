@@ -40,6 +40,8 @@ def run(options: argparse.Namespace) -> int:
     recipe, shape = recipe_from(options), read_shape(options.input_shape)
     measured = None
     if options.html is not None:
+        from repquant_fx.html.stored import read_report
+
         measured = read_report(options.report) if options.report is not None else None
         check_page(options, measured is not None)
     elif options.report is not None:
@@ -65,21 +67,6 @@ def run(options: argparse.Namespace) -> int:
         except SystemExit as stop:  # so the tables' library ends a program whose reader is gone
             raise BrokenPipeError from stop
     return 0
-
-
-def read_report(path: Path) -> dict[str, Any]:
-    """A report of `compile`.
-
-    Raises:
-        InputError: it cannot be read, or is none.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"cannot read report {path}: {str(error).splitlines()[0]}") from error
-    if not isinstance(found, dict) or not isinstance(found.get("layers"), list) or "recipe" not in found:
-        raise InputError(f"{path} is not a report that compile --report wrote")
-    return found
 
 
 def check_page(options: argparse.Namespace, figures: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,12 +14,11 @@ from torch import Tensor
 
 from repquant_fx.calibration.data import InputSpec
 from repquant_fx.calibration.images import shape_text
-from repquant_fx.errors import InputError, ModelFileError, RepQuantError
-from repquant_fx.files import irregular
+from repquant_fx.errors import InputError, RepQuantError
+from repquant_fx.exporters.reading import read_onnx
 from repquant_fx.frontends.pickled import first_line
 
 Call: TypeAlias = Callable[[dict[str, Tensor]], dict[str, Tensor]]
-PREPROCESSING_KEY = "repquant_fx.preprocessing"
 _ONNX_TYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(double)": torch.float64,
                "tensor(int64)": torch.int64, "tensor(int32)": torch.int32, "tensor(bool)": torch.bool}
 
@@ -114,29 +112,9 @@ def preprocessing_from_onnx(path: str | Path) -> dict[str, Any] | None:
     """The timm data config stored in an ONNX file's metadata, or None.
 
     Raises:
-        ModelFileError: the file is missing or no ONNX model.
-        InputError: the stored text is not a JSON object.
+        ModelFileError: the file is missing or refused (see `exporters.reading`), or what is stored is no preprocessing.
     """
-    import onnx
-
-    if kind := irregular(Path(path)):
-        raise ModelFileError(f"{path} is {kind}, not a file")
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-    except FileNotFoundError as error:
-        raise ModelFileError(f"model file {path} does not exist") from error
-    except Exception as error:
-        raise ModelFileError(f"{path} cannot be read as an ONNX model: {type(error).__name__}: {error}") from error
-    stored = next((entry.value for entry in model.metadata_props if entry.key == PREPROCESSING_KEY), None)
-    if stored is None:
-        return None
-    try:
-        config = json.loads(stored)
-    except ValueError as error:
-        raise InputError(f"{path}: the metadata {PREPROCESSING_KEY} is not JSON: {error}") from error
-    if config is not None and not isinstance(config, dict):
-        raise InputError(f"{path}: the metadata {PREPROCESSING_KEY} is not a JSON object")
-    return config or None
+    return read_onnx(path).metadata.preprocessing()
 
 
 @contextmanager
@@ -165,10 +143,11 @@ def _fitted(tensor: Tensor, rows: int, spec: InputSpec, source: str) -> Tensor:
 
 
 def _onnx_runner(path: str, threads: int | None) -> Runner:
-    preprocessing = preprocessing_from_onnx(path)  # also says when the file is missing or no model
     from repquant_fx.runtime import run, session
 
-    found = session(path, threads=threads)
+    file = read_onnx(path)
+    preprocessing = file.metadata.preprocessing()
+    found = session(file.data, threads=threads)
     unknown = [f"{i.name} {i.type}" for i in found.get_inputs() if i.type not in _ONNX_TYPES]
     if unknown:
         raise InputError(f"evaluate cannot feed inputs of {path}: {', '.join(unknown)}")

@@ -21,6 +21,7 @@ import yaml
 
 from repquant_fx.errors import InputError
 from repquant_fx.naming import site_operand
+from repquant_fx.security.escape import printable
 from repquant_fx.version import VERSION
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def _fill(data: Mapping[str, Any], heading: str) -> str:
     # `<` would let a name end the script element; JSON allows the escape anywhere a string may hold it
     text = json.dumps({"title": _headline(heading), "source": heading, **data}, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return Template(_read("template.html")).substitute(
-        title=html.escape(f"{_headline(heading)} — repquant-fx"), version=VERSION, style=_read("style.css"),
+        title=html.escape(printable(f"{_headline(heading)} — repquant-fx")), version=VERSION, style=_read("style.css"),
         plotly=plotly_script() if data["layers"] else "", data=text, script=_read("report.js"))
 
 

@@ -8,8 +8,9 @@ import unicodedata
 def printable(text: str, longest: int | None = None) -> str:
     r"""Text on one line that moves no cursor, changes no color, turns no direction and hides nothing.
 
-    Control characters (newlines and ESC among them), format characters (bidirectional overrides, zero-width ones), line and paragraph
-    separators, lone surrogates and private or unassigned code points are shown as Python would write them; all else stays.
+    Control characters (newlines and ESC among them), format characters (bidirectional overrides, zero-width ones), line
+    and paragraph separators, lone surrogates and private or unassigned code points appear as Python would write them.
+    All else stays.
 
     Args:
         longest: characters of `text` that are shown at most, all where None; what is left out is counted.
@@ -20,5 +21,10 @@ def printable(text: str, longest: int | None = None) -> str:
     cut = len(text) if longest is None else longest
     shown = text[:cut]
     if not shown.isprintable():  # which is so of almost all text
-        shown = "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else c.encode("unicode_escape").decode("ascii") for c in shown)
+        shown = "".join(map(_escaped, shown))
     return shown if len(text) <= cut else f"{shown}... ({len(text) - cut} more characters)"
+
+
+def _escaped(character: str) -> str:
+    plain = character.isprintable() or unicodedata.category(character) == "Zs"
+    return character if plain else character.encode("unicode_escape").decode("ascii")

@@ -16,12 +16,22 @@ from repquant_fx.security.escape import printable
 HOSTILE = "a\x1b]0;t\x07\nrepquant-fx: wrote b\r\x9b2J\u202ec\ud800\u2028"
 
 
-@pytest.mark.parametrize("text, shown", [
-    ("blocks.0.attn.qkv/input → W4A8 ×3", "blocks.0.attn.qkv/input → W4A8 ×3"), ("模型 é 🙂\u3000\xa0ü", "模型 é 🙂\u3000\xa0ü"), ("", ""),
-    ("a\nb\r\tc", r"a\nb\r\tc"), ("\x1b[31m\x00\x7f", r"\x1b[31m\x00\x7f"), ("\x85\x9b", r"\x85\x9b"),
-    ("\u202e\u2066\u200b\ufeff", r"\u202e\u2066\u200b\ufeff"),
-    ("\ud800x\udcff", r"\ud800x\udcff"), ("\u2028\u2029", r"\u2028\u2029"),
-    ("C:\\models\\m.onnx", "C:\\models\\m.onnx"), ("\U000e0041", r"\U000e0041")])
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("blocks.0.attn.qkv/input → W4A8 ×3", "blocks.0.attn.qkv/input → W4A8 ×3"),
+        ("模型 é 🙂\u3000\xa0ü", "模型 é 🙂\u3000\xa0ü"),
+        ("", ""),
+        ("a\nb\r\tc", r"a\nb\r\tc"),
+        ("\x1b[31m\x00\x7f", r"\x1b[31m\x00\x7f"),
+        ("\x85\x9b", r"\x85\x9b"),
+        ("\u202e\u2066\u200b\ufeff", r"\u202e\u2066\u200b\ufeff"),
+        ("\ud800x\udcff", r"\ud800x\udcff"),
+        ("\u2028\u2029", r"\u2028\u2029"),
+        ("C:\\models\\m.onnx", "C:\\models\\m.onnx"),
+        ("\U000e0041", r"\U000e0041"),
+    ],
+)
 def test_what_is_escaped(text: str, shown: str) -> None:
     assert printable(text) == shown
 

@@ -1,0 +1,204 @@
+"""A report that `compile --report` wrote, read back: the fields that the page draws are checked, others stay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from repquant_fx.errors import InputError
+from repquant_fx.files import irregular
+from repquant_fx.security.schema import LONGEST, Misfit, Within, parse, read
+
+Count = Annotated[int, Within(0, 1 << 53)]
+Bits = Annotated[int, Within(1, 32)]
+Numbers = list[float | None]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """What a layer reads; of `report.describe_site`."""
+
+    name: str = ""
+    bits: Bits | None = None
+    quantizer: str | None = None
+    scale: float | list[float] | None = None
+    zero_point: int | list[int] | None = None
+    zero_code: int | None = None
+    codes_an_octave: Count | None = None
+
+
+@dataclass(frozen=True)
+class ScaleRange:
+    min: float | None = None
+    max: float | None = None
+
+
+@dataclass(frozen=True)
+class OutputError:
+    round_to_nearest: float | None = None
+    chosen: float | None = None
+
+
+@dataclass(frozen=True)
+class Weight:
+    bits: Bits
+    granularity: str | None = None
+    method: str | None = None
+    scale: ScaleRange | None = None
+    output_error: OutputError | None = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Of `report.describe_layers`."""
+
+    path: str | None = None
+    operator: str | None = None
+    node: str | None = None
+    group: str | None = None
+    inputs: list[Operand] = field(default_factory=list)
+    rewritten: list[str] = field(default_factory=list)
+    weight: Weight | None = None
+    sqnr_db: float | None = None
+
+
+@dataclass(frozen=True)
+class Product:
+    path: str
+    op: str
+    integer: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Left:
+    path: str
+    operator: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    share_step: float
+
+
+@dataclass(frozen=True)
+class Parity:
+    quantizers: dict[str, Quantizer]
+    agrees: bool | None = None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    origin: str | None = None
+    samples: Count = 0
+    held_back: Count = 0
+    synthetic: bool | None = None
+    seed: Count = 0
+
+
+@dataclass(frozen=True)
+class Histogram:
+    low: float
+    high: float
+    counts: list[Count]
+
+
+@dataclass(frozen=True)
+class Boxes:
+    quantiles: list[Numbers]
+    span: float | None
+    low: float | Numbers | None
+    up: float | Numbers | None
+
+
+@dataclass(frozen=True)
+class Activation:
+    """Of `statistics.channels`, `probabilities` or `values`; which fields it has, its kind says."""
+
+    same_as: str | None = None
+    kind: str | None = None
+    bits: Bits | None = None
+    steps: Count | None = None
+    total: Count | None = None
+    channels: list[Count] | None = None
+    before: Boxes | None = None
+    after: Boxes | None = None
+    histograms: list[Histogram] | None = None
+    histogram: Histogram | None = None
+    levels: Numbers | None = None
+    logarithms: Histogram | None = None
+    values: Histogram | None = None
+    zeros: float | None = None
+    below: float | None = None
+    low: float | None = None
+    up: float | None = None
+
+
+@dataclass(frozen=True)
+class Errors:
+    weight: float | None
+    output: float | None
+    channels: Numbers | None
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Of `statistics.rounding`."""
+
+    method: str
+    total: Count
+    nearest: Errors
+    chosen: Errors
+
+
+@dataclass(frozen=True)
+class Statistics:
+    activations: dict[str, Activation]
+    weights: dict[str, Rounding]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Of `report.build`, with the statistics where they were collected."""
+
+    layers: list[Layer]
+    recipe: dict[str, Any] | None
+    source: str | None = None
+    bits: str | None = None
+    repquant_fx: str | None = None
+    output_sqnr_db: float | None = None
+    file_bytes: Count | None = None
+    float_bytes: Count | None = None
+    peak_memory_mb: float | None = None
+    calibration: Calibration | None = None
+    parity: Parity | None = None
+    kernels: list[Product] | None = None
+    left_alone: list[Left] | None = None
+    statistics: Statistics | None = None
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """The data of a report, checked.
+
+    Raises:
+        InputError: it cannot be read, is none, or a field has another type or range than `compile` writes; the message
+            names the field.
+    """
+    if kind := irregular(path):
+        raise InputError(f"cannot read report {path}: it is {kind}")
+    try:
+        if path.stat().st_size > LONGEST:
+            raise InputError(f"cannot read report {path}: it has more than {LONGEST >> 20} MiB")
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read report {path}: {error}") from error
+    try:
+        found = parse(text)
+        if not isinstance(found, dict) or not isinstance(found.get("layers"), list) or "recipe" not in found:
+            raise InputError(f"{path} is not a report that compile --report wrote")
+        read(Report, found)
+    except Misfit as error:
+        raise InputError(f"cannot read report {path}: {error}") from error
+    return found

@@ -1,0 +1,44 @@
+"""What compiling would do to a model: captured and matched, not calibrated."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any, cast
+
+from repquant_fx.inspection.table import Inspection, Row, kind_of, totals
+
+
+def inspect_model(model: Any, recipe: Any = None, **options: Any) -> Inspection:
+    """What `compile` would match, and why not, without calibrating anything.
+
+    Args:
+        model, options: as for `compile`: `arch`, `input_shape`, `allow_pickle`, `task`, `example_inputs`.
+
+    Raises:
+        InputError: the model cannot be loaded or captured.
+    """
+    from torch.fx import Node
+
+    from repquant_fx.compiler import match
+    from repquant_fx.passes.base import shape_of
+
+    matched = match(model, recipe, **options)
+    rows = []
+    for group in matched.plan.groups:
+        weights = [] if group.kind == "matmul" else [
+            (group.plans[c].wbits, math.prod(map(int, shape_of(cast(Node, c.args[1]))))) for c in group.consumers]
+        for site in group.sites:
+            behind = [w for w, c in zip(weights, group.consumers) if c in site.consumers]
+            rows.append(Row(site.name, [_path(c) for c in site.consumers], kind_of(group.kind, site.name), site.bits,
+                            [bits for bits, _ in behind], rewritten=list(group.notes),
+                            parameters=sum(count for _, count in behind)))
+    chosen = matched.recipe
+    about = {"bits": f"W{chosen.wbits}A{chosen.abits}", **totals(rows), "recipe": chosen.to_dict()}
+    return Inspection(matched.loaded.source, False, rows, [asdict(item) for item in matched.plan.left_alone], about)
+
+
+def _path(node: Any) -> str:
+    from repquant_fx.passes.base import module_path
+
+    return module_path(node) or str(node.name)
