@@ -74,7 +74,7 @@ def test_an_encoder_with_the_tokenizer_of_another_directory_and_pairs(place: Pat
     (["opt", "--calib", "text.txt"], ["--tokenizer DIR"]), (["opt", "--calib", "text.txt", "--tokenizer", "bert"], ["no tokenizer in"]),
     (["llama", "--calib", "empty.txt"], ["is empty"]), (["llama", "--calib", "short.txt"], ["less than one sequence of 64", "--seq-len"]),
     (["llama", "--calib", "foreign.npz"], ["no array for the inputs input_ids"]), (["llama", "--calib", "large.npz"], ["vocabulary"]),
-    (["llama", "--seq-len", "0"], ["--seq-len 0"]), (["llama", "--seq-len", "65"], ["--seq-len 65", "1 to 64"]),
+    (["llama", "--seq-len", "0"], ["--seq-len", "at least 1"]), (["llama", "--seq-len", "65"], ["--seq-len 65", "1 to 64"]),
     (["llama", "--arch", "timm:vit_tiny_patch16_224"], ["--arch"]), (["words"], ["not a model file", "without config.json"]),
     (["custom"], ["code of its own", "auto_map"]), (["timm:vit_tiny_patch16_224,depth=1", "--seq-len", "8"], ["takes no token ids"]),
 ])
