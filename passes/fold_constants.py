@@ -36,11 +36,17 @@ class FoldConstants(Pass):
         return any(folded)
 
     def _fold(self, graph_module: GraphModule, node: Node) -> bool:
+        expected = node.meta.get("val")  # nothing is computed that would not be kept
+        known = _sources(node)
+        most = max(SMALL, GROWTH * sum(attribute(graph_module, n).numel() for n in known))
+        is_known = isinstance(expected, Tensor) and all(isinstance(size, int) for size in expected.shape)
+        if is_known and expected.numel() > most:
+            return False
         values: dict[Node, Any] = {}
         with torch.no_grad():
             value = _evaluate(graph_module, node, values)
         sources = [n for n in values if n.op == "get_attr"]
-        if not isinstance(value, Tensor) or value.numel() > max(SMALL, GROWTH * sum(values[n].numel() for n in sources)):
+        if not isinstance(value, Tensor) or value.numel() > most:
             return False
         graph = graph_module.graph
         path = str(sources[0].target) if len(sources) == 1 else ".".join(filter(None, (module_path(node), node.name)))
@@ -62,6 +68,16 @@ class FoldConstants(Pass):
         copy_meta(node, new, value)
         new.meta["val"] = node.meta.get("val", value)
         return True
+
+
+def _sources(node: Node) -> set[Node]:
+    """The constants that a node is computed from."""
+    found, pending = {node}, [node]
+    while pending:
+        fresh = [parent for parent in pending.pop().all_input_nodes if parent not in found]
+        found.update(fresh)
+        pending.extend(fresh)
+    return {n for n in found if n.op == "get_attr"}
 
 
 def _evaluate(graph_module: GraphModule, node: Node, values: dict[Node, Any]) -> Any:

@@ -1,7 +1,8 @@
-"""`.pt2` files of torch.export.save: read without pickle, screened, rebuilt by torch and rehearsed before a kernel runs.
+"""`.pt2` files of torch.export.save: read without pickle, screened, built by torch, rehearsed before a kernel runs.
 
-Four steps, a file each: `pt2_archive` reads records and tensors, `pt2_screen` judges the document of the program by a strict grammar
-(`pt2_expressions`, `pt2_operators`), torch builds the program from exactly what was screened, and `pt2_rehearsal` runs it on fake tensors.
+Four steps, a file each: `pt2_archive` reads records and tensors, `pt2_screen` judges the program's document by a strict
+grammar (`pt2_expressions`, `pt2_operators`), torch builds the program from exactly what was screened, and
+`pt2_rehearsal` runs it on fake tensors.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,11 +27,13 @@ from repquant_fx.frontends.pt2_rehearsal import rehearse
 from repquant_fx.frontends.pt2_screen import output_classes, screen_program
 
 
-def load_exported(data: bytes, where: str, *, allow_pickle: bool = False) -> tuple[ExportedProgram, tuple[Tensor, ...], bool]:
+def load_exported(
+    data: bytes, where: str, *, allow_pickle: bool = False,
+) -> tuple[ExportedProgram, tuple[Tensor, ...], bool]:
     """(the program, its example inputs, whether these were stored in the file).
 
-    Inputs that are not stored are drawn with seed 0, with batch 2 where the batch is dynamic. A static batch, 1 or other,
-    is kept as it is.
+    Inputs that are not stored are drawn with seed 0, with batch 2 where the batch is dynamic. A static batch,
+    1 or other, is kept as it is.
 
     Args:
         data: the bytes of the file.
@@ -39,8 +41,8 @@ def load_exported(data: bytes, where: str, *, allow_pickle: bool = False) -> tup
         allow_pickle: the user trusts the file: let torch load it as it is.
 
     Raises:
-        ModelFileError: damaged, unsafe (the message names the record or the node), of another torch, or with inputs that are not
-            positional tensors.
+        ModelFileError: damaged, unsafe (the message names the record or the node), of another torch, or with inputs
+            that are not positional tensors.
         InputError: it asks for more memory than this machine has.
     """
     try:
@@ -48,7 +50,8 @@ def load_exported(data: bytes, where: str, *, allow_pickle: bool = False) -> tup
         stored = _stored_inputs(program, where)
         inputs = stored if stored is not None else _drawn_inputs(program, where)
         if not allow_pickle:
-            rehearse(program, inputs, where)
+            with _quiet():
+                rehearse(program, inputs, where)
         return program, inputs, stored is not None
     except InputError:
         raise
@@ -64,8 +67,8 @@ def _build(archive: Archive, where: str) -> ExportedProgram:
     document = screen_program(archive.program, where)
     _register_outputs_of_transformers(output_classes(document))
     with _explained(where):
-        program = ExportedProgramDeserializer().deserialize(_dict_to_dataclass(schema.ExportedProgram, document), archive.weights,
-                                                            archive.constants, b"")
+        parsed = _dict_to_dataclass(schema.ExportedProgram, document)
+        program = ExportedProgramDeserializer().deserialize(parsed, archive.weights, archive.constants, b"")
         use_checked(program.graph_module)
     program._example_inputs = archive.samples
     return program
@@ -80,8 +83,19 @@ def _trusted(data: bytes, where: str) -> ExportedProgram:
 
 @contextmanager
 def _explained(where: str) -> Iterator[None]:
+    try:
+        with _quiet():
+            yield
+    except Exception as error:
+        raise ModelFileError(f"{where} cannot be loaded by torch {torch.__version__}: {first_line(error)}. "
+                             "Save it again with this torch") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
     """torch logs a traceback and a warning for each damaged file; ours is the message."""
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx.experimental.symbolic_shapes")]
+    names = ("export", "fx.experimental.symbolic_shapes", "_subclasses.fake_tensor")
+    loggers = [logging.getLogger(f"torch.{name}") for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
@@ -89,16 +103,13 @@ def _explained(where: str) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except Exception as error:
-        raise ModelFileError(f"{where} cannot be loaded by torch {torch.__version__}: {first_line(error)}. "
-                             "Save it again with this torch") from error
     finally:
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)
 
 
 def _register_outputs_of_transformers(modules: set[str]) -> None:
-    """Output classes are known to tree specs once their module is imported; it is one of the installed transformers' own."""
+    """Output classes are known to tree specs once their module, one of the installed transformers', is imported."""
     for name in modules:
         try:
             importlib.import_module(name)
@@ -118,7 +129,7 @@ def _stored_inputs(program: ExportedProgram, where: str) -> tuple[Tensor, ...] |
 
 
 def _drawn_inputs(program: ExportedProgram, where: str) -> tuple[Tensor, ...]:
-    """Normal floats or zeros of integers, by the shapes of the program; a symbolic batch becomes 2, others their hint."""
+    """Normal floats or zeros of integers, by the program's shapes; a symbolic batch becomes 2, others their hint."""
     generator = torch.Generator().manual_seed(0)
     users = set(program.graph_signature.user_inputs)
     drawn = []

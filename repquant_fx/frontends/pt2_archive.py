@@ -1,6 +1,7 @@
-"""The archive of a `.pt2`: its records, JSON documents and tensors, read once and without pickle or trust in what they declare.
+"""The archive of a `.pt2`: its records, JSON documents and tensors, read once, without pickle.
 
-What is returned is all that is loaded: nothing goes back to the bytes. Tensors are views of their payload, inside it.
+Nothing is trusted for what it declares. What is returned is all that is loaded: nothing goes back to the bytes. Tensors
+are views inside their payload.
 """
 
 from __future__ import annotations
@@ -18,23 +19,35 @@ from torch import Tensor
 from repquant_fx import limits
 from repquant_fx.errors import InputError, ModelFileError
 from repquant_fx.frontends.pickled import check_pickle, first_line
+from repquant_fx.security.names import check_names
 
 MODEL = "models/model.json"
 _SAMPLES = "data/sample_inputs/model.pt"
 _WEIGHTS = "data/weights/model_weights_config.json"
 _CONSTANTS = "data/constants/model_constants_config.json"
 _PAYLOADS = {_WEIGHTS: re.compile(r"weight_\d{1,9}", re.ASCII), _CONSTANTS: re.compile(r"tensor_\d{1,9}", re.ASCII)}
-_RECORDS = re.compile(r"models/model\.json|data/sample_inputs/model\.pt|data/weights/(weight_\d{1,9}|model_weights_config\.json)"
-                      r"|data/constants/(tensor_\d{1,9}|model_constants_config\.json)|archive_format|archive_version|byteorder|version"
-                      r"|\.data/(version|serialization_id)|\.format_version|\.storage_alignment|extra/[\w.\-/]+", re.ASCII)
+_RECORDS = re.compile(
+    r"models/model\.json|data/sample_inputs/model\.pt|data/weights/(weight_\d{1,9}|model_weights_config\.json)"
+    r"|data/constants/(tensor_\d{1,9}|model_constants_config\.json)|archive_format|archive_version|byteorder|version"
+    r"|\.data/(version|serialization_id)|\.format_version|\.storage_alignment|extra/[\w.\-/]+",
+    re.ASCII,
+)
 _TEXTS = {"archive_format": b"pt2", "archive_version": b"0", "byteorder": b"little"}
-# no __class__ and the like; a hyphen inside a part, which torchvision's RegNet has, reaches generated source within quotes only
-_NAME = re.compile(r"(?!.*__\w+__)\w[\w\-]*(\.\w[\w\-]*)*", re.ASCII)
 
 _MOST_RECORDS, _MOST_JSON = 100_000, 128 << 20
 _SMALL = 1 << 20  # elements of a tensor that may repeat itself
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.bool,
-           torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+)
 _STRIDED, _LARGEST = 7, 2**63 - 1
 
 
@@ -59,8 +72,8 @@ def read_archive(data: bytes, where: str) -> Archive:
     """Read an archive of torch.export.
 
     Raises:
-        ModelFileError: damaged, of another version, with a record that a program need not have, or with tensors that are not raw,
-            lie outside their payload or are larger than it.
+        ModelFileError: damaged, of another version, with a record that a program need not have, or with tensors that
+            are not raw, lie outside their payload or are larger than it.
     """
     try:
         reader = torch._C.PyTorchFileReader(io.BytesIO(data))
@@ -74,20 +87,19 @@ def read_archive(data: bytes, where: str) -> Archive:
     tensors = [_tensors(reader, config, where) if config in records else {} for config in (_WEIGHTS, _CONSTANTS)]
     total = sum(t.numel() * t.element_size() for group in tensors for t in group.values())
     if total > limits.memory():
-        raise InputError(f"{where} is too large: its tensors take {limits.readable(total)}, "
-                         f"and this machine has {limits.readable(limits.memory())}")
+        raise InputError(
+            f"{where} is too large: its tensors take {limits.readable(total)}, "
+            f"and this machine has {limits.readable(limits.memory())}"
+        )
     return Archive(program, tensors[0], tensors[1], _samples(reader, records, where))
 
 
 def refuse(where: str, record: str, reason: str) -> NoReturn:
     """Raise the ModelFileError for what a program need not hold."""
-    raise ModelFileError(f"{where} is refused before loading, because it could execute code or reach memory that is not its own: "
-                         f"{record} {reason}. Pass --allow-pickle if you trust the file")
-
-
-def is_dotted_name(text: str) -> bool:
-    """Whether a path of a module or a tensor consists of letters, digits, underscores and hyphens, in parts."""
-    return len(text) <= 1000 and bool(_NAME.fullmatch(text))
+    raise ModelFileError(
+        f"{where} is refused before loading, because it could execute code or reach memory that is not its own: "
+        f"{record} {reason}. Pass --allow-pickle if you trust the file"
+    )
 
 
 def _check_records(reader: Any, records: list[str], where: str) -> None:
@@ -103,8 +115,10 @@ def _check_records(reader: Any, records: list[str], where: str) -> None:
     for record, wanted in _TEXTS.items():
         found = reader.get_record(record) if record in records and reader.get_record_size(record) < 80 else None
         if found != wanted and (found is not None or record != "byteorder"):
-            raise ModelFileError(f"{where} cannot be loaded by torch {torch.__version__}: its {record} is not {wanted.decode()!r}. "
-                                 "Save it again with this torch")
+            raise ModelFileError(
+                f"{where} cannot be loaded by torch {torch.__version__}: its {record} is not {wanted.decode()!r}. "
+                "Save it again with this torch"
+            )
 
 
 def _document(reader: Any, record: str, where: str) -> Any:
@@ -112,8 +126,13 @@ def _document(reader: Any, record: str, where: str) -> Any:
     try:
         if reader.get_record_size(record) > _MOST_JSON:
             raise ValueError(f"it is longer than {_MOST_JSON >> 20} MiB")
-        return json.loads(reader.get_record(record).decode(), object_pairs_hook=_unique, parse_constant=_no_constant,
-                          parse_int=_small_int, parse_float=_finite)
+        return json.loads(
+            reader.get_record(record).decode(),
+            object_pairs_hook=_unique,
+            parse_constant=_no_constant,
+            parse_int=_small_int,
+            parse_float=_finite,
+        )
     except (ValueError, RuntimeError, RecursionError) as error:
         raise ModelFileError(f"not a model file: {record} in {where} is damaged ({first_line(error)})") from error
 
@@ -122,7 +141,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         repeated = next(key for key in found if sum(key == other for other, _ in pairs) > 1)
-        raise ValueError(f"the key {ascii(repeated[:60])} is there twice")
+        raise ValueError(f"the key {repeated[:60]!a} is there twice")
     return found
 
 
@@ -149,17 +168,18 @@ def _tensors(reader: Any, record: str, where: str) -> dict[str, Tensor]:
     declared = config.get("config") if isinstance(config, dict) else None
     if not isinstance(declared, dict):
         raise ModelFileError(f"not a model file: {record} in {where} is malformed")
+    check_names(declared, where)
     payloads: dict[tuple[str, torch.dtype], Tensor] = {}
     tensors: dict[str, Tensor] = {}
     for name, meta in declared.items():
         path = meta.get("path_name") if isinstance(meta, dict) else None
         if not isinstance(path, str) or not _PAYLOADS[record].fullmatch(path):
-            refuse(where, record, f"stores {ascii(name[:60])} as {ascii(path)[:60]}, which is not a tensor")
+            refuse(where, record, f"stores {name[:60]!a} as {ascii(path)[:60]}, which is not a tensor")
         if meta.get("use_pickle") is not False:
-            refuse(where, record, f"stores {ascii(name[:60])} as a pickle")
-        if not is_dotted_name(name):
-            refuse(where, record, f"has the name {ascii(name[:60])}, whose parts are not identifiers or digits")
-        tensor = _view(reader, f"{record.rpartition('/')[0]}/{path}", meta.get("tensor_meta"), payloads, f"{where}: {name}")
+            refuse(where, record, f"stores {name[:60]!a} as a pickle")
+        tensor = _view(
+            reader, f"{record.rpartition('/')[0]}/{path}", meta.get("tensor_meta"), payloads, f"{where}: {name}"
+        )
         wants = bool(meta["tensor_meta"].get("requires_grad")) and tensor.is_floating_point()
         tensors[name] = torch.nn.Parameter(tensor, requires_grad=wants) if meta.get("is_param") is True else tensor
     return tensors
@@ -193,7 +213,9 @@ def _view(reader: Any, record: str, meta: Any, payloads: dict[tuple[str, torch.d
             raw = reader.get_storage_from_record(record, stored // dtype.itemsize, dtype)
             flat.set_(raw.untyped_storage(), 0, (stored // dtype.itemsize,), (1,))
         payloads[record, dtype] = flat
-    return payloads[record, dtype].as_strided(sizes, strides, offset[0]) if elements else torch.empty(sizes, dtype=dtype)
+    return (
+        payloads[record, dtype].as_strided(sizes, strides, offset[0]) if elements else torch.empty(sizes, dtype=dtype)
+    )
 
 
 def _numbers(declared: Any) -> tuple[int, ...] | None:
@@ -205,7 +227,7 @@ def _numbers(declared: Any) -> tuple[int, ...] | None:
 
 
 def _samples(reader: Any, records: list[str], where: str) -> tuple[Any, Any] | None:
-    """The example inputs: torch's restricted unpickling must read them, and it must be two containers of plain tensors."""
+    """The example inputs: torch's restricted unpickling must read them as two containers of plain tensors."""
     if _SAMPLES not in records or reader.get_record_size(_SAMPLES) == 0:
         return None
     try:
@@ -217,7 +239,9 @@ def _samples(reader: Any, records: list[str], where: str) -> tuple[Any, Any] | N
     while pending:
         value = pending.pop()
         if isinstance(value, (list, tuple, dict)):
-            if value and id(value) in seen:  # each level twice the one below, or inside itself: whoever walks it does not end
+            if (
+                value and id(value) in seen
+            ):  # each level twice the one below, or inside itself: whoever walks it does not end
                 refuse(where, _SAMPLES, "has one container in two places")
             seen.add(id(value))
             pending.extend(value.values() if isinstance(value, dict) else value)
@@ -227,14 +251,23 @@ def _samples(reader: Any, records: list[str], where: str) -> tuple[Any, Any] | N
             refuse(where, _SAMPLES, f"holds a {type(value).__name__}")
     if samples is None:
         return None
-    if not isinstance(samples, tuple) or len(samples) != 2 or not isinstance(samples[0], tuple) or not isinstance(samples[1], dict):
+    if (
+        not isinstance(samples, tuple)
+        or len(samples) != 2
+        or not isinstance(samples[0], tuple)
+        or not isinstance(samples[1], dict)
+    ):
         raise ModelFileError(f"not a model file: {_SAMPLES} in {where} is malformed")
     return samples
 
 
 def _check_sample(value: Tensor, where: str) -> None:
-    if type(value) not in (Tensor, torch.nn.Parameter) or value.layout != torch.strided or value.device.type != "cpu" \
-            or value.dtype not in _DTYPES:
+    if (
+        type(value) not in (Tensor, torch.nn.Parameter)
+        or value.layout != torch.strided
+        or value.device.type != "cpu"
+        or value.dtype not in _DTYPES
+    ):
         refuse(where, _SAMPLES, "holds a tensor that is not plain")
     limits.check_size(value.shape, f"{where}: an example input", value.element_size())
     if value.numel() > max(_SMALL, value.untyped_storage().nbytes() // value.element_size()):

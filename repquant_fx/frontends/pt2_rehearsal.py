@@ -1,8 +1,8 @@
-"""A program is rehearsed on fake tensors before any of its kernels runs: shapes, sizes and what kernels do not check themselves.
+"""A program is rehearsed on fake tensors before any of its kernels runs: shapes, sizes and what kernels do not check.
 
-Every shape is derived anew from the tensors that the file holds; what the file says about them must agree. FakeTensor refuses
-what does not fit, the size of each intermediate result is bounded, and the checks below stand in for kernels that read beyond
-the end of a short weight or take any number for a mode.
+Every shape is derived anew from the tensors that the file holds; what the file says about them must agree.
+FakeTensor refuses what does not fit, the size of each intermediate result is bounded, and the checks below stand in for
+kernels that read beyond the end of a short weight or take any number for a mode.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import (
-    DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode, UnsupportedOperatorException)
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule, Interpreter
@@ -44,7 +48,9 @@ def rehearse(program: ExportedProgram, inputs: tuple[Tensor, ...], where: str) -
     """
     values = _tensors(program, inputs, where)
     mode = FakeTensorMode(allow_fallback_kernels=False, shape_env=ShapeEnv())
-    fake = [mode.from_tensor(value.detach(), static_shapes=True) if isinstance(value, Tensor) else value for value in values]
+    fake = [
+        mode.from_tensor(value.detach(), static_shapes=True) if isinstance(value, Tensor) else value for value in values
+    ]
     with torch.no_grad(), mode, _Watched(where):
         _Rehearsal(program.graph_module, where).run(*fake)
 
@@ -75,14 +81,22 @@ def _tensors(program: ExportedProgram, inputs: tuple[Tensor, ...], where: str) -
 def _check_declared(declared: Any, value: Any, is_static: bool, what: str) -> None:
     if not isinstance(value, Tensor) or not isinstance(declared, Tensor):
         raise ModelFileError(f"{what} is declared but not stored as a tensor")
-    fits = len(declared.shape) == len(value.shape) and declared.dtype == value.dtype and all(
-        wanted == size if isinstance(wanted, int) else not is_static for wanted, size in zip(declared.shape, value.shape))
+    fits = (
+        len(declared.shape) == len(value.shape)
+        and declared.dtype == value.dtype
+        and all(
+            wanted == size if isinstance(wanted, int) else not is_static
+            for wanted, size in zip(declared.shape, value.shape)
+        )
+    )
     if not fits:
         raise ModelFileError(f"{what} is declared as {_described(declared)} and stored as {_described(value)}")
 
 
 def _described(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')}{[size if isinstance(size, int) else '?' for size in tensor.shape]}"
+    return (
+        f"{str(tensor.dtype).removeprefix('torch.')}{[size if isinstance(size, int) else '?' for size in tensor.shape]}"
+    )
 
 
 class _Rehearsal(Interpreter):
@@ -99,12 +113,19 @@ class _Rehearsal(Interpreter):
         except InputError:
             raise
         except _VALUES_DECIDE as error:
-            raise ModelFileError(f"{self.where}: the sizes behind the node {n.name} ({_spelled(n.target)}) depend on values; "
-                                 "export a model whose shapes follow from its inputs' shapes") from error
+            raise ModelFileError(
+                f"{self.where}: the sizes behind the node {n.name} ({_spelled(n.target)}) depend on values; "
+                "export a model whose shapes follow from its inputs' shapes"
+            ) from error
         except UnsupportedOperatorException as error:
-            raise ModelFileError(f"{self.where}: the shape of {n.name} ({_spelled(n.target)}) cannot be known before it runs") from error
+            raise ModelFileError(
+                f"{self.where}: the shape of {n.name} ({_spelled(n.target)}) cannot be known before it runs"
+            ) from error
         except Exception as error:
-            raise ModelFileError(f"{self.where}: the node {n.name} ({_spelled(n.target)}) does not fit its arguments: {first_line(error)}") from error
+            raise ModelFileError(
+                f"{self.where}: the node {n.name} ({_spelled(n.target)}) does not fit its arguments: "
+                f"{first_line(error)}"
+            ) from error
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is higher.wrap_with_set_grad_enabled:
@@ -190,13 +211,18 @@ def _batch_norm(bound: Bound) -> None:
 def _layer_norm(bound: Bound) -> None:
     for name in ("weight", "bias"):
         value = bound.get(name)
-        _need(value is None or tuple(value.shape) == tuple(bound["normalized_shape"]), f"its {name} has another shape than what is normalized")
+        _need(
+            value is None or tuple(value.shape) == tuple(bound["normalized_shape"]),
+            f"its {name} has another shape than what is normalized",
+        )
 
 
 def _group_norm(bound: Bound) -> None:
     shape = bound["input"].shape
-    _need(len(shape) >= 2 and bound["N"] == shape[0] and bound["C"] == shape[1] and bound["HxW"] == math.prod(shape[2:]),
-          "its sizes are not those of its input")
+    _need(
+        len(shape) >= 2 and bound["N"] == shape[0] and bound["C"] == shape[1] and bound["HxW"] == math.prod(shape[2:]),
+        "its sizes are not those of its input",
+    )
     _need(bound["group"] > 0 and bound["C"] % bound["group"] == 0, "its groups do not divide its channels")
     for name in ("weight", "bias"):
         value = bound.get(name)
@@ -205,45 +231,89 @@ def _group_norm(bound: Bound) -> None:
 
 def _attention(bound: Bound) -> None:
     query, key, value, mask = (bound.get(name) for name in ("query", "key", "value", "attn_mask"))
-    _need(query.ndim == key.ndim == value.ndim >= 2 and query.shape[-1] == key.shape[-1] and key.shape[:-1] == value.shape[:-1],
-          "its queries, keys and values do not fit each other")
-    _need(query.shape[:-3] == key.shape[:-3], "its queries and keys have other batches")
-    if query.ndim > 2:
-        heads, shared = query.shape[-3], key.shape[-3]
-        _need(heads == shared or bool(bound.get("enable_gqa")) and shared > 0 and heads % shared == 0, "its heads do not fit each other")
+    _need(
+        min(query.ndim, key.ndim, value.ndim) >= 2
+        and query.shape[-1] == key.shape[-1]
+        and key.shape[-2] == value.shape[-2],
+        "its queries, keys and values do not fit each other",
+    )
+    grouped = -3 if bound.get("enable_gqa") else -2  # heads that several queries share are fewer
+    torch.broadcast_shapes(query.shape[:grouped], key.shape[:grouped], value.shape[:grouped])
+    _need(
+        grouped == -2 or all(heads > 0 and query.shape[-3] % heads == 0 for heads in (key.shape[-3], value.shape[-3])),
+        "its heads do not fit each other",
+    )
     if mask is not None:
-        torch.broadcast_shapes(mask.shape, (*query.shape[:-1], key.shape[-2]))
-        _need(mask.ndim <= query.ndim and all(size in (1, wanted) for size, wanted in zip(
-            reversed(mask.shape), reversed((*query.shape[:-1], key.shape[-2])))), "its mask does not fit")
+        wanted = (
+            *torch.broadcast_shapes(query.shape[:-2], key.shape[:-2] if grouped == -2 else ()),
+            query.shape[-2],
+            key.shape[-2],
+        )
+        _need(torch.broadcast_shapes(mask.shape, wanted) == wanted, "its mask does not fit")
 
 
 def _interpolation(bound: Bound) -> None:
     given = [value for name, value in bound.items() if name.startswith("scale") and value is not None]
     scales = [scale for value in given for scale in (value if isinstance(value, (list, tuple)) else [value])]
-    _need(all(isinstance(s, torch.SymFloat) or _SCALES[0] <= s <= _SCALES[1] for s in scales), "its scale is not between 0.001 and 1000")
+    _need(
+        all(isinstance(s, torch.SymFloat) or _SCALES[0] <= s <= _SCALES[1] for s in scales),
+        "its scale is not between 0.001 and 1000",
+    )
 
 
 def _grid(bound: Bound) -> None:
-    _need(bound["interpolation_mode"] in (0, 1, 2) and bound["padding_mode"] in (0, 1, 2), "its mode is none that is known")
+    _need(
+        bound["interpolation_mode"] in (0, 1, 2) and bound["padding_mode"] in (0, 1, 2),
+        "its mode is none that is known",
+    )
 
 
 def _strided(bound: Bound) -> None:
     sizes, strides, storage = bound["size"], bound["stride"], bound["self"].untyped_storage().nbytes()
     offset = bound["storage_offset"] if bound["storage_offset"] is not None else bound["self"].storage_offset()
-    _need(len(sizes) == len(strides) and all(value >= 0 for value in (*sizes, *strides, offset)), "its sizes and strides are those of no tensor")
+    _need(
+        len(sizes) == len(strides) and all(value >= 0 for value in (*sizes, *strides, offset)),
+        "its sizes and strides are those of no tensor",
+    )
     last = offset + sum((size - 1) * stride for size, stride in zip(sizes, strides)) + 1 if math.prod(sizes) else 0
     _need(last * bound["self"].element_size() <= storage, "it views what lies behind its tensor")
 
 
 _CHECKS: dict[str, Callable[[Bound], None]] = {
-    **dict.fromkeys(("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "_batch_norm_no_update"), _batch_norm),
+    **dict.fromkeys(
+        (
+            "native_batch_norm",
+            "_native_batch_norm_legit",
+            "_native_batch_norm_legit_no_training",
+            "_batch_norm_no_update",
+        ),
+        _batch_norm,
+    ),
     "native_layer_norm": _layer_norm,
     "native_group_norm": _group_norm,
     "scaled_dot_product_attention": _attention,
     "grid_sampler": _grid,
     "grid_sampler_2d": _grid,
     "as_strided": _strided,
-    **dict.fromkeys((f"{front}{name}" for front in ("upsample_", "_upsample_") for name in (
-        "bicubic2d", "bilinear2d", "linear1d", "nearest1d", "nearest2d", "nearest3d", "nearest_exact1d", "nearest_exact2d", "nearest_exact3d",
-        "trilinear3d", "bicubic2d_aa", "bilinear2d_aa")), _interpolation),
+    **dict.fromkeys(
+        (
+            f"{front}{name}"
+            for front in ("upsample_", "_upsample_")
+            for name in (
+                "bicubic2d",
+                "bilinear2d",
+                "linear1d",
+                "nearest1d",
+                "nearest2d",
+                "nearest3d",
+                "nearest_exact1d",
+                "nearest_exact2d",
+                "nearest_exact3d",
+                "trilinear3d",
+                "bicubic2d_aa",
+                "bilinear2d_aa",
+            )
+        ),
+        _interpolation,
+    ),
 }

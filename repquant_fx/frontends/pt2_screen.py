@@ -1,7 +1,8 @@
 """The program of a `.pt2`, screened as a document before torch builds anything from it.
 
-Symbolic expressions are evaluated by sympy, targets are looked up by name and called, names are pasted into generated source,
-tree specs name classes. So every string that reaches one of these must match a strict grammar, and there are only so many.
+Symbolic expressions are evaluated by sympy, targets are looked up by name and called, names are pasted into generated
+source, tree specs name classes. So every string that reaches one of these must match a strict grammar, and there are
+only so many.
 What inference does not need is taken out rather than judged: guards, stack traces, other annotations.
 """
 
@@ -14,9 +15,10 @@ from collections.abc import Callable
 from typing import Any
 
 from repquant_fx.errors import ModelFileError
-from repquant_fx.frontends.pt2_archive import MODEL, is_dotted_name, refuse
+from repquant_fx.frontends.pt2_archive import MODEL, refuse
 from repquant_fx.frontends.pt2_expressions import is_safe_expression
 from repquant_fx.frontends.pt2_operators import is_safe_target
+from repquant_fx.security.names import check_names
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,500}", re.ASCII)
 _TEXT = re.compile(r"[\w.+<=\- ]{0,80}", re.ASCII)  # versions and names of verifiers
@@ -30,7 +32,14 @@ _CONTEXT = re.compile(r'null|\[("\w+"(, )?)*\]', re.ASCII)
 _MOST_NODES, _MOST_VALUES, _MOST_EXPRESSIONS, _DEEPEST, _LONGEST_TEXT = 50_000, 8_000_000, 500_000, 40, 10_000
 _MOST_LEAVES, _DEEPEST_TREE = 10_000, 50
 _KEPT_METADATA = "nn_module_stack"
-_REFUSED_KEYS = {"as_custom_obj", "custom_obj", "custom_obj_values", "class_fqn", "as_operator", "as_string_to_argument"}
+_REFUSED_KEYS = {
+    "as_custom_obj",
+    "custom_obj",
+    "custom_obj_values",
+    "class_fqn",
+    "as_operator",
+    "as_string_to_argument",
+}
 
 
 def screen_program(program: dict[str, Any], where: str) -> dict[str, Any]:
@@ -46,11 +55,19 @@ def screen_program(program: dict[str, Any], where: str) -> dict[str, Any]:
     for symbol, bounds in constraints.items():
         values = list(bounds.values()) if isinstance(bounds, dict) else [""]
         if not _CONSTRAINED.fullmatch(symbol) or not all(value is None or type(value) is int for value in values):
-            refuse(where, MODEL, f"constrains the symbol {ascii(symbol[:60])}")
-    kept = {key: program.get(key) for key in ("verifiers", "opset_version", "torch_version", "schema_version") if key in program}
+            refuse(where, MODEL, f"constrains the symbol {symbol[:60]!a}")
+    kept = {
+        key: program.get(key)
+        for key in ("verifiers", "opset_version", "torch_version", "schema_version")
+        if key in program
+    }
     _check_texts(kept, where)
-    module = {**module, "metadata": {}, "treespec_namedtuple_fields": {},
-              "module_call_graph": _calls(module.get("module_call_graph"), where)}
+    module = {
+        **module,
+        "metadata": {},
+        "treespec_namedtuple_fields": {},
+        "module_call_graph": _calls(module.get("module_call_graph"), where),
+    }
     _Walk(where).value(module)
     return {**kept, "graph_module": module, "range_constraints": constraints, "guards_code": []}
 
@@ -111,8 +128,8 @@ class _Walk:
         if key == "as_device" or (key == "device" and "type" in value):
             self.device(value)
         for inner, item in value.items():
-            if not is_dotted_name(inner):
-                refuse(self.where, MODEL, f"has the key {ascii(inner[:60])}")
+            if not _is_name(inner):
+                refuse(self.where, MODEL, f"has the key {inner[:60]!a}")
             if inner in _REFUSED_KEYS and item:
                 refuse(self.where, MODEL, f"holds a custom object ({inner})")
             if inner != "metadata" or key != "nodes":
@@ -129,14 +146,19 @@ class _Walk:
             if self.expression_text > _MOST_EXPRESSIONS:
                 refuse(self.where, MODEL, f"has more than {_MOST_EXPRESSIONS} characters of symbolic expressions")
         if key in ("target", "as_operator") and not is_safe_target(text):
-            refuse(self.where, MODEL, f"has target = {ascii(text[:80])}, which is not an operator that inference needs")
-        if not _RULES.get(key, _is_name)(text):
-            refuse(self.where, MODEL, f"has {key} = {ascii(text[:80])}")
+            refuse(self.where, MODEL, f"has target = {text[:80]!a}, which is not an operator that inference needs")
+        if key in _PATHS and text:
+            check_names([text], self.where)
+        elif not _RULES.get(key, _is_name)(text):
+            refuse(self.where, MODEL, f"has {key} = {text[:80]!a}")
 
     def device(self, device: dict[str, Any]) -> None:
         if device.get("type") != "cpu" or device.get("index") not in (None, 0):
             kind = ascii(device.get("type"))[:20]
-            raise ModelFileError(f"{self.where} was exported on the device {kind}; export it again with the model and its inputs on the CPU")
+            raise ModelFileError(
+                f"{self.where} was exported on the device {kind}; "
+                "export it again with the model and its inputs on the CPU"
+            )
 
     def metadata(self, found: Any) -> dict[str, str]:
         """Of what is known about a node, the modules that it came from, if these have names."""
@@ -145,27 +167,28 @@ class _Walk:
             return {}
         entries = []
         for entry in stack[:_LONGEST_TEXT].split(";"):
-            key, path, kind = (entry.split(",", 2) + ["", ""])[:3]
-            path = _plain_path(path)
-            if not _STACK_KEY.fullmatch(key) or path and not is_dotted_name(path.split("@")[0]):
-                refuse(self.where, MODEL, f"names a module {ascii(entry[:80])}")
-            entries.append(f"{key},{path},{kind if is_dotted_name(kind) else 'torch.nn.Module'}")
+            key, path = (entry.split(",", 2) + [""])[:2]
+            path = _plain_path(path.strip())
+            if not _STACK_KEY.fullmatch(key):
+                refuse(self.where, MODEL, f"names a module {entry[:80]!a}")
+            check_names([path.split("@")[0]] if path else [], self.where)
+            entries.append(f"{key},{path},torch.nn.Module")  # nothing reads its class
         return {_KEPT_METADATA: ";".join(entries)}
 
 
 def _plain_path(path: str) -> str:
-    """A module's path in dots: strict export writes it as source, `L['self'].layers[0]` or `getattr(L['self'].layers, '0')`."""
+    """A module's path in dots: strict export writes `L['self'].layers[0]` or `getattr(L['self'].layers, '0')`."""
     while (called := re.fullmatch(r"getattr\((.*), '(\w[\w\-]*)'\)(.*)", path)) is not None:
         path = f"{called.group(1)}.{called.group(2)}{called.group(3)}"
-    return re.sub(r"\[['\"]?(\w[\w\-]*)['\"]?\]", r".\1", re.sub(r"^L\['self'\]\.?", "", path)).replace("._modules.", ".").strip(".")
+    return (
+        re.sub(r"\[['\"]?(\w[\w\-]*)['\"]?\]", r".\1", re.sub(r"^L\['self'\]\.?", "", path))
+        .replace("._modules.", ".")
+        .strip(".")
+    )
 
 
 def _is_name(text: str) -> bool:
     return not text or bool(_NAME.fullmatch(text))
-
-
-def _is_dotted(text: str) -> bool:
-    return not text or is_dotted_name(text)
 
 
 def _is_any_text(_: str) -> bool:
@@ -177,7 +200,7 @@ def _is_float(text: str) -> bool:
 
 
 def _is_safe_tree(text: str) -> bool:
-    """A tree spec: containers and output classes of transformers only; a context may import modules through `__enum__`."""
+    """Containers and output classes of transformers only; a context may import modules through `__enum__`."""
     try:
         version, tree = json.loads(text)
     except (ValueError, TypeError, RecursionError):
@@ -197,8 +220,8 @@ def _tree_leaves(node: Any, depth: int) -> float:
     return 1 + sum(_tree_leaves(child, depth + 1) for child in node["children_spec"])
 
 
-# By key: what a string under it may be. Names and paths of attributes are pasted into generated source, targets are called,
-# expressions are evaluated. Strings under unlisted keys must be names.
+# By key: what a string under it may be. Names and paths of attributes are pasted into generated source, targets
+# are called, expressions are evaluated. Strings under unlisted keys must be names.
 _RULES: dict[str, Callable[[str], bool]] = {
     "target": _is_any_text,  # judged before
     "expr_str": is_safe_expression,
@@ -210,8 +233,5 @@ _RULES: dict[str, Callable[[str], bool]] = {
     "as_floats": _is_float,
     "real": _is_float,
     "imag": _is_float,
-    "parameter_name": _is_dotted,
-    "buffer_name": _is_dotted,
-    "tensor_constant_name": _is_dotted,
-    "user_input_name": _is_dotted,
 }
+_PATHS = {"parameter_name", "buffer_name", "tensor_constant_name", "user_input_name"}

@@ -23,9 +23,9 @@ from repquant_fx.calibration.images import ImageReader, Unreadable
 from repquant_fx.errors import CalibrationError, InputError, ModelFileError, RecipeError
 from repquant_fx.files import irregular
 from repquant_fx.frontends import architectures
-from repquant_fx.frontends.pt2_expressions import is_safe_expression
 from repquant_fx.frontends.huggingface import load_directory
 from repquant_fx.frontends.loading import load_model
+from repquant_fx.frontends.pt2_expressions import is_safe_expression
 from repquant_fx.recipe import Recipe
 
 
