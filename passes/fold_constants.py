@@ -37,10 +37,9 @@ class FoldConstants(Pass):
 
     def _fold(self, graph_module: GraphModule, node: Node) -> bool:
         expected = node.meta.get("val")  # nothing is computed that would not be kept
-        known = _sources(node)
-        most = max(SMALL, GROWTH * sum(attribute(graph_module, n).numel() for n in known))
-        is_known = isinstance(expected, Tensor) and all(isinstance(size, int) for size in expected.shape)
-        if is_known and expected.numel() > most:
+        most = max(SMALL, GROWTH * sum(attribute(graph_module, n).numel() for n in _sources(node)))
+        size = expected.numel() if isinstance(expected, Tensor) else None
+        if isinstance(size, int) and size > most:
             return False
         values: dict[Node, Any] = {}
         with torch.no_grad():

@@ -1,8 +1,8 @@
 """Which operators a program from a file may call: those that inference needs, whose kernels check their arguments.
 
 A kernel trusts the graph that calls it. Most check shapes and indices themselves; a backward kernel, a `_` kernel
-behind a checked front or one that leaves memory uninitialized does not. So the operators are listed, and everything else
-is refused by its name.
+behind a checked front or one that leaves memory uninitialized does not. So the operators are listed, and all others are
+refused by name.
 """
 
 from __future__ import annotations

@@ -230,7 +230,7 @@ def _group_norm(bound: Bound) -> None:
 
 
 def _attention(bound: Bound) -> None:
-    query, key, value, mask = (bound.get(name) for name in ("query", "key", "value", "attn_mask"))
+    query, key, value, mask = bound["query"], bound["key"], bound["value"], bound.get("attn_mask")
     _need(
         min(query.ndim, key.ndim, value.ndim) >= 2
         and query.shape[-1] == key.shape[-1]

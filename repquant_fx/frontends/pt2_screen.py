@@ -56,7 +56,7 @@ def screen_program(program: dict[str, Any], where: str) -> dict[str, Any]:
         values = list(bounds.values()) if isinstance(bounds, dict) else [""]
         if not _CONSTRAINED.fullmatch(symbol) or not all(value is None or type(value) is int for value in values):
             refuse(where, MODEL, f"constrains the symbol {symbol[:60]!a}")
-    kept = {
+    kept: dict[str, Any] = {
         key: program.get(key)
         for key in ("verifiers", "opset_version", "torch_version", "schema_version")
         if key in program
