@@ -66,7 +66,7 @@ class _Guard:
     def __init__(self, what: str, writable: Iterable[Path]) -> None:
         self.what = what
         self.violation: ModelFileError | None = None
-        self.writable = tuple(os.path.realpath(path) for path in (tempfile.gettempdir(), *writable))
+        self.writable = tuple(os.path.realpath(path) for path in (Path(tempfile.gettempdir()), *writable))
         own = threading.get_ident()
         self.exempt = frozenset(ident for ident in sys._current_frames() if ident != own)
 

@@ -148,7 +148,7 @@ class _Watch:
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         while True:
-            began = time.monotonic()
+            began, due = time.monotonic(), self.left
             sources = [wake] if self.heard < 0 else [wake, self.heard]
             timed = self.left is not None or self.patience is not None
             ended, status = os.waitpid(self.child, os.WNOHANG)
@@ -158,7 +158,7 @@ class _Watch:
             with suppress(BlockingIOError):
                 os.read(wake, 4096)
             self._listen()
-            self._pass(min(time.monotonic() - began, TICK))
+            self._pass(min(time.monotonic() - began, TICK) if self.left is due else 0.0)  # a deadline counts from where it was set
         self._listen()
         signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # it is over: one line at most
         for path in self.temporary:

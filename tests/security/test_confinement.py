@@ -43,7 +43,7 @@ TRY = """
 def tried(folder: Path, *argv: str, report: str = "out/report") -> dict[str, Any]:
     (folder / "out").mkdir(exist_ok=True)
     (folder / "m.pt").write_text("model")
-    with command(folder, TRY, "--report", report, *argv) as process:
+    with command(folder, TRY, "--report", report, *argv, confined=True) as process:
         code, out, said = end(process)
     assert code == 0, said
     return dict(eval(out))  # what this test printed itself

@@ -42,9 +42,10 @@ PRELUDE = """
 
 
 @contextmanager
-def command(folder: Path, work: str, *argv: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
-    """A command line whose one command runs `work`. The temporary folder is `folder / "temporary"`."""
-    script = f"{textwrap.dedent(PRELUDE)}\ndef work():\n{textwrap.indent(textwrap.dedent(work), '    ')}\n\nsys.exit(cli.main())\n"
+def command(folder: Path, work: str, *argv: str, confined: bool = False, **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A command line whose one command runs `work`. The temporary folder is `folder / "temporary"`. Confined where the packages are there."""
+    without = "" if confined else "import sys; sys.modules['landlock'] = sys.modules['pyseccomp'] = None\n"
+    script = f"{without}{textwrap.dedent(PRELUDE)}\ndef work():\n{textwrap.indent(textwrap.dedent(work), '    ')}\n\nsys.exit(cli.main())\n"
     (folder / "temporary").mkdir(exist_ok=True)
     environment = {**os.environ, "TMPDIR": str(options.pop("temporary", folder / "temporary")), "PYTHONDONTWRITEBYTECODE": "1"}
     process = subprocess.Popen([sys.executable, "-c", script, *argv], cwd=folder, text=True, env=environment,
