@@ -16,6 +16,7 @@ from repquant_fx import naming
 from repquant_fx.errors import PassError, RepQuantError
 
 aten = torch.ops.aten
+NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"  # torch.export's key for nodes that no module made
 
 
 class Pass(PassBase):
@@ -64,13 +65,13 @@ def run_passes(graph_module: GraphModule, passes: Sequence[Pass]) -> GraphModule
 def module_path(node: Node) -> str:
     """Path of the module that made `node`, '' for the root."""
     stack = node.meta.get("nn_module_stack") or {}
-    entries = [value for key, value in stack.items() if not str(key).startswith("_empty")]
+    entries = [value for key, value in stack.items() if key != NO_MODULE]
     if not entries:
         return str(node.meta.get("module_path", ""))
     path = entries[-1][0] if isinstance(entries[-1], tuple) else str(entries[-1])
     # export writes list indices of some paths as attribute calls; keep the dotted form that users know
     path = path.replace("L['self'].", "").replace("L['self']", "")
-    return "" if path.startswith("_") else path.split("@")[0]
+    return path.split("@")[0]
 
 
 def shape_of(node: Node) -> list[int | torch.SymInt]:
