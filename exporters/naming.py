@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import onnx_ir as ir
 
 from repquant_fx.naming import DEQUANTIZED, QUANTIZED, ROUNDED, SCALE, Names, Suffix
+from repquant_fx.passes.base import NO_MODULE
 
 PARAMETERS = {
     "Reshape": ["data", "shape"], "Expand": ["input", "shape"], "Min": ["input", "top"], "Gather": ["data", "indices"],
@@ -16,20 +17,45 @@ PARAMETERS = {
     "Pad": ["data", "pads", "value", "axes"], "Squeeze": ["data", "axes"], "Unsqueeze": ["data", "axes"],
 }
 SCOPES = "pkg.torch.onnx.name_scopes"
+INVENTED = re.compile(r"(val|val_shape|anonymous|tmp|_?scalar|_?inlined|const)_?\d*(_.*)?")  # what the exporter calls constants
+OWN = "own:"  # before the names of inputs, outputs and parameters, until everything else is named
+
+
+def set_apart(model: ir.Model) -> None:
+    """Mark the names of inputs, outputs and parameters: a parameter may be called `val_0`, as what the exporter invents is."""
+    graph = model.graph
+    for value in dict.fromkeys([*graph.inputs, *graph.outputs, *graph.initializers.values()]):
+        _rename(value, OWN + str(value.name))
+
+
+def separate_outputs(model: ir.Model, names: Sequence[str]) -> None:
+    """An output that is given twice becomes two values, each with its own of `names`; before `name_by_module`."""
+    seen: set[ir.Value] = set()
+    for index, (value, name) in enumerate(zip(list(model.graph.outputs), names, strict=True)):
+        if value in seen:
+            copy = ir.Node("", "Identity", [value])
+            copied = copy.outputs[0]
+            copied.dtype, copied.shape = value.dtype, value.shape
+            model.graph.append(copy)
+            model.graph.outputs[index] = value = copied
+        value.name = OWN + name
+        seen.add(value)
 
 
 def name_by_module(model: ir.Model) -> None:
     """Rename nodes to `module.path/Operator` and their values after them; quantized values take the name of their scale.
 
-    Initializers keep the names of the parameters they come from; those that the exporter invented are named after the
-    node that reads them. Inputs and outputs of the model keep theirs.
+    What `set_apart` marked keeps the name it had; constants whose names the exporter made up are named after the node that reads them.
     """
     graph = model.graph
     outputs = set(graph.outputs)
     values, nodes = Names(), Names()
-    for value in [*graph.inputs, *graph.outputs, *graph.initializers.values()]:
-        if not _invented(value):
-            values.unique(str(value.name))
+    invented = {value for value in graph.initializers.values() if INVENTED.fullmatch(str(value.name))}
+    for value in dict.fromkeys([*graph.inputs, *graph.outputs, *graph.initializers.values()]):
+        if value not in invented:
+            name = str(value.name).removeprefix(OWN)
+            _rename(value, OWN)  # even to the same name in the end: a renamed initializer goes last, and they keep their order
+            _rename(value, values.unique(name))
     for node in graph:
         path = scope(node)
         node.name = nodes.unique(f"{path}/{node.op_type}" if path else node.op_type)
@@ -39,8 +65,9 @@ def name_by_module(model: ir.Model) -> None:
             label = (_quantized_name(node) if index == 0 else None) or _moved_codes_name(node, value)
             value.name = values.unique(label or (node.name if index == 0 else f"{node.name}:{index}"))
         for index, operand in enumerate(node.inputs):
-            if operand is not None and operand.is_initializer() and _invented(operand):
-                _rename_initializer(graph, operand, values.unique(f"{node.name}.{_parameter(node, index)}"))
+            if operand is not None and operand in invented:
+                invented.remove(operand)
+                _rename(operand, values.unique(f"{node.name}.{_parameter(node, index)}"))
 
 
 def name_axes(model: ir.Model, names: Sequence[Mapping[int, str]]) -> None:
@@ -61,7 +88,7 @@ def scope(node: ir.Node) -> str:
         scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
     except (ValueError, SyntaxError):
         return ""
-    modules = [s for s in scopes[:-1] if s and not s.startswith("_empty")]
+    modules = [s for s in scopes[:-1] if s and not s.startswith(NO_MODULE)]
     return str(modules[-1]) if modules else ""
 
 
@@ -94,16 +121,12 @@ def _stem(node: ir.Node, index: int, suffix: Suffix) -> str | None:
     return None if stem is None else suffix.of(stem)
 
 
-def _invented(value: ir.Value) -> bool:
-    return re.fullmatch(r"(val|val_shape|anonymous|tmp|_?scalar|_?inlined|const)_?\d*(_.*)?", str(value.name)) is not None
-
-
 def _parameter(node: ir.Node, index: int) -> str:
     known = PARAMETERS.get(node.op_type, [])
     return known[index] if index < len(known) else f"input_{index}"
 
 
-def _rename_initializer(graph: ir.Graph, value: ir.Value, name: str) -> None:
+def _rename(value: ir.Value, name: str) -> None:
     value.name = name  # the graph's initializer table follows the name
     if value.const_value is not None:
         value.const_value.name = name

@@ -10,18 +10,18 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from repquant_fx.errors import RepQuantError
 from repquant_fx.exporters import functions
-from repquant_fx.exporters.naming import name_axes, name_by_module
+from repquant_fx.exporters.naming import name_axes, name_by_module, separate_outputs, set_apart
 from repquant_fx.exporters.narrow_codes import narrow_codes
 from repquant_fx.exporters.packing import PACKED_BITS, pack_weights
 from repquant_fx.exporters.simplify import simplify
 from repquant_fx.exporters.translations import translation_table
 from repquant_fx.exporters.zero_points import add_zero_points
 from repquant_fx.frontends.capture import AXES, quiet_torch
-from repquant_fx.passes.base import attribute
+from repquant_fx.passes.base import aten, attribute, copy_meta
 from repquant_fx.passes.lower_to_qdq import DEQUANTIZE
 
 OPSET = functions.OPSET
@@ -51,9 +51,12 @@ def export_onnx(
     Raises:
         ExportError: an operator has no ONNX counterpart (named), or the checker refuses the result.
     """
+    copy_outputs(graph_module)
     packed = narrow_weights(graph_module)
     model = _translate(graph_module, tuple(example_inputs), input_names, output_names, dynamic_shapes)
+    set_apart(model)
     simplify(model)
+    separate_outputs(model, output_names)
     name_by_module(model)
     name_axes(model, [node.meta.get(AXES, {}) for node in graph_module.graph.find_nodes(op="placeholder")])
     add_zero_points(model)
@@ -78,6 +81,21 @@ def export_onnx(
     except Exception as error:
         raise ExportError(f"onnx.checker refuses the exported model: {str(error).splitlines()[0]}") from error
     return proto
+
+
+def copy_outputs(graph_module: GraphModule) -> None:
+    """Outputs that are inputs or constants become copies: a file has one name a value."""
+    output = graph_module.graph.output_node()
+    results = output.args[0] if isinstance(output.args[0], (tuple, list)) else (output.args[0],)
+    copies = {}
+    for result in results:
+        if isinstance(result, Node) and result.op in ("placeholder", "get_attr") and result not in copies:
+            with graph_module.graph.inserting_before(output):
+                copy = graph_module.graph.call_function(aten.clone.default, (result,))
+            copies[result] = copy_meta(result, copy, result.meta.get("val"))
+    if copies:
+        output.args = torch.fx.map_arg(output.args, lambda node: copies.get(node, node))
+        graph_module.recompile()
 
 
 def narrow_weights(graph_module: GraphModule) -> set[str]:

@@ -22,7 +22,7 @@ from torch.fx import GraphModule, Node
 
 from repquant_fx.naming import beside, site_operand
 from repquant_fx.passes.base import Pass, aten, attribute, is_constant, module_path, replace_constant, shape_of
-from repquant_fx.passes.channel_flow import FIXED, ChannelFlow, leads_to_softmax
+from repquant_fx.passes.channel_flow import FIXED, ChannelFlow, is_empty, leads_to_softmax
 from repquant_fx.passes.match_sites import Plan
 from repquant_fx.passes.operators import NORMS
 from repquant_fx.quantizers.equalization import Equalization
@@ -57,7 +57,7 @@ def find_absorbable(graph_module: GraphModule, plan: Plan, kinds: tuple[str, ...
     for node in graph_module.graph.nodes:
         if _is_source(node) and node not in matched:
             size = shape_of(node)[-1]
-            if isinstance(size, int):
+            if isinstance(size, int) and not is_empty(node):
                 sources[node] = torch.arange(start, start + size, dtype=torch.int32)
                 start += size
     flow = ChannelFlow(graph_module, sources)

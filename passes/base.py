@@ -17,6 +17,7 @@ from repquant_fx import naming
 from repquant_fx.errors import PassError, RepQuantError
 
 aten = torch.ops.aten
+NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"  # torch.export's key for nodes that no module made
 
 
 T = TypeVar("T")
@@ -98,13 +99,13 @@ def _run(graph_module: GraphModule, each: Pass[Any], done: Sequence[str]) -> Out
 def module_path(node: Node) -> str:
     """Path of the module that made `node`, '' for the root."""
     stack = node.meta.get("nn_module_stack") or {}
-    entries = [value for key, value in stack.items() if not str(key).startswith("_empty")]
+    entries = [value for key, value in stack.items() if key != NO_MODULE]
     if not entries:
         return ""
     path = entries[-1][0] if isinstance(entries[-1], tuple) else str(entries[-1])
     # export writes list indices of some paths as attribute calls; keep the dotted form that users know
     path = path.replace("L['self'].", "").replace("L['self']", "")
-    return "" if path.startswith("_") else path.split("@")[0]
+    return path.split("@")[0]
 
 
 def shape_of(node: Node) -> list[int | torch.SymInt]:

@@ -53,7 +53,7 @@ class Canonicalize(Pass):
             self._infer_symbol(node)
         elif target in (aten.mm.default, aten.matmul.default) and is_constant(node.args[1]) and len(shape_of(_n(node.args[1]))) == 2:
             self._to_linear(graph_module, node, _n(node.args[0]), _n(node.args[1]), None)
-        elif target is aten.addmm.default and not node.kwargs and is_constant(node.args[2]):
+        elif target is aten.addmm.default and not node.kwargs and is_constant(node.args[2]) and _is_bias(node.args[0], node):
             self._to_linear(graph_module, node, _n(node.args[1]), _n(node.args[2]), _n(node.args[0]))
         elif target is aten.conv2d.default and _tiles(node):
             self._patches_to_linear(graph_module, node)
@@ -108,6 +108,7 @@ class Canonicalize(Pass):
         copy_meta(node, total, node.meta["val"])
         node.replace_all_uses_with(total)
         graph_module.graph.erase_node(node)
+        self._rewrite(graph_module, product)  # with a constant it is a Linear
 
     def _patches_to_linear(self, graph_module: GraphModule, node: Node) -> None:
         graph = graph_module.graph
@@ -182,6 +183,11 @@ def refresh_metadata(graph_module: GraphModule) -> None:
     with torch._subclasses.fake_tensor.unset_fake_temporarily(), frozen:
         mode.allow_non_fake_inputs = True
         FakeTensorProp(graph_module, mode=mode).propagate_dont_convert_inputs(*inputs)
+
+
+def _is_bias(added: Any, node: Node) -> bool:
+    """Whether what an addmm adds is one constant an output channel, as a Linear's bias is."""
+    return is_constant(added) and shape_of(added) == shape_of(node)[-1:]
 
 
 def _one_symbol(sizes: Any) -> int | None:

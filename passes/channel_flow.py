@@ -175,7 +175,7 @@ class ChannelFlow:
 
     def _visit(self, node: Node, carriers: list[Node]) -> None:
         result, shifted = None, False
-        if node.op == "call_function":
+        if node.op == "call_function" and not is_empty(node):
             try:
                 result, shifted = self._through(node)
             except _Unknown:
@@ -440,6 +440,11 @@ def _vanishes(graph_module: GraphModule, mask: Node, logits: Node) -> bool:
     if isinstance(fill, Node):
         return fill.op == "get_attr" and bool((attribute(graph_module, fill) <= VANISHES).all())
     return isinstance(fill, (int, float)) and fill <= VANISHES
+
+
+def is_empty(node: object) -> bool:
+    """Whether a value is a tensor without elements, whatever its free sizes."""
+    return is_tensor(node) and any(size == 0 for size in shape_of(cast(Node, node)) if isinstance(size, int))
 
 
 def describe_reader(reader: Reader) -> str:

@@ -15,12 +15,13 @@ from torch.fx import GraphModule, Node
 from repquant_fx import naming
 from repquant_fx.naming import Names
 from repquant_fx.passes.base import Made, Pass, aten, is_constant, is_tensor, module_path, shape_of
-from repquant_fx.passes.channel_flow import MATMULS, SOFTMAX, ChannelFlow, describe_reader, origin
+from repquant_fx.passes.channel_flow import MATMULS, SOFTMAX, ChannelFlow, describe_reader, is_empty, origin
 from repquant_fx.passes.operators import CONVOLUTIONS, NORMS
 from repquant_fx.recipe import LayerPlan, Recipe
 
 OTHER_NORMS = {aten.group_norm.default, aten.batch_norm.default, aten.instance_norm.default,
                aten._native_batch_norm_legit_no_training.default}  # what export makes of BatchNorm
+PRODUCTS = CONVOLUTIONS | MATMULS | {aten.linear.default}
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity
@@ -114,7 +115,9 @@ class MatchSites(Pass[Plan]):
         for node in nodes:
             if node.op != "call_function" or node in claimed:
                 continue
-            if node.target is aten.linear.default and is_constant(node.args[1]) and is_tensor(node.args[0]):
+            if node.target in PRODUCTS and (reason := _unsuitable(node, *node.args[:2])):
+                self._leave(node, reason)
+            elif node.target is aten.linear.default and is_constant(node.args[1]) and is_tensor(node.args[0]):
                 by_value.setdefault(node.args[0], []).append(node)  # type: ignore[arg-type]
             elif node.target in CONVOLUTIONS and is_constant(node.args[1]):
                 by_value.setdefault(node.args[0], []).append(node)  # type: ignore[arg-type]
@@ -141,6 +144,9 @@ class MatchSites(Pass[Plan]):
         size = shape_of(norm)[-1]
         if not isinstance(size, int):
             self._leave(norm, "its number of channels is not fixed")
+            return
+        if reason := _unsuitable(norm, norm.args[0]):
+            self._leave(norm, reason)
             return
         channels = torch.arange(1, size + 1, dtype=torch.int32)
         flow = ChannelFlow(graph_module, {norm: channels}, affine=True)
@@ -230,6 +236,14 @@ def _geometry(consumer: Node) -> object:
     if consumer.target not in CONVOLUTIONS:
         return None
     return consumer.target, tuple(shape_of(consumer.args[1])[1:]), str(consumer.args[3:])  # type: ignore[arg-type]
+
+
+def _unsuitable(*values: object) -> str | None:
+    """Why these tensors cannot be quantized, None where they can."""
+    if any(is_empty(value) for value in values):
+        return "it has no elements"
+    kinds = {value.meta["val"].dtype for value in values if is_tensor(value)}  # type: ignore[attr-defined]
+    return None if kinds <= {torch.float32} else f"it computes in {', '.join(sorted(str(k).removeprefix('torch.') for k in kinds))}, not float32"
 
 
 def data_dependent(graph_module: GraphModule) -> set[Node]:

@@ -1,4 +1,4 @@
-"""Derived names, spelled here alone: what is made of a model's layers and tensors is called after them, and can be read back.
+"""Derived names, spelled here alone: what is made of layers and tensors is called after them, and can be read back.
 
     blocks.0.attn.qkv/input             a site: the layer that reads a value, and the operand
     blocks.0.attn.qkv.input             its stem: what its constants and codes are called after
@@ -33,11 +33,13 @@ class Suffix:
 
 
 SCALE, ZERO_POINT, SHIFT = Suffix("_scale"), Suffix("_zero_point"), Suffix("_shift")
-QUANTIZED, ROUNDED, DEQUANTIZED = Suffix("_quantized"), Suffix("_rounded"), Suffix("_dequantized")  # codes, codes before they saturate, values
+QUANTIZED, DEQUANTIZED = Suffix("_quantized"), Suffix("_dequantized")
+ROUNDED = Suffix("_rounded")  # codes before they saturate
 ZERO_POINT_UINT4, ZERO_POINT_INT4 = Suffix("_zero_point_uint4"), Suffix("_zero_point_int4")
 INT8, UINT8 = Suffix("_int8"), Suffix("_uint8")  # codes unpacked from, and widened from, four bits
 TRANSPOSED, PATCHES = Suffix("_t"), Suffix("_patches")  # weights whose axes were put in another order
-DERIVED = (SCALE, ZERO_POINT, SHIFT, QUANTIZED, ROUNDED, DEQUANTIZED, ZERO_POINT_UINT4, ZERO_POINT_INT4)  # what a site's stem may carry
+# what a stem may carry
+DERIVED = (SCALE, ZERO_POINT, SHIFT, QUANTIZED, ROUNDED, DEQUANTIZED, ZERO_POINT_UINT4, ZERO_POINT_INT4)
 
 
 def site(path: str, operand: str) -> str:

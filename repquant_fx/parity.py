@@ -109,10 +109,27 @@ def compare(
         theirs = codes(internal[name], node, graph_module)
         apart = (step.seen[name] - theirs).abs()
         differences[name] = CodeDifference(
-            share=float((free.seen[name] != theirs).double().mean()),
-            share_step=float(((apart > 0) & ~step.ties[name]).double().mean()), largest_step=int(apart.max()) if apart.numel() else 0)
-    step_difference = max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-12)) for a, b in zip(exposed_values[:outputs], forced))
+            share=_share(free.seen[name] != theirs),
+            share_step=_share((apart > 0) & ~step.ties[name]), largest_step=int(apart.max()) if apart.numel() else 0)
+    step_difference = max(_difference(a, b) for a, b in zip(exposed_values[:outputs], forced))
     return Parity(len(inputs[0]), min(sqnr(a, b) for a, b in zip(found, expected)), step_difference, differences)
+
+
+def _share(different: Tensor) -> float:
+    """Share of the elements that are true, 0 of none."""
+    return float(different.double().mean()) if different.numel() else 0.0
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """Largest difference relative to the largest value: infinite where shapes differ, 0 where there are no elements."""
+    if found.shape != expected.shape:
+        return float("inf")
+    if not found.numel():
+        return 0.0
+    found, expected = found.double(), expected.double()
+    alike = (found == expected) | (found.isnan() & expected.isnan())  # infinities too
+    largest = torch.where(expected.isfinite(), expected.abs(), 0.0).max().clamp(min=1e-12)
+    return float((torch.where(alike, 0.0, (found - expected).abs()) / largest).max())
 
 
 def sqnr(approximation: Tensor, reference: Tensor) -> float:

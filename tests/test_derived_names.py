@@ -6,12 +6,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from onnx import TensorProto
 from torch import Tensor, nn
 
 from repquant_fx import Recipe, compile, naming
 from repquant_fx.compiler import CompiledModel
 from repquant_fx.naming import DERIVED, SCALE, Names
 from repquant_fx.passes.base import add_tensor, free_stem
+from repquant_fx.recipe import LayerRule
 
 X = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
 
@@ -49,16 +51,28 @@ def test_a_suffix_is_read_back(suffix: naming.Suffix) -> None:
     assert suffix.stem("fc.weight") is None
 
 
-@pytest.mark.parametrize("weight, bias", [
-    ("fc.weight", "fc.bias"), ("fc.weight_t", "fc.bias"), ("fc.weight_2", "fc.bias"), ("in_proj_weight", "in_proj_bias"),
-    ("weighted.w", "weighted.w_bias"), ("w", "w_bias")])
+@pytest.mark.parametrize(
+    "weight, bias",
+    [
+        ("fc.weight", "fc.bias"),
+        ("fc.weight_t", "fc.bias"),
+        ("fc.weight_2", "fc.bias"),
+        ("in_proj_weight", "in_proj_bias"),
+        ("weighted.w", "weighted.w_bias"),
+        ("w", "w_bias"),
+    ],
+)
 def test_what_belongs_beside_a_weight(weight: str, bias: str) -> None:
     assert naming.beside(weight, "bias") == bias
 
 
 def test_a_site_and_its_stem() -> None:
     name = naming.site("blocks.0.fc", "input")
-    assert (name, naming.site_operand(name), naming.site_stem(name)) == ("blocks.0.fc/input", "input", "blocks.0.fc.input")
+    assert (name, naming.site_operand(name), naming.site_stem(name)) == (
+        "blocks.0.fc/input",
+        "input",
+        "blocks.0.fc.input",
+    )
 
 
 def test_numbers_go_to_the_stem() -> None:
@@ -92,3 +106,41 @@ def test_a_weight_of_two_layers_keeps_readable_names() -> None:
     names = {t.name for t in compiled(nn.Sequential(layer, nn.ReLU(), layer)).proto.graph.initializer}
     codes = [naming.QUANTIZED.stem(name) for name in names if "weight" in name and naming.QUANTIZED.stem(name)]
     assert len(codes) == 2 and all(SCALE.of(str(stem)) in names for stem in codes)
+
+
+class Root(nn.Module):
+    """A parameter of the root, under any name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.fc = name, nn.Linear(4, 4)
+        self.register_parameter(name, nn.Parameter(torch.randn(4, 4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.fc(x).tanh() * 3, getattr(self, self.name)) + 2 * x.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize("name", ["val_0", "tmp_1", "const", "scalar_x", "linear", "_empty_0", "mul", "own"])
+def test_names_that_the_exporter_gives_too(name: str) -> None:
+    """A weight keeps its name, and 4 bits stay 4 bits."""
+    layer, root = compiled(Chain(**{name: nn.Linear(4, 4)}), wbits=4), compiled(Root(name), wbits=4)
+    for result, weight in ((layer, f"{name}.weight"), (root, name), (root, "fc.weight")):
+        codes = next(t for t in result.proto.graph.initializer if t.name == naming.QUANTIZED.of(weight))
+        assert codes.data_type == TensorProto.INT4
+    assert set(layer.quantizers) == {f"{name}/input"}
+
+
+def test_an_input_called_like_a_constant_of_the_exporter() -> None:
+    class Model(Chain):
+        def forward(self, val_0: Tensor) -> Tensor:
+            return super().forward(val_0 * 2.5)
+
+    proto = compiled(Model(fc=nn.Linear(4, 4))).proto
+    assert [i.name for i in proto.graph.input] == ["val_0"] and "val_0" not in {t.name for t in proto.graph.initializer}
+
+
+@pytest.mark.parametrize("name", ["_fc", "__fc", "_empty_1"])
+def test_a_rule_finds_a_name_with_a_leading_underscore(name: str) -> None:
+    model = Chain(**{name: nn.Sequential(nn.Linear(4, 4), nn.Tanh()), "b": nn.Linear(4, 4)})
+    recipe = Recipe(layers=(LayerRule(f"{name}.*", skip=True),))
+    assert set(compile(model, [X], recipe, example_inputs=[X[:2]]).quantizers) == {"b/input"}

@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import inspect
 import io
+import keyword
 import logging
 import math
 import warnings
@@ -122,6 +123,7 @@ def capture(
         reference = module.eval()
         args, kwargs = (inputs, {}) if input_names is None else ((), dict(zip(input_names, inputs, strict=True)))
         program, axes = _export(reference, args, kwargs, _wanted_axes(inputs, dynamic_axes, dynamic_batch))
+    _check_names(program)
     try:
         unlifted = program.run_decompositions({aten.scaled_dot_product_attention.default: decompose_attention}).module(
             check_guards=False)
@@ -197,7 +199,9 @@ def _difference(expected: Tensor, found: Tensor) -> float:
         return 0.0 if torch.equal(expected, found) else math.inf
     if not expected.numel() or torch.equal(expected, found):
         return 0.0
-    return float((expected - found).abs().max() / expected.abs().max().clamp(min=1e-12))
+    alike = (expected == found) | (expected.isnan() & found.isnan())  # infinities too
+    largest = torch.where(expected.isfinite(), expected.abs(), 0.0).max().clamp(min=1e-12)
+    return float((torch.where(alike, 0.0, (expected - found).abs()) / largest).max())
 
 
 Axes = tuple[Mapping[int, str], ...]
@@ -262,7 +266,8 @@ def _export_once(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, 
 @contextlib.contextmanager
 def quiet_torch() -> Iterator[None]:
     """Hold back what torch logs and prints during an export: a failure repeats in many lines what the error says."""
-    loggers = [logging.getLogger(name) for name in ("torch.fx.experimental.symbolic_shapes", "torch.export", "torch.onnx")]
+    loggers = [logging.getLogger(name) for name in ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor",
+                                                    "torch.export", "torch.onnx")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
@@ -336,6 +341,16 @@ def _keep_nothing_but_the_graph(graph_module: GraphModule, order: Sequence[str] 
             first.prepend(placeholders[name])
     graph_module.recompile()
     return names
+
+
+def _check_names(program: torch.export.ExportedProgram) -> None:
+    """
+    Raises:
+        CaptureError: a tensor's name has a Python keyword in it: torch.fx cannot write code that reads it.
+    """
+    for name in [*program.state_dict, *program.constants]:
+        for part in filter(keyword.iskeyword, name.split(".")):
+            raise CaptureError(f"{name} is called by the Python keyword {part!r}, for which torch.fx writes code that is none; rename it")
 
 
 def _select(labels: Sequence[str], wanted: Sequence[str]) -> list[int]:

@@ -38,6 +38,8 @@ def left_as_found(function: Callable[P, R]) -> Callable[P, R]:
                 module.training = training
     return careful
 
+OTHER_FLOATS = (torch.float16, torch.bfloat16, torch.float64)
+
 
 def from_memory(
     model: nn.Module | torch.export.ExportedProgram, *, example_inputs: Sequence[Tensor] | Mapping[str, Tensor] | None = None,
@@ -46,7 +48,7 @@ def from_memory(
     """Wrap a module or an exported program.
 
     Args:
-        model: not mutated, but a module is put in eval mode. One on another device or in half precision is copied to float32 on the CPU;
+        model: not mutated, but a module is put in eval mode. One on another device or in half or double precision is copied to float32 on the CPU;
             of a compiled or parallel one (`torch.compile`, DataParallel) the module inside is taken.
         example_inputs: positional, or by name. A module's may be left out where its configuration tells them; a program has its own.
         input_shape, task: see `loading.load_model`.
@@ -81,7 +83,7 @@ def _plain(model: nn.Module) -> nn.Module:
     while isinstance(model, wrappers) or isinstance(getattr(model, "_orig_mod", None), nn.Module):
         model = model.module if isinstance(model, wrappers) else model._orig_mod  # type: ignore[assignment]
     tensors = [*model.parameters(), *model.buffers()]
-    if all(t.device.type == "cpu" and t.dtype not in (torch.float16, torch.bfloat16) for t in tensors):
+    if all(t.device.type == "cpu" and t.dtype not in OTHER_FLOATS for t in tensors):
         return model
     return copy.deepcopy(model).to("cpu").float()
 
@@ -92,7 +94,7 @@ def _values(inputs: Sequence[Tensor] | Mapping[str, Tensor]) -> Sequence[Tensor]
 
 def _plain_input(value: Tensor) -> Tensor:
     value = value.detach().to("cpu")
-    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+    return value.float() if value.dtype in OTHER_FLOATS else value
 
 
 def _stored(program: torch.export.ExportedProgram) -> tuple[Tensor, ...]:

@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
 
-from repquant_fx.exporters.naming import SCOPES, name_by_module, scope
+from repquant_fx.exporters.naming import OWN, SCOPES, name_by_module, scope, set_apart
 from repquant_fx.naming import Names
 
 F = TensorProto.FLOAT
@@ -18,10 +18,13 @@ def value(name: str) -> onnx.ValueInfoProto:
 
 
 def build(nodes: list[tuple[str, list[str], list[str], str]], initializers: list[onnx.TensorProto], output: str) -> ir.Model:
-    """`nodes`: (operator, inputs, outputs, module path)."""
+    """`nodes`: (operator, inputs, outputs, module path). Initializers called `val_...` are the exporter's."""
     protos = [helper.make_node(kind, ins, outs, name=f"node_{i}") for i, (kind, ins, outs, _) in enumerate(nodes)]
     graph = helper.make_graph(protos, "g", [value("x")], [value(output)], initializer=initializers)
     model = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10))
+    set_apart(model)
+    for constant in [v for v in model.graph.initializers.values() if str(v.name).startswith(f"{OWN}val_")]:
+        constant.name = str(constant.name).removeprefix(OWN)
     for node, (_, _, _, path) in zip(model.graph, nodes):
         parts = path.split(".") if path else []
         scopes = ["", *(".".join(parts[:i + 1]) for i in range(len(parts))), "fx_node"]
@@ -103,7 +106,7 @@ def test_unique_names_for_hostile_orders() -> None:
 
 @pytest.mark.parametrize("text, path", [
     ("['', 'blocks.0', 'blocks.0.attn', 'softmax']", "blocks.0.attn"), ("['', 'node']", ""), ("['only']", ""), ("[]", ""),
-    ("['', 'a', '_empty_1', 'node']", "a"), ("not a list", ""), ("['', 'a', ''", "")])
+    ("['', 'a', '_empty_nn_module_stack_from_metadata_hook', 'node']", "a"), ("not a list", ""), ("['', 'a', ''", "")])
 def test_scope(text: str, path: str) -> None:
     node = ir.Node("", "Relu", [None])
     node.metadata_props[SCOPES] = text
