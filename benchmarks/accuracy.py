@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from repquant_fx import Recipe, compile, repq_vit, session
-from repquant_fx.calibration.data import InputSpec, load_calibration
+from repquant_fx.calibration.data import load_calibration
+from repquant_fx.calibration.inputs import InputSpec
 from repquant_fx.evaluation import labelled_folder
 from repquant_fx.frontends.capture import capture
 from repquant_fx.frontends.loading import LoadedModel, load_model

@@ -25,7 +25,9 @@ from repquant_fx import log
 from repquant_fx import parity as parity_check
 from repquant_fx import report as reports
 from repquant_fx.audit import audit
-from repquant_fx.calibration.data import CalibrationSet, InputSpec, load_calibration
+from repquant_fx.calibration.batching import CalibrationSet
+from repquant_fx.calibration.data import load_calibration
+from repquant_fx.calibration.inputs import InputSpec
 from repquant_fx.calibration.text import TEXT_SAMPLES, Tokenization
 from repquant_fx.checkpoint import Ledger, fingerprint, open_ledger
 from repquant_fx.distributed import World

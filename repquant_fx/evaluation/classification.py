@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repquant_fx.calibration.data import InputSpec, check_array, check_finite, read_arrays, to_rows
+from repquant_fx.calibration.arrays import read_arrays
+from repquant_fx.calibration.checks import check_array, check_finite, to_rows
 from repquant_fx.calibration.images import ImageReader, Unreadable, find_images, image_size, read_ahead, stack, unreadable_error
+from repquant_fx.calibration.inputs import InputSpec
 from repquant_fx.errors import InputError, RepQuantWarning
 from repquant_fx.evaluation.runners import Runner, first_rows
 from repquant_fx.progress import progress

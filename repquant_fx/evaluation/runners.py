@@ -12,8 +12,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from repquant_fx.calibration.data import InputSpec
 from repquant_fx.calibration.images import shape_text
+from repquant_fx.calibration.inputs import InputSpec
 from repquant_fx.errors import InputError, RepQuantError
 from repquant_fx.exporters.reading import read_onnx
 from repquant_fx.frontends.pickled import first_line

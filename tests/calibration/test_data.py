@@ -17,8 +17,10 @@ from safetensors.torch import save_file
 from timm.data import create_transform
 
 from repquant_fx.calibration import images as image_module
-from repquant_fx.calibration.data import CalibrationSet, InputSpec, batch_sizes, load_calibration, plan_batches
+from repquant_fx.calibration.batching import CalibrationSet, batch_sizes, plan_batches
+from repquant_fx.calibration.data import load_calibration
 from repquant_fx.calibration.images import find_images, read_ahead
+from repquant_fx.calibration.inputs import InputSpec
 from repquant_fx.errors import CalibrationError
 
 IMAGE = InputSpec("x", (None, 3, 8, 8), torch.float32)

@@ -11,7 +11,9 @@ import torch
 from language import LINES, tokenizer
 from safetensors.torch import save_file
 
-from repquant_fx.calibration.data import CalibrationSet, InputSpec, load_calibration
+from repquant_fx.calibration.batching import CalibrationSet
+from repquant_fx.calibration.data import load_calibration
+from repquant_fx.calibration.inputs import InputSpec
 from repquant_fx.calibration.text import Tokenization, encode, read_text
 from repquant_fx.errors import CalibrationError, RepQuantWarning
 

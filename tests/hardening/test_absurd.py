@@ -18,8 +18,10 @@ from attacks import archive_of, as_key, bomb, deep, doubling, npy, records_of, s
 from test_fuzz import ARCH, whole
 
 from repquant_fx import limits
-from repquant_fx.calibration.data import InputSpec, load_calibration, read_arrays
+from repquant_fx.calibration.arrays import read_arrays
+from repquant_fx.calibration.data import load_calibration
 from repquant_fx.calibration.images import ImageReader, Unreadable
+from repquant_fx.calibration.inputs import InputSpec
 from repquant_fx.errors import CalibrationError, InputError, ModelFileError, RecipeError
 from repquant_fx.files import irregular
 from repquant_fx.frontends import architectures

@@ -13,7 +13,9 @@ import torch
 
 from repquant_fx import limits
 from repquant_fx.calibration import images
-from repquant_fx.calibration.data import InputSpec, load_calibration, read_arrays
+from repquant_fx.calibration.arrays import read_arrays
+from repquant_fx.calibration.data import load_calibration
+from repquant_fx.calibration.inputs import InputSpec
 from repquant_fx.calibration.text import read_text
 from repquant_fx.cli import main
 from repquant_fx.errors import CalibrationError, InputError

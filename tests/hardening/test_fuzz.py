@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from repquant_fx.calibration.data import read_arrays
+from repquant_fx.calibration.arrays import read_arrays
 from repquant_fx.calibration.images import ImageReader, Unreadable
 from repquant_fx.calibration.text import read_text
 from repquant_fx.cli.common import read_shape

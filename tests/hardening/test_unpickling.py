@@ -21,7 +21,7 @@ from test_absurd import bert
 from test_fuzz import ARCH, whole
 from torch import nn
 
-from repquant_fx.calibration.data import read_arrays
+from repquant_fx.calibration.arrays import read_arrays
 from repquant_fx.errors import InputError, ModelFileError
 from repquant_fx.frontends.huggingface import load_directory, load_preprocessing, load_tokenizer
 from repquant_fx.frontends.loading import load_model
