@@ -23,9 +23,11 @@ from torch import nn
 
 from repquant_fx.calibration.arrays import read_arrays
 from repquant_fx.errors import InputError, ModelFileError
-from repquant_fx.frontends.huggingface import load_directory, load_preprocessing, load_tokenizer
+from repquant_fx.frontends.huggingface import load_directory
 from repquant_fx.frontends.loading import load_model
 from repquant_fx.frontends.pickled import load_pickled
+from repquant_fx.frontends.processor import load_preprocessing
+from repquant_fx.frontends.tokenizer import load_tokenizer
 
 PICKLE = b"\x80\x02" + COMMAND.encode() + b"."
 SCRIPT = "open('RAN', 'w').close()\n"
