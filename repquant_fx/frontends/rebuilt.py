@@ -91,7 +91,7 @@ def rebuild(module: nn.Module, where: str, settle: Settle) -> nn.Module:
 def _built(cls: Any, config_cls: Any, arguments: dict[str, Any], attention: str) -> nn.Module:
     from transformers.initialization import no_init_weights
 
-    from repquant_fx.frontends.huggingface import quiet_offline
+    from repquant_fx.frontends.offline import quiet_offline
 
     with quiet_offline(), no_init_weights():
         made: nn.Module = cls._from_config(
