@@ -7,16 +7,15 @@ which is what it is.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
-import torch
 from torch.fx import GraphModule, Node
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from repquant_fx.errors import PassError
 from repquant_fx.naming import PATCHES, TRANSPOSED
 from repquant_fx.passes.base import Pass, aten, attribute, constant_node, copy_meta, is_constant, is_tensor, shape_of
+from repquant_fx.torch_private import fake_mode, propagating
 
 IDENTITIES = {
     aten.clone.default, aten.alias.default, aten.detach.default, aten.detach_.default, aten.contiguous.default,
@@ -174,14 +173,12 @@ def _einsum_to_matmul(graph_module: GraphModule, node: Node) -> bool:
 def refresh_metadata(graph_module: GraphModule) -> None:
     """Recompute `meta['val']` of every node from the placeholders' (fake) values, keeping symbolic shapes."""
     inputs = [node.meta["val"] for node in graph_module.graph.nodes if node.op == "placeholder"]
-    modes = [v.fake_mode for v in inputs if isinstance(v, torch._subclasses.FakeTensor)]
+    modes = [mode for value in inputs if (mode := fake_mode(value)) is not None]
     if not modes:
         raise PassError("the graph's inputs carry no fake tensors; capture it with repquant_fx.frontends.capture")
     mode = modes[0]
     # an operator that compares a symbolic size must not make it a constant here: the export has settled what is dynamic
-    frozen = mode.shape_env.suppress_guards() if mode.shape_env is not None else contextlib.nullcontext()
-    with torch._subclasses.fake_tensor.unset_fake_temporarily(), frozen:
-        mode.allow_non_fake_inputs = True
+    with propagating(mode):
         FakeTensorProp(graph_module, mode=mode).propagate_dont_convert_inputs(*inputs)
 
 

@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from repquant_fx.passes.base import aten, attribute, is_tensor, module_path, shape_of
+from repquant_fx.torch_private import size_hint
 
 FIXED = 0  # label of elements that no factor may touch
 PADDING = -1  # label of zeros put in: any factor leaves them zero, a shift does not
@@ -370,12 +371,10 @@ def constant_over(labels: Tensor, dims: list[int]) -> Tensor | None:
 
 def hint(size: int | torch.SymInt) -> int:
     """A size, a symbolic one at its example value."""
-    if isinstance(size, int):
-        return size
-    value = size.node.hint
+    value = size_hint(size)
     if value is None:
         raise _Unknown
-    return int(value)
+    return value
 
 
 def hinted(node: Node) -> list[int]:

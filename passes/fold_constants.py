@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from repquant_fx.passes.base import Pass, add_tensor, attribute, copy_meta, drop_constant, module_path
+from repquant_fx.torch_private import OpOverload, schema
 
 GROWTH = 4  # a folded tensor may be this many times larger than all it came from...
 SMALL = 1 << 16  # ...or this many elements
@@ -106,13 +107,13 @@ def _pure(node: Node) -> bool:
         return True
     value = node.meta.get("val")
     tensors = value if isinstance(value, (list, tuple)) else [value]
-    if not isinstance(node.target, torch._ops.OpOverload) or not all(isinstance(t, Tensor) for t in tensors):
+    if not isinstance(node.target, OpOverload) or not all(isinstance(t, Tensor) for t in tensors):
         return False
     return not _writes(node) and torch.Tag.nondeterministic_seeded not in node.target.tags
 
 
 def _writes(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    return isinstance(node.target, OpOverload) and schema(node.target).is_mutable
 
 
 def _is_tensor_at(graph_module: GraphModule, node: Node) -> bool:

@@ -50,6 +50,7 @@ from repquant_fx.passes.runtime_form import optimize_for_runtime
 from repquant_fx.pipeline import absorb_scales, quantize_sequentially
 from repquant_fx.recipe import LayerRule, Recipe, RecipeLike
 from repquant_fx.statistics import Statistics
+from repquant_fx.torch_private import largest_size
 from repquant_fx.version import VERSION
 
 CONSUMERS = {aten.linear.default, aten.conv2d.default, aten.matmul.default, aten.bmm.default}
@@ -374,15 +375,7 @@ def dynamic_shapes(graph_module: GraphModule) -> tuple[dict[int, Any] | None, ..
     for node in graph_module.graph.nodes:
         if node.op == "placeholder":
             sizes = node.meta["val"].shape
-            free = {axis: dims.setdefault(name, torch.export.Dim(name, min=1, max=_largest(sizes[axis])))
+            free = {axis: dims.setdefault(name, torch.export.Dim(name, min=1, max=largest_size(sizes[axis])))
                     for axis, name in node.meta[AXES].items()}
             shapes.append(free or None)
     return tuple(shapes) if dims else None
-
-
-def _largest(size: torch.SymInt) -> int | None:
-    """The largest value that the graph allows for a symbolic size, where it has a limit such as a table of positions."""
-    environment = size.node.shape_env
-    assert environment is not None  # a symbol without one is no symbol of an export
-    upper = environment.bound_sympy(size.node.expr).upper
-    return int(upper) if upper.is_Integer else None

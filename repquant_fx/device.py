@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_map
 
 from repquant_fx.errors import InputError
+from repquant_fx.torch_private import pytree
 
 
 def usable(name: str | torch.device) -> torch.device:
@@ -44,7 +44,7 @@ def move(graph_module: GraphModule, device: torch.device) -> None:
         return device if isinstance(argument, torch.device) else argument
 
     for node in graph_module.graph.nodes:
-        node.args, node.kwargs = tree_map(moved, node.args), tree_map(moved, node.kwargs)
+        node.args, node.kwargs = pytree.tree_map(moved, node.args), pytree.tree_map(moved, node.kwargs)
     graph_module.recompile()
 
 

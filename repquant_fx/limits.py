@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as registration
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from repquant_fx.errors import InputError
+from repquant_fx.torch_private import TorchDispatchMode, watched_registration
 
 _MOST_MODULES = 30_000  # the largest public transformers have a few thousand
 _BOMB_BYTES, _BOMB_RATIO = 1 << 30, 20
@@ -102,13 +101,8 @@ def bounded_modules(what: str) -> Iterator[None]:
         if modules > _MOST_MODULES:
             raise InputError(f"{what} is too large: more than {_MOST_MODULES} layers")
 
-    handles = [registration.register_module_parameter_registration_hook(tensor), registration.register_module_buffer_registration_hook(tensor),
-               registration.register_module_module_registration_hook(child)]
-    try:
+    with watched_registration(tensor, child):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Sizes(TorchDispatchMode):

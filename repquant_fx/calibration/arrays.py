@@ -11,8 +11,8 @@ import torch
 
 from repquant_fx import limits
 from repquant_fx.calibration.inputs import Array
-from repquant_fx.errors import CalibrationError
-from repquant_fx.frontends.pickled import check_pickle, first_line
+from repquant_fx.errors import CalibrationError, first_line
+from repquant_fx.frontends.pickled import check_pickle
 
 ARRAY_SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
 

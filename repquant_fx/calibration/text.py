@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from repquant_fx import limits
-from repquant_fx.errors import CalibrationError, is_failure
+from repquant_fx.errors import CalibrationError, first_line, is_failure
 from repquant_fx.files import irregular
-from repquant_fx.frontends.pickled import first_line
 
 TEXT_SUFFIXES = (".txt", ".jsonl")
 _BYTES_OF_A_LETTER = 100  # that text takes while it is cut into tokens

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from repquant_fx.calibration.images import shape_text
 from repquant_fx.calibration.inputs import InputSpec
-from repquant_fx.errors import InputError, RepQuantError
+from repquant_fx.errors import InputError, RepQuantError, first_line
 from repquant_fx.exporters.reading import read_onnx
-from repquant_fx.frontends.pickled import first_line
+from repquant_fx.torch_private import pytree
 
 Call: TypeAlias = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 _ONNX_TYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(double)": torch.float64,
@@ -215,8 +215,6 @@ def _module_runner(loaded: Any, source: str) -> Runner:
 
 
 def _program_runner(loaded: Any, source: str) -> Runner:
-    from torch.utils import _pytree as pytree
-
     program: torch.export.ExportedProgram = loaded.exported
     module, structure = program.module(check_guards=False), program.call_spec.in_spec
     users = set(program.graph_signature.user_inputs)

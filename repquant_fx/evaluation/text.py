@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repquant_fx.errors import InputError, is_failure
+from repquant_fx.errors import InputError, first_line, is_failure
 from repquant_fx.evaluation.runners import Runner
-from repquant_fx.frontends.pickled import first_line
 
 _KNOWN = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 _UNLIMITED = 1_000_000  # transformers writes "no limit" as a number larger than any length

@@ -21,13 +21,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
 from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from repquant_fx.errors import CaptureError, RepQuantWarning
+from repquant_fx.torch_private import pytree, suggested_shapes
 
 aten = torch.ops.aten
 AXES = "dynamic_axes"  # in the meta of an input: axis to name
@@ -253,11 +252,8 @@ def _export_once(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, 
                 warnings.simplefilter("ignore")
                 return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:
-            if last or "Suggested fixes" not in str(error):
-                raise
-            head, _, fixes = str(error).partition("Suggested fixes")
-            refined = refine_dynamic_shapes_from_suggested_fixes(head + "Suggested fixes" + fixes.partition("\n\n")[0], shapes)
-            if any(isinstance(leaf, int) for leaf in pytree.tree_leaves(refined)):
+            refined = None if last else suggested_shapes(error, shapes)
+            if refined is None or any(isinstance(leaf, int) for leaf in pytree.tree_leaves(refined)):
                 raise  # a dimension that torch wants constant is not dynamic
             shapes = refined
     raise AssertionError

@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from repquant_fx import limits
-from repquant_fx.errors import ModelFileError
+from repquant_fx.errors import ModelFileError, first_line
 from repquant_fx.files import irregular
-from repquant_fx.frontends.pickled import first_line
 
 DESCRIPTIONS = ("*.json", "*.txt", "*.model", "*.jinja")  # of the model, its tokenizer and its image processor
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # what is fetched from the hub

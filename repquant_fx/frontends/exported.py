@@ -8,7 +8,6 @@ grammar (`pt2_expressions`, `pt2_operators`), torch builds the program from exac
 from __future__ import annotations
 
 import importlib
-import io
 import logging
 import warnings
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from repquant_fx.frontends.pt2_archive import Archive, read_archive
 from repquant_fx.frontends.pt2_operators import use_checked
 from repquant_fx.frontends.pt2_rehearsal import rehearse
 from repquant_fx.frontends.pt2_screen import output_classes, screen_program
+from repquant_fx.torch_private import add_samples, build_program, load_archive, size_hint
 
 
 def load_exported(
@@ -61,24 +61,18 @@ def load_exported(
 
 def _build(archive: Archive, where: str) -> ExportedProgram:
     """The program from its screened document and its tensors; torch sees nothing else of the file."""
-    from torch._export.serde import schema
-    from torch._export.serde.serialize import ExportedProgramDeserializer, _dict_to_dataclass
-
     document = screen_program(archive.program, where)
     _register_outputs_of_transformers(output_classes(document))
     with _explained(where):
-        parsed = _dict_to_dataclass(schema.ExportedProgram, document)
-        program = ExportedProgramDeserializer().deserialize(parsed, archive.weights, archive.constants, b"")
+        program = build_program(document, archive.weights, archive.constants)
         use_checked(program.graph_module)
-    program._example_inputs = archive.samples
+    add_samples(program, archive.samples)
     return program
 
 
 def _trusted(data: bytes, where: str) -> ExportedProgram:
-    from torch.export.pt2_archive._package import load_pt2  # torch.export.load tries an older format as well
-
     with _explained(where):
-        return load_pt2(io.BytesIO(data)).exported_programs["model"]
+        return load_archive(data)
 
 
 @contextmanager
@@ -149,5 +143,5 @@ def _drawn_inputs(program: ExportedProgram, where: str) -> tuple[Tensor, ...]:
 def _size(size: int | torch.SymInt, *, first: bool) -> int:
     if isinstance(size, int):
         return size
-    hint = getattr(size.node, "hint", None)
-    return 2 if first or hint is None else int(hint)
+    hint = size_hint(size)
+    return 2 if first or hint is None else hint

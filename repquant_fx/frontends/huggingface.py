@@ -19,12 +19,11 @@ import torch
 from torch import nn
 
 from repquant_fx import limits
-from repquant_fx.errors import InputError, ModelFileError, RepQuantWarning, is_out_of_memory
+from repquant_fx.errors import InputError, ModelFileError, RepQuantWarning, first_line, is_out_of_memory
 from repquant_fx.frontends.directory import CONFIG, DESCRIPTIONS, WEIGHTS, ModelDirectory, find_files, listed, staged
 from repquant_fx.frontends.directory_weights import check_amount, open_weights
 from repquant_fx.frontends.mapped import map_directory
 from repquant_fx.frontends.offline import library, quiet_offline
-from repquant_fx.frontends.pickled import first_line
 from repquant_fx.frontends.screening import screen
 from repquant_fx.frontends.tables import check_tables
 from repquant_fx.frontends.tasks import GENERAL, class_for, task_of

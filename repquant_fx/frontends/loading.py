@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from repquant_fx import limits
-from repquant_fx.errors import InputError, ModelFileError
+from repquant_fx.errors import InputError, ModelFileError, first_line
 from repquant_fx.files import irregular
 from repquant_fx.frontends import architectures, huggingface, signature
 from repquant_fx.frontends.directory import ModelDirectory, find_files
 from repquant_fx.frontends.exported import load_exported
-from repquant_fx.frontends.pickled import first_line, load_pickled, refuse_bomb
+from repquant_fx.frontends.pickled import load_pickled, refuse_bomb
 from repquant_fx.frontends.processor import load_preprocessing
 from repquant_fx.frontends.tasks import check_task
 from repquant_fx.frontends.tokenizer import has_tokenizer, load_tokenizer

@@ -11,8 +11,8 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from repquant_fx.errors import OutputError
 from repquant_fx.security import channel
+from repquant_fx.torch_private import parameters_on_meta
 
 _TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
           "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
@@ -38,7 +39,7 @@ def map_directory(cls: Any, config: Any, files: Sequence[Path], scratch: Path, a
     Raises:
         OutputError: `scratch` cannot be written.
     """
-    with empty_parameters():
+    with parameters_on_meta():
         model = cls._from_config(config, dtype=torch.float32, attn_implementation=attention)
     places = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
     found = {name: tensor for file in files for name, tensor in map_file(file).items()}
@@ -48,21 +49,6 @@ def map_directory(cls: Any, config: Any, files: Sequence[Path], scratch: Path, a
         _put(model, name, tensor)
     model.tie_weights()
     return model.eval() if not any(p.is_meta for p in [*model.parameters(), *model.buffers()]) else None
-
-
-@contextmanager
-def empty_parameters() -> Iterator[None]:
-    """Modules built in the block have parameters without memory (on the meta device); their buffers are real."""
-    register = nn.Module.register_parameter
-
-    def empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(module, name, None if parameter is None else nn.Parameter(parameter.to("meta"), requires_grad=False))
-
-    nn.Module.register_parameter = empty  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def map_file(path: Path) -> dict[str, Tensor]:

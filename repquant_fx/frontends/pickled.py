@@ -26,6 +26,7 @@ from repquant_fx.frontends.rehearsal import rehearse
 from repquant_fx.frontends.state import activation_functions, check_state, check_tensors
 from repquant_fx.security.guard import guarded
 from repquant_fx.security.names import check_module_names
+from repquant_fx.torch_private import allowed_globals
 
 # Only modules that match may be imported because a file names them: they define layers, models and configurations.
 _IMPORTABLE = re.compile(
@@ -128,7 +129,7 @@ def check_pickle(data: bytes, where: str) -> None:
         ModelFileError: it does; the message names what.
     """
     refuse_bomb(data, where)
-    known = _torch_defaults()
+    known = allowed_globals()
     named, problem = rehearse(data)
     if others := sorted(named - known):
         raise ModelFileError(f"{where} cannot be loaded as plain tensors: it names {_shown(others)}. Nothing was executed")
@@ -171,7 +172,7 @@ def _screen(data: bytes, where: str) -> dict[str, Any]:
 
 def _admit(named: set[str]) -> tuple[dict[str, Any], list[str]]:
     """(what to let the unpickler resolve, by name; the names to refuse). torch's defaults need neither."""
-    known = _torch_defaults()
+    known = allowed_globals()
     admitted, refused = {}, []
     for name in sorted(named - known):
         value = _admitted_value(name)
@@ -180,12 +181,6 @@ def _admit(named: set[str]) -> tuple[dict[str, Any], list[str]]:
         else:
             admitted[name] = value
     return admitted, refused
-
-
-def _torch_defaults() -> set[str]:
-    from torch import _weights_only_unpickler
-
-    return set(_weights_only_unpickler._get_allowed_globals())
 
 
 def _admitted_value(name: str) -> Any:

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from repquant_fx.errors import InputError, RepQuantWarning
+from repquant_fx.errors import InputError, RepQuantWarning, first_line
 from repquant_fx.frontends.directory import CONFIG, ModelDirectory, find_files, staged
 from repquant_fx.frontends.offline import library, quiet_offline
-from repquant_fx.frontends.pickled import first_line
 from repquant_fx.frontends.screening import screen
 
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")

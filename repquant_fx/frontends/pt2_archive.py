@@ -20,6 +20,7 @@ from repquant_fx import limits
 from repquant_fx.errors import InputError, ModelFileError
 from repquant_fx.frontends.pickled import check_pickle, first_line
 from repquant_fx.security.names import check_names
+from repquant_fx.torch_private import archive_reader, dtype_codes
 
 MODEL = "models/model.json"
 _SAMPLES = "data/sample_inputs/model.pt"
@@ -76,7 +77,7 @@ def read_archive(data: bytes, where: str) -> Archive:
             are not raw, lie outside their payload or are larger than it.
     """
     try:
-        reader = torch._C.PyTorchFileReader(io.BytesIO(data))
+        reader = archive_reader(data)
         records = reader.get_all_records()
     except Exception as error:
         raise ModelFileError(f"not a model file: {where} is truncated or damaged ({first_line(error)})") from error
@@ -187,12 +188,10 @@ def _tensors(reader: Any, record: str, where: str) -> dict[str, Tensor]:
 
 def _view(reader: Any, record: str, meta: Any, payloads: dict[tuple[str, torch.dtype], Tensor], what: str) -> Tensor:
     """The tensor that a record holds as its declaration says, if it lies inside."""
-    from torch._export.serde.serialize import _SERIALIZE_TO_TORCH_DTYPE
-
     meta = meta if isinstance(meta, dict) else {}
     sizes, strides = (_numbers(meta.get(key)) for key in ("sizes", "strides"))
     offset = _numbers([meta.get("storage_offset")])
-    dtype = _SERIALIZE_TO_TORCH_DTYPE.get(meta.get("dtype"))
+    dtype = dtype_codes().get(meta.get("dtype"))
     if sizes is None or strides is None or offset is None or len(sizes) != len(strides) or len(sizes) > 32:
         raise ModelFileError(f"{what} is declared with sizes or strides that no tensor has")
     if dtype not in _DTYPES or meta.get("layout") != _STRIDED:

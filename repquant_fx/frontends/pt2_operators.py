@@ -11,8 +11,9 @@ import operator
 from typing import Any, cast
 
 import torch
-from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
+
+from repquant_fx.torch_private import OpOverload, has_kernel, schema
 
 aten = torch.ops.aten
 
@@ -107,19 +108,19 @@ def is_safe_target(target: str) -> bool:
 
 def is_safe_operator(found: OpOverload) -> bool:
     """Whether an overload is a listed operator, takes plain values, and writes into its first argument at most."""
-    name = found._schema.name.removeprefix("aten::")
-    if name not in _FUNCTIONAL | _IN_PLACE or not torch._C._dispatch_has_kernel(found.name()):
+    name = schema(found).name.removeprefix("aten::")
+    if name not in _FUNCTIONAL | _IN_PLACE or not has_kernel(found):
         return False
     if torch.Tag.nondeterministic_seeded in found.tags and name not in _DRAWS_IN_TRAINING:
         return False
     written = [
         argument
-        for argument in found._schema.arguments
+        for argument in schema(found).arguments
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
-    if written != (found._schema.arguments[:1] if name in _IN_PLACE else []):
+    if written != (schema(found).arguments[:1] if name in _IN_PLACE else []):
         return False
-    return all(_is_plain(str(argument.type)) for argument in found._schema.arguments)
+    return all(_is_plain(str(argument.type)) for argument in schema(found).arguments)
 
 
 def _is_plain(kind: str) -> bool:
@@ -146,7 +147,7 @@ def use_checked(graph_module: GraphModule) -> None:
                 node.kwargs = {
                     name: value
                     for name, value in node.kwargs.items()
-                    if any(name == argument.name for argument in node.target._schema.arguments)
+                    if any(name == argument.name for argument in schema(node.target).arguments)
                 }
         owner.recompile()
 
@@ -165,8 +166,8 @@ _BATCH_NORMS = (aten._native_batch_norm_legit_no_training.default, aten._native_
 
 def _use_batch_norm(node: Node) -> None:
     """Its kernel reads a weight or bias that is too short beyond its end; the operator in front compares them first."""
-    schema = cast(OpOverload, node.target)._schema
-    bound = dict(zip((argument.name for argument in schema.arguments), node.args)) | node.kwargs
+    found = schema(cast(OpOverload, node.target))
+    bound = dict(zip((argument.name for argument in found.arguments), node.args)) | node.kwargs
     names = ("input", "weight", "bias", "running_mean", "running_var")
     args = (*(bound.get(name) for name in names), bound.get("training", False), bound["momentum"], bound["eps"], True)
     with node.graph.inserting_before(node):

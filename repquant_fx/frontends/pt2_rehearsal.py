@@ -13,30 +13,30 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-    UnsupportedOperatorException,
-)
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule, Interpreter
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from repquant_fx import limits
 from repquant_fx.errors import InputError, ModelFileError
 from repquant_fx.frontends.pickled import first_line
 from repquant_fx.frontends.pt2_operators import is_safe_operator
+from repquant_fx.torch_private import (
+    FakeTensorMode,
+    OpOverload,
+    TorchDispatchMode,
+    UnsupportedOperatorException,
+    pytree,
+    schema,
+    shape_environment,
+    value_errors,
+)
 
 aten = torch.ops.aten
 higher = torch.ops.higher_order
 _LARGEST_SHIFT, _LARGEST = 64, 2**63
 _SCALES = (1e-3, 1e3)  # of an interpolation
-_VALUES_DECIDE = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
+_VALUES_DECIDE = value_errors()
 
 
 def rehearse(program: ExportedProgram, inputs: tuple[Tensor, ...], where: str) -> None:
@@ -47,7 +47,7 @@ def rehearse(program: ExportedProgram, inputs: tuple[Tensor, ...], where: str) -
         InputError: an intermediate result is larger than this machine.
     """
     values = _tensors(program, inputs, where)
-    mode = FakeTensorMode(allow_fallback_kernels=False, shape_env=ShapeEnv())
+    mode = FakeTensorMode(allow_fallback_kernels=False, shape_env=shape_environment())
     fake = [
         mode.from_tensor(value.detach(), static_shapes=True) if isinstance(value, Tensor) else value for value in values
     ]
@@ -187,10 +187,10 @@ class _Watched(TorchDispatchMode):
 
 
 def _check(func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    check = _CHECKS.get(func._schema.name.removeprefix("aten::"))
+    check = _CHECKS.get(schema(func).name.removeprefix("aten::"))
     if check is not None:
-        schema = func._schema.arguments
-        check({a.name: a.default_value for a in schema} | dict(zip((a.name for a in schema), args)) | dict(kwargs))
+        arguments = schema(func).arguments
+        check({a.name: a.default_value for a in arguments} | dict(zip((a.name for a in arguments), args)) | dict(kwargs))
 
 
 Bound = Mapping[str, Any]

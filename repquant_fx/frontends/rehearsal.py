@@ -12,9 +12,8 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from repquant_fx.errors import first_line
+from repquant_fx.torch_private import archive_reader
 
 # torch admits this by default; it calls a function that the file chooses and sets attributes on the result. A tensor
 # that carries Python attributes is saved so; nothing else needs it.
@@ -36,7 +35,7 @@ def _pickle_record(data: bytes) -> bytes:
     """What the unpickler reads. A legacy file goes on with its tensors, which need not be looked at."""
     if data[:4] != _ZIP:
         return data[:_MOST_BYTES]
-    reader = torch._C.PyTorchFileReader(io.BytesIO(data))
+    reader = archive_reader(data)
     if reader.get_record_size("data.pkl") > _MOST_BYTES:
         raise pickle.UnpicklingError(f"its pickle has more than {_MOST_BYTES >> 20} MiB without the tensors")
     return bytes(reader.get_record("data.pkl"))

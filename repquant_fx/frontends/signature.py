@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from repquant_fx import limits
-from repquant_fx.errors import InputError
+from repquant_fx.errors import InputError, first_line
 from repquant_fx.frontends.architectures import BATCH, config_image_shape
-from repquant_fx.frontends.pickled import first_line
 from repquant_fx.frontends.tasks import TASKS, task_of
 
 TEXT_LENGTH = 128  # tokens of an example and of a calibration sequence, where the model takes so many

@@ -22,6 +22,7 @@ from repquant_fx.errors import ModelFileError
 from repquant_fx.frontends import members
 from repquant_fx.frontends.members import MAPPING, MODULE, NUMBER, OTHER, STRING, TENSOR, members_of
 from repquant_fx.security.escape import printable
+from repquant_fx.torch_private import native_functions
 
 _DEEPEST = 64  # levels of lists in lists
 _MOST_ITEMS = 200_000  # of the plain data of one module, counted once for each way to them
@@ -262,7 +263,7 @@ def activation_functions() -> dict[str, Callable[..., Any]]:
         "softsign",
         "tanh",
     )
-    spaces = {"torch.nn.functional": nn.functional, "torch._C._nn": torch._C._nn}
+    spaces = {"torch.nn.functional": nn.functional, "torch._C._nn": native_functions()}
     return {
         f"{space}.{name}": getattr(module, name)
         for space, module in spaces.items()

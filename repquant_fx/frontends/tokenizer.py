@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from repquant_fx.errors import InputError, ModelFileError, is_failure
+from repquant_fx.errors import InputError, ModelFileError, first_line, is_failure
 from repquant_fx.frontends.directory import ModelDirectory, find_files, staged
 from repquant_fx.frontends.offline import library, quiet_offline
-from repquant_fx.frontends.pickled import first_line
 from repquant_fx.frontends.screening import screen
 from repquant_fx.frontends.tokenizer_growth import check_growth
 

@@ -7,8 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from repquant_fx.errors import InputError, is_failure
-from repquant_fx.frontends.pickled import first_line
+from repquant_fx.errors import InputError, first_line, is_failure
 
 _MOST_GROWTH = 1000  # times as long; composed characters alone make 18 of one
 _MOST_STEPS, _MOST_LETTERS, _MOST_ADDED = 200, 10_000, 10_000

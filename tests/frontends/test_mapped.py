@@ -16,7 +16,7 @@ from torch import nn
 from repquant_fx import Recipe, compile
 from repquant_fx.errors import ModelFileError
 from repquant_fx.frontends.huggingface import load_directory
-from repquant_fx.frontends.mapped import empty_parameters, map_file
+from repquant_fx.frontends.mapped import map_file
 
 FAST = Recipe(wbits=4, abits=8, gptq=False, correction=False, clipping="none", activations="minmax", weights="minmax", softmax_scale="percentile")
 
@@ -95,13 +95,6 @@ def test_writing_to_a_view_leaves_the_file(tmp_path: Path) -> None:
     save_file({"a": torch.ones(5)}, tmp_path / "t.safetensors")
     map_file(tmp_path / "t.safetensors")["a"].zero_()
     assert torch.equal(map_file(tmp_path / "t.safetensors")["a"], torch.ones(5))
-
-
-def test_empty_parameters_and_real_buffers() -> None:
-    with empty_parameters():
-        module = nn.BatchNorm1d(4)
-    assert module.weight.is_meta and not module.running_mean.is_meta
-    assert not nn.Linear(2, 2).weight.is_meta
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")

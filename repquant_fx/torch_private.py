@@ -1,0 +1,291 @@
+"""What this package uses of torch that torch does not promise to keep. No other file spells a private name of torch.
+
+All of it was tried with torch 2.15.0 and with no other version; `docs/reference/versions.md` says which are promised.
+When a torch release breaks one of these functions, its test in `tests/test_torch_private.py` fails: mend the function
+here, keeping its contract.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload  # one overload of an operator: what a node of an exported graph calls
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+    unset_fake_temporarily,
+)
+from torch.export import ExportedProgram
+from torch.nn.modules import module as registration
+from torch.utils import _pytree as pytree  # torch's own, since exported programs keep its specs
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = [
+    "FakeTensorMode",
+    "OpOverload",
+    "TorchDispatchMode",
+    "UnsupportedOperatorException",
+    "add_samples",
+    "allowed_globals",
+    "archive_reader",
+    "build_program",
+    "dtype_codes",
+    "fake_mode",
+    "has_kernel",
+    "largest_size",
+    "load_archive",
+    "native_functions",
+    "parameters_on_meta",
+    "propagating",
+    "pytree",
+    "schema",
+    "shape_environment",
+    "size_hint",
+    "suggested_shapes",
+    "value_errors",
+    "watched_registration",
+]
+
+_FIXES = "Suggested fixes"
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+def archive_reader(data: bytes) -> Any:
+    """torch's reader of its zip archives: `get_record(name)`, `get_record_size(name)`, `get_all_records()`.
+
+    Tried with torch 2.15.0. Where it is gone: `zipfile`, with the folder that all records of an archive share left
+    out of their names.
+
+    Raises:
+        RuntimeError: not such an archive, or a damaged one.
+    """
+    return torch._C.PyTorchFileReader(io.BytesIO(data))
+
+
+def allowed_globals() -> set[str]:
+    """Dotted names that `torch.load(weights_only=True)` admits without being told to.
+
+    Tried with torch 2.15.0. Where it is gone: an empty set is safe, and refuses honest files; look for the
+    unpickler's new table.
+    """
+    from torch import _weights_only_unpickler
+
+    return set(_weights_only_unpickler._get_allowed_globals())
+
+
+def dtype_codes() -> Mapping[int, torch.dtype]:
+    """The numbers that stand for types of tensors in the documents of a `.pt2`.
+
+    Tried with torch 2.15.0. Where it is gone: the numbers are those of `ScalarType` in `torch._export.serde.schema`.
+    """
+    from torch._export.serde.serialize import _SERIALIZE_TO_TORCH_DTYPE
+
+    return _SERIALIZE_TO_TORCH_DTYPE
+
+
+def build_program(
+    document: dict[str, Any], weights: Mapping[str, Tensor], constants: Mapping[str, Tensor]
+) -> ExportedProgram:
+    """The program that the document of a `.pt2` describes, on these tensors; no pickle is read.
+
+    Tried with torch 2.15.0. Where it breaks: see what `torch.export.pt2_archive` calls behind `load_pt2`, and leave
+    out the sample inputs, which torch unpickles.
+
+    Raises:
+        Exception: of any kind, where the document is not one that this torch writes.
+    """
+    from torch._export.serde import schema
+    from torch._export.serde.serialize import ExportedProgramDeserializer, _dict_to_dataclass
+
+    parsed = _dict_to_dataclass(schema.ExportedProgram, document)
+    return ExportedProgramDeserializer().deserialize(parsed, dict(weights), dict(constants), b"")
+
+
+def add_samples(program: ExportedProgram, samples: tuple[Any, Any] | None) -> None:
+    """Give a program its example inputs (args, kwargs), unchecked: whoever uses them checks them.
+
+    Tried with torch 2.15.0. Where it breaks: the public setter `program.example_inputs`, which raises its own errors.
+    """
+    program._example_inputs = samples
+
+
+def load_archive(data: bytes) -> ExportedProgram:
+    """The program of a `.pt2` as torch reads it, pickles and all: for trusted files only.
+
+    Tried with torch 2.15.0. Where it is gone: `torch.export.load`, which tries an older format as well.
+    """
+    from torch.export.pt2_archive._package import load_pt2
+
+    return load_pt2(io.BytesIO(data)).exported_programs["model"]
+
+
+# ---- operators -----------------------------------------------------------------------------------------------------
+
+
+def schema(operator: OpOverload) -> Any:
+    """The schema of an operator: `name`, `is_mutable`, and `arguments` with `name`, `type`, `default_value` and
+    `alias_info`.
+
+    Tried with torch 2.15.0. Where it is gone: `torch._C.parse_schema(str(...))` reads the same from the operator's
+    text.
+    """
+    return operator._schema
+
+
+def has_kernel(operator: OpOverload) -> bool:
+    """Whether the dispatcher knows an operator; a few are names that only TorchScript has.
+
+    Tried with torch 2.15.0. Where it is gone: `torch._C._dispatch_dump` lists an operator's kernels as text.
+    """
+    return bool(torch._C._dispatch_has_kernel(operator.name()))
+
+
+def native_functions() -> ModuleType:
+    """The module of the functions that `torch.nn.functional` takes from C++; pickles name some of them by it.
+
+    Tried with torch 2.15.0. Where it is gone: new files cannot name it either; `torch.nn.functional` serves.
+    """
+    return torch._C._nn
+
+
+# ---- fake tensors and symbolic sizes --------------------------------------------------------------------------------
+
+
+def fake_mode(value: object) -> FakeTensorMode | None:
+    """The mode that a fake tensor was made in; None for anything else.
+
+    Tried with torch 2.15.0. Where it is gone: `torch._guards.detect_fake_mode` finds it among a graph's values.
+    """
+    return value.fake_mode if isinstance(value, FakeTensor) else None
+
+
+@contextmanager
+def propagating(mode: FakeTensorMode) -> Iterator[None]:
+    """Within the block values are computed anew in `mode`: constants may be real, and comparing a symbolic size does
+    not make it constant.
+
+    Tried with torch 2.15.0. Where it breaks: dynamic sizes turn into numbers in an exported graph, which tests of
+    dynamic batches see.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(unset_fake_temporarily())
+        if mode.shape_env is not None:
+            stack.enter_context(mode.shape_env.suppress_guards())
+        mode.allow_non_fake_inputs = True
+        yield
+
+
+def shape_environment() -> Any:
+    """A new environment of symbolic sizes, for a `FakeTensorMode`.
+
+    Tried with torch 2.15.0. Where it is gone: look for what `torch.export.export` makes its own of.
+    """
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    return ShapeEnv()
+
+
+def value_errors() -> tuple[type[Exception], ...]:
+    """What a fake run raises where a size depends on the values of a tensor.
+
+    Tried with torch 2.15.0. Where one is gone: leave it out; such a program is refused with another sentence then.
+    """
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    return DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode
+
+
+def size_hint(size: int | torch.SymInt) -> int | None:
+    """A size; a symbolic one at its example value, None where it has none.
+
+    Tried with torch 2.15.0. Where it is gone: `torch.fx.experimental.symbolic_shapes.guarding_hint_or_throw` or its
+    successor.
+    """
+    if isinstance(size, int):
+        return size
+    value = getattr(size.node, "hint", None)
+    return None if value is None else int(value)
+
+
+def largest_size(size: torch.SymInt) -> int | None:
+    """The largest value that the graph allows for a symbolic size, None where it has no limit.
+
+    Tried with torch 2.15.0. Where it is gone: the `range_constraints` of an exported program hold the same by symbol.
+    """
+    environment = size.node.shape_env
+    assert environment is not None  # a symbol without one is no symbol of an export
+    upper = environment.bound_sympy(size.node.expr).upper
+    return int(upper) if upper.is_Integer else None
+
+
+def suggested_shapes(error: BaseException, shapes: Any) -> Any | None:
+    """`dynamic_shapes` with the bounds that the message of a failed export asks for; None where it suggests nothing.
+
+    Tried with torch 2.15.0. Where the text has changed, None: models with a table of positions fail to export with a
+    dynamic length.
+
+    Args:
+        error: of `torch.export.export`.
+        shapes: what it was called with.
+    """
+    from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
+
+    head, found, fixes = str(error).partition(_FIXES)
+    return (
+        refine_dynamic_shapes_from_suggested_fixes(head + _FIXES + fixes.partition("\n\n")[0], shapes)
+        if found
+        else None
+    )
+
+
+# ---- modules -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def watched_registration(
+    tensor: Callable[[nn.Module, str, Tensor | None], None], child: Callable[[nn.Module, str, nn.Module | None], None]
+) -> Iterator[None]:
+    """Within the block `tensor` hears of every parameter and buffer that a module registers, `child` of every module;
+    both may raise.
+
+    Tried with torch 2.15.0. Where the hooks are gone: wrap `nn.Module.register_parameter`, `register_buffer` and
+    `add_module`; without either, the limits on the size of a model are not enforced.
+    """
+    with ExitStack() as stack:
+        for register, heard in (
+            (registration.register_module_parameter_registration_hook, tensor),
+            (registration.register_module_buffer_registration_hook, tensor),
+            (registration.register_module_module_registration_hook, child),
+        ):
+            stack.callback(register(heard).remove)
+        yield
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules built in the block have parameters without memory (on the meta device); their buffers are real.
+
+    Tried with torch 2.15.0. Where `register_parameter` is called no more: build within `torch.device("meta")` and
+    compute the buffers anew.
+    """
+    register = nn.Module.register_parameter
+
+    def empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, None if parameter is None else nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+    nn.Module.register_parameter = empty  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
