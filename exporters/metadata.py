@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import onnx
@@ -122,7 +122,7 @@ def record(layers: Sequence[Mapping[str, Any]], left_alone: Sequence[Any], tenso
 
     Args:
         layers: of `report.describe_layers`.
-        left_alone: `match_sites.LeftAlone` items.
+        left_alone: `passes.base.LeftAlone` items.
         tensors: names of constants in the file: the scale of a site by its name, the codes of a weight by its node's.
     """
     entries = []
@@ -136,7 +136,8 @@ def record(layers: Sequence[Mapping[str, Any]], left_alone: Sequence[Any], tenso
         if "weight" in layer:
             entry["weight"] = {"bits": layer["weight"]["bits"], "codes": tensors.get(layer["node"], "")}
         entries.append(entry)
-    return json.dumps({"layers": entries, "left_alone": [asdict(item) for item in left_alone]}, separators=(",", ":"))
+    reasons = [{"path": item.path, "operator": item.operator, "reason": item.reason} for item in left_alone]
+    return json.dumps({"layers": entries, "left_alone": reasons}, separators=(",", ":"))
 
 
 def _grid(site: Mapping[str, Any]) -> str:

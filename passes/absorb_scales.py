@@ -25,6 +25,7 @@ from repquant_fx.passes.base import Pass, aten, attribute, is_constant, module_p
 from repquant_fx.passes.channel_flow import FIXED, ChannelFlow, is_empty, leads_to_softmax
 from repquant_fx.passes.match_sites import Plan
 from repquant_fx.passes.operators import NORMS
+from repquant_fx.passes.spec import CANONICAL
 from repquant_fx.quantizers.equalization import Equalization
 from repquant_fx.recipe import ABSORB
 
@@ -161,6 +162,8 @@ class AbsorbScales(Pass):
     name = "absorb scales"
     needs = "a matched float graph"
     guarantees = "the same outputs; the channels of activations between two layers have like ranges"
+    takes = gives = CANONICAL
+    identity = "float"
 
     def __init__(self, absorbable: Absorbable, equalization: Equalization) -> None:
         super().__init__()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +18,32 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from repquant_fx import naming
 from repquant_fx.errors import PassError, RepQuantError
+from repquant_fx.passes import identity
+from repquant_fx.passes.identity import Probe
+
+if TYPE_CHECKING:
+    from repquant_fx.passes.spec import Stage
 
 aten = torch.ops.aten
 NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"  # torch.export's key for nodes that no module made
+HISTORY = "repquant_fx.passes"  # key of a graph module's meta: names of the passes that ran on it, in order
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """What a pass could have rewritten and did not.
+
+    Attributes:
+        path: of the module, or the node's name where it has none.
+        operator: such as `softmax`.
+        reason: in words, for the report.
+        by: name of the pass.
+    """
+
+    path: str
+    operator: str
+    reason: str
+    by: str = ""
 
 
 T = TypeVar("T")
@@ -40,19 +66,51 @@ class Outcome(PassResult):
 class Pass(PassBase, Generic[T]):
     """One rewriting of a graph. Subclasses set `name`, `needs` and `guarantees` (one sentence each) and define `run`.
 
-    The graph given still runs afterwards: `run` edits it in place and returns whether it changed anything, or that and what it `Made`.
+    The graph given still runs afterwards: `run` edits it in place and returns whether it changed anything, or
+    that and what it `Made`; what it left alone it says with `leave`. `requires` and `ensures` are the contract as code.
+
+    Attributes:
+        takes, gives: the stage (see `spec`) of the graph before and after. It is checked where the two differ, and for
+            every pass while debugging.
+        identity: "float" where the float model stays what it was; it is checked where there is a probe.
+        left_alone: of the last call.
     """
 
     name = "pass"
     needs = ""
     guarantees = ""
+    takes: Stage | None = None
+    gives: Stage | None = None
+    identity: Literal["", "float"] = ""
+
+    def __init__(self) -> None:
+        self.left_alone: list[LeftAlone] = []
 
     def run(self, graph_module: GraphModule) -> bool | Made[T]:
         raise NotImplementedError
 
+    def requires(self, graph_module: GraphModule) -> None:
+        if self.takes is not None and (self.takes is not self.gives or debugging()):
+            self.takes.check(graph_module)
+
+    def ensures(self, graph_module: GraphModule) -> None:
+        if self.gives is not None and (self.takes is not self.gives or debugging()):
+            self.gives.check(graph_module)
+
+    def leave(self, node: Node, reason: str) -> None:
+        """Say why something was left as it is."""
+        operator = str(node.target).split(".")[1] if "." in str(node.target) else node.op
+        record = LeftAlone(module_path(node) or node.name, operator, reason, self.name)
+        if record not in self.left_alone:
+            self.left_alone.append(record)
+
     def call(self, graph_module: GraphModule) -> Outcome:
+        self.left_alone = []
+        before = _Snapshot(graph_module) if debugging() else None
         returned = self.run(graph_module)
         modified = returned.modified if isinstance(returned, Made) else returned
+        if before is not None and before.same(graph_module) == modified:
+            raise PassError(f"it returned {modified} and {'changed nothing' if modified else 'changed the graph'}")
         if modified:
             graph_module.graph.eliminate_dead_code()
             graph_module.graph.lint()
@@ -62,38 +120,73 @@ class Pass(PassBase, Generic[T]):
         return outcome
 
 
-def run_pass(graph_module: GraphModule, each: Pass[T]) -> T:
-    """Run one pass that makes something, and give what it made.
-
-    Raises:
-        PassError: the pass failed; the message names it.
-    """
-    return _run(graph_module, each, []).made
+def run_pass(graph_module: GraphModule, each: Pass[T], probe: Probe | None = None) -> T:
+    """Run one pass that makes something, and give what it made. Arguments and errors are those of `run_passes`."""
+    return _run(graph_module, each, probe).made
 
 
-def run_passes(graph_module: GraphModule, passes: Sequence[Pass[Any]]) -> GraphModule:
+def run_passes(graph_module: GraphModule, passes: Sequence[Pass[Any]], probe: Probe | None = None) -> GraphModule:
     """Run passes in order.
 
+    Args:
+        probe: computes what a pass that claims a float identity must leave as it is; without one that is not checked.
+
     Raises:
-        PassError: a pass failed; the message names it and the passes that ran before it.
+        PassError: a pass failed, broke its contract or an identity it claims; the message names it and all passes that
+            ran before it on this graph.
     """
-    done: list[str] = []
     for each in passes:
-        graph_module = _run(graph_module, each, done).graph_module
-        done.append(each.name)
+        graph_module = _run(graph_module, each, probe).graph_module
     return graph_module
 
 
-def _run(graph_module: GraphModule, each: Pass[Any], done: Sequence[str]) -> Outcome:
+def _run(graph_module: GraphModule, each: Pass[Any], probe: Probe | None) -> Outcome:
+    before = probe(graph_module) if probe is not None and each.identity else None
     try:
         outcome = each(graph_module)
-    except RepQuantError:
-        raise
+        assert isinstance(outcome, Outcome)
+        if probe is not None and before is not None and outcome.modified:
+            identity.check(before, probe(outcome.graph_module))
     except Exception as error:
-        before = ", ".join(done) or "no other pass"
-        raise PassError(f"pass {each.name!r} failed after {before}: {type(error).__name__}: {error}") from error
-    assert isinstance(outcome, Outcome)
+        if isinstance(error, RepQuantError) and not isinstance(error, PassError):
+            raise
+        what = str(error) if isinstance(error, PassError) else f"{type(error).__name__}: {error}"
+        raise PassError(f"pass {each.name!r} failed after {_history(graph_module)}: {what}") from error
+    meta = outcome.graph_module.meta
+    meta[HISTORY] = (*meta.get(HISTORY, ()), each.name)
     return outcome
+
+
+def debugging() -> bool:
+    """Whether contracts that cost time are checked too: the environment variable REPQUANT_FX_DEBUG is set and not 0."""
+    return os.environ.get("REPQUANT_FX_DEBUG", "0") not in ("", "0")
+
+
+def _history(graph_module: GraphModule) -> str:
+    """All passes that ran on a graph, each once with how often it ran, in the order of their first run."""
+    counts = Counter(graph_module.meta.get(HISTORY, ()))
+    names = [name if times == 1 else f"{name} ({times} times)" for name, times in counts.items()]
+    return ", ".join(names) or "no other pass"
+
+
+class _Snapshot:
+    """A graph's code, and which tensors and modules it has: kept to tell whether a pass changed anything."""
+
+    def __init__(self, graph_module: GraphModule) -> None:
+        self.nodes = [(n, n.op, n.target, n.args, n.kwargs) for n in graph_module.graph.nodes]
+        self.modules = dict(graph_module.named_modules())
+        tensors = itertools.chain(graph_module.named_parameters(remove_duplicate=False),
+                                  graph_module.named_buffers(remove_duplicate=False))
+        self.tensors = {name: (tensor, 0 if tensor.is_inference() else tensor._version) for name, tensor in tensors}
+
+    def same(self, graph_module: GraphModule) -> bool:
+        now = _Snapshot(graph_module)
+        if self.modules.keys() != now.modules.keys() or self.tensors.keys() != now.tensors.keys():
+            return False
+        modules = all(module is now.modules[name] for name, module in self.modules.items())
+        tensors = all(tensor is now.tensors[name][0] and version == now.tensors[name][1]
+                      for name, (tensor, version) in self.tensors.items())
+        return self.nodes == now.nodes and modules and tensors
 
 
 def module_path(node: Node) -> str:

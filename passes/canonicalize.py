@@ -15,20 +15,18 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from repquant_fx.errors import PassError
 from repquant_fx.naming import PATCHES, TRANSPOSED
 from repquant_fx.passes.base import Pass, aten, attribute, constant_node, copy_meta, is_constant, is_tensor, shape_of
+from repquant_fx.passes.operators import IDENTITIES, VIEWS
+from repquant_fx.passes.spec import CANONICAL
 from repquant_fx.torch_private import fake_mode, propagating
 
-IDENTITIES = {
-    aten.clone.default, aten.alias.default, aten.detach.default, aten.detach_.default, aten.contiguous.default,
-    aten.dropout.default, aten.lift_fresh_copy.default, aten.feature_dropout.default,
-}
 POOLS = {aten.adaptive_avg_pool1d.default: [-1], aten.adaptive_avg_pool2d.default: [-2, -1]}  # to one value: a mean over these axes
-VIEWS = {aten.view.default, aten._unsafe_view.default}
 
 
 class Canonicalize(Pass):
     name = "canonicalize"
     needs = "a captured ATen graph with tensor metadata"
     guarantees = "no identities; reshape, linear and softmax in one spelling; the outputs are unchanged"
+    gives = CANONICAL
 
     def run(self, graph_module: GraphModule) -> bool:
         modified = False

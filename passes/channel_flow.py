@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from repquant_fx.passes.base import aten, attribute, is_tensor, module_path, shape_of
+from repquant_fx.passes.operators import LAYOUT
 from repquant_fx.torch_private import size_hint
 
 FIXED = 0  # label of elements that no factor may touch
@@ -42,10 +43,6 @@ MASKS = {aten.where.self, aten.masked_fill.Scalar, aten.masked_fill.Tensor}
 ROW_WISE = MASKS | {aten.add.Tensor, aten.reshape.default, aten.unsqueeze.default, aten.expand.default}
 VANISHES = -1e4  # a logit of this much or less has the probability zero beside ordinary ones
 HOMOGENEOUS = {aten.relu.default, aten.neg.default, aten.leaky_relu.default}
-LAYOUT = {
-    aten.reshape.default, aten.permute.default, aten.transpose.int, aten.expand.default, aten.unsqueeze.default,
-    aten.squeeze.dim, aten.squeeze.dims, aten.slice.Tensor, aten.select.int, aten.flatten.using_ints, aten.unflatten.int,
-}
 
 
 class Ties:

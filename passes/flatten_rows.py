@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 
 from repquant_fx.passes.base import Pass, aten, copy_meta, is_constant, is_tensor, shape_of
 from repquant_fx.passes.canonicalize import refresh_metadata
+from repquant_fx.passes.spec import RUNTIME
 
 ELEMENT_WISE = {
     aten.gelu.default, aten.relu.default, aten.relu_.default, aten.silu.default, aten.sigmoid.default, aten.tanh.default, aten.neg.default,
@@ -27,16 +28,26 @@ class FlattenRows(Pass):
     name = "flatten rows"
     needs = "a graph lowered to Q/DQ, with tensor metadata"
     guarantees = "row-wise operators between flattened Linears work on the matrix; every value is the same up to its leading axes"
+    takes = gives = RUNTIME
 
     def run(self, graph_module: GraphModule) -> bool:
-        _read_sizes_from_inputs(graph_module)
-        modified = False
+        modified = _read_sizes_from_inputs(graph_module)
         for node in list(graph_module.graph.nodes):
             if node.op == "call_function":
                 modified |= self._merge(node) if node.target is aten.reshape.default else self._sink(node)
-        graph_module.graph.eliminate_dead_code()
-        refresh_metadata(graph_module)
+        if graph_module.graph.eliminate_dead_code() or modified:
+            refresh_metadata(graph_module)
+            modified = True
+        for node in graph_module.graph.find_nodes(op="call_function", target=aten.reshape.default):
+            if _flat(node) is not None:
+                for user in node.users:
+                    self._say(user)
         return modified
+
+    def _say(self, user: Node) -> None:
+        """Why what reads a restored matrix does not work on the matrix."""
+        if _row_wise(user):
+            self.leave(user, "it works on the rows of a matrix, but with another operand of another shape")
 
     def _merge(self, node: Node) -> bool:
         """A reshape of a restored matrix reads the matrix; one to the matrix's own shape is the matrix."""
@@ -96,8 +107,8 @@ def _row_wise(node: Node) -> bool:
     return node.target in ELEMENT_WISE and not any(isinstance(v, Node) for v in node.kwargs.values())
 
 
-def _read_sizes_from_inputs(graph_module: GraphModule) -> None:
-    """Sizes that an input has are read from that input, so that no value between is kept for its shape."""
+def _read_sizes_from_inputs(graph_module: GraphModule) -> bool:
+    """Sizes that an input has are read from that input, so that no value between is kept for its shape; whether any were not."""
     sources: dict[Any, tuple[Node, int]] = {}
     last = None
     for node in graph_module.graph.find_nodes(op="placeholder"):
@@ -107,18 +118,24 @@ def _read_sizes_from_inputs(graph_module: GraphModule) -> None:
                 if isinstance(size, SymInt):
                     sources.setdefault(size.node.expr, (node, axis))
     made: dict[Any, Node] = {}
+    modified = False
     for node in list(graph_module.graph.find_nodes(op="call_function", target=aten.sym_size.int)):
         size = node.meta.get("val")
         expression = size.node.expr if isinstance(size, SymInt) else None
         if expression not in sources or last is None:
             continue
+        if expression not in made and (node.args, node.prev) == (sources[expression], last):
+            made[expression] = last = node  # it stands there already
         if expression not in made:
+            modified = True
             with graph_module.graph.inserting_after(last):
                 made[expression] = graph_module.graph.call_function(aten.sym_size.int, sources[expression])
             made[expression].meta["val"] = size
         if node is not made[expression]:
+            modified = True
             node.replace_all_uses_with(made[expression])
             graph_module.graph.erase_node(node)
+    return modified
 
 
 def _equal(a: list[int | SymInt], b: list[int | SymInt]) -> bool:

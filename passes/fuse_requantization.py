@@ -3,13 +3,17 @@
 `Linear -> reshape, split, permute, times 1/sqrt(d) -> quantize` runs, as written, as an integer product with a float result that is
 moved about and quantized afterwards, once an operand. Layout operators commute with quantization, and so does a constant factor. The
 operands' scales and zero points go into the Linear instead: row r of the weight's scale is divided by the scale of the operand that
-row feeds, its zero point is added to the bias. Then *one* quantization with scale 1 right behind the Linear gives every operand's codes,
-ONNX Runtime fuses it into the integer product, and a quarter of the bytes is moved about.
+row feeds. Then *one* quantization with scale 1 right behind the Linear gives every operand's codes, ONNX Runtime fuses it into the integer
+product, and a quarter of the bytes is moved about.
+
+That quantization has one zero point, the first operand's. Where another operand's differs, the difference goes into the bias, which is an
+integer in steps of the product's accumulator: the value that is rounded moves by up to half such a step. A code can change by one, and
+only where its value lay nearer to the midpoint of two codes than that; a Linear whose accumulator is so coarse that this could exceed
+`SLACK` of a code stays as it is.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -21,10 +25,12 @@ from torch.fx import GraphModule, Node, map_arg
 from repquant_fx.naming import QUANTIZED, SCALE, ZERO_POINT, beside
 from repquant_fx.passes.base import Pass, aten, attribute, constant_node, copy_meta, free_stem, is_constant, replace_constant
 from repquant_fx.passes.canonicalize import refresh_metadata
-from repquant_fx.passes.channel_flow import LAYOUT, hint, hinted
-from repquant_fx.passes.lower_to_qdq import BIAS_LIMIT, DEQUANTIZE, QUANTIZE
+from repquant_fx.passes.channel_flow import hint, hinted
+from repquant_fx.passes.lower_to_qdq import BIAS_LIMIT
+from repquant_fx.passes.operators import DEQUANTIZE, MOVES, QUANTIZE
+from repquant_fx.passes.spec import LOWERED, RUNTIME
 
-MOVES = LAYOUT | {aten.split_with_sizes.default, aten.split.Tensor, aten.unbind.int, aten.chunk.default, operator.getitem}
+SLACK = 1 / 16  # of a code: how far an operand's values may move to meet the grid of the accumulator
 
 
 @dataclass(frozen=True)
@@ -35,51 +41,74 @@ class Branch:
     factor: float
 
 
+@dataclass(frozen=True)
+class Codes:
+    """What a Linear that writes codes gives: its float output is `(output - offset) * step`.
+
+    Attributes:
+        step, offset: one for each output channel, shape (out,), float64.
+    """
+
+    step: Tensor
+    offset: Tensor
+
+
 class FuseRequantization(Pass):
-    """Attributes: `quantizers`, the node that produces each site's codes, by site name, as `LowerToQDQ` left it and brought up to date."""
+    """Attributes: `quantizers`, the node that produces each site's codes, by site name, as `LowerToQDQ` left it and brought up to date;
+    `codes`, the Linears that write codes, by name."""
 
     name = "fuse requantization"
     needs = "a graph lowered to Q/DQ"
-    guarantees = "the same codes at every quantizer, up to ties; Linears that only quantized operands read write codes"
+    guarantees = ("Linears that only quantized operands read write codes; on the same inputs every code is the same, or the other one of the two "
+                  "that its value lay between, no further than SLACK from their midpoint")
+    takes, gives = LOWERED, RUNTIME
 
     def __init__(self, quantizers: dict[str, Node]) -> None:
         super().__init__()
         self.quantizers = quantizers
+        self.codes: dict[str, Codes] = {}
 
     def run(self, graph_module: GraphModule) -> bool:
         modified = False
         for linear in list(graph_module.graph.find_nodes(op="call_function", target=aten.linear.default)):
-            modified |= self._fuse(graph_module, linear)
+            reason = self._fuse(graph_module, linear)
+            modified |= reason == ""
+            if reason:
+                self.leave(linear, reason)
         if modified:
             graph_module.graph.eliminate_dead_code()
             refresh_metadata(graph_module)
         return modified
 
-    def _fuse(self, graph_module: GraphModule, linear: Node) -> bool:
+    def _fuse(self, graph_module: GraphModule, linear: Node) -> str | None:
+        """Fuse one Linear. '' where that was done, the reason where it was not, None where no operand of a product reads it."""
         source, weight, bias = (*linear.args, None)[:3]
-        if not (_constant_codes(weight) and (bias is None or _constant_codes(bias)) and _per_tensor(graph_module, source)):
-            return False
         found = list(_branches(graph_module, linear, 1.0))
-        if not found or None in found:
-            return False
-        branches = cast("list[Branch]", found)
-        if len(branches) == 1 and branches[0].quantize.args[0] is linear:
-            return False  # it writes codes already
+        branches = [branch for branch in found if branch is not None]
+        if not branches or (len(found) == 1 and branches[0].quantize.args[0] is linear):
+            return None  # in the second case it writes codes already
+        if len(branches) != len(found):
+            return "not only quantized operands read it"
+        if not (_constant_codes(weight) and (bias is None or _constant_codes(bias)) and _per_tensor(graph_module, source)):
+            return "its input, weight and bias are not all integer codes of its own"
         rows = _rows(linear, branches)
         if rows is None or len({b.quantize.args[3] for b in branches}) != 1 or any(b.factor <= 0 for b in branches):
-            return False
+            return "its operands share channels, differ in bits, or are multiplied by a negative number"
         old = attribute(graph_module, _argument(weight, 1)).double()
-        factor, zero_point = torch.ones_like(old), torch.zeros_like(old)
+        step, zero_point = torch.ones_like(old), torch.zeros_like(old)
+        shared = attribute(graph_module, _argument(branches[0].quantize, 2))
         for branch, mine in zip(branches, rows):
-            factor[mine] = branch.factor / attribute(graph_module, _argument(branch.quantize, 1)).double()
-            zero_point[mine] = attribute(graph_module, _argument(branch.quantize, 2)).double()
-        weight_scale = (old * factor).float()
+            step[mine] = attribute(graph_module, _argument(branch.quantize, 1)).double() / branch.factor
+            zero_point[mine] = attribute(graph_module, _argument(branch.quantize, 2)).double() - shared.double()
+        weight_scale = (old / step).float()
         bias_scale = attribute(graph_module, _argument(source, 1)) * weight_scale
-        codes = torch.round(zero_point / bias_scale.double())
-        if isinstance(bias, Node):
-            codes += attribute(graph_module, _argument(bias, 0)).double()
+        offset = torch.round(zero_point / bias_scale.double())
+        codes = offset + (attribute(graph_module, _argument(bias, 0)).double() if isinstance(bias, Node) else 0)
         if not bool((weight_scale > 0).all() and torch.isfinite(weight_scale).all() and (codes.abs() < BIAS_LIMIT).all()):
-            return False
+            return "its scales or its bias leave the range of float32 or int32"
+        apart = float((offset * bias_scale.double() - zero_point).abs().max())
+        if apart > SLACK:
+            return f"a zero point in its bias would move an operand by {apart:.2g} of a code"
         scale_name = str(_argument(weight, 1).target)
         weight_name = SCALE.stem(scale_name) or scale_name
         bias_stem = free_stem(graph_module, beside(weight_name, "bias"))
@@ -87,20 +116,21 @@ class FuseRequantization(Pass):
         if isinstance(bias, Node):
             replace_constant(graph_module, bias, 0, codes.to(torch.int32), QUANTIZED.of(bias_stem))
             replace_constant(graph_module, bias, 1, bias_scale, SCALE.of(bias_stem))
-        else:
+        elif bool(codes.any()):
             constants = (constant_node(graph_module, QUANTIZED.of(bias_stem), codes.to(torch.int32), linear),
                          constant_node(graph_module, SCALE.of(bias_stem), bias_scale, linear))
             with graph_module.graph.inserting_before(linear):
                 restored = copy_meta(linear, graph_module.graph.call_function(DEQUANTIZE, (*constants, None, 32, 0)))
             linear.args = (source, weight, restored)
-        self._move_quantizer(graph_module, linear, branches, beside(weight_name, "output"))
-        return True
+        self.codes[linear.name] = Codes(step, offset * bias_scale.double())
+        self._move_quantizer(graph_module, linear, branches, beside(weight_name, "output"), shared)
+        return ""
 
-    def _move_quantizer(self, graph_module: GraphModule, linear: Node, branches: Sequence[Branch], name: str) -> None:
+    def _move_quantizer(self, graph_module: GraphModule, linear: Node, branches: Sequence[Branch], name: str, zero_point: Tensor) -> None:
         """One quantizer behind the Linear; the operands read its codes through the layout operators that were there."""
         graph, after, stem = graph_module.graph, linear.next, free_stem(graph_module, name)
         one = constant_node(graph_module, SCALE.of(stem), torch.tensor(1.0), after)
-        zero = constant_node(graph_module, ZERO_POINT.of(stem), torch.tensor(0, dtype=torch.uint8), after)
+        zero = constant_node(graph_module, ZERO_POINT.of(stem), zero_point, after)
         with graph.inserting_before(after):
             quantize = copy_meta(linear, graph.call_function(QUANTIZE, (linear, one, zero, branches[0].quantize.args[3], -1)))
         linear.replace_all_uses_with(quantize, delete_user_cb=lambda user: user is not quantize)

@@ -11,12 +11,14 @@ import torch
 from torch.fx import GraphModule, Node
 
 from repquant_fx.passes.base import Pass, aten, copy_meta, is_constant, is_tensor, shape_of
+from repquant_fx.passes.spec import CANONICAL
 
 
 class FuseRMSNorm(Pass):
     name = "fuse RMS norms"
     needs = "a canonical graph with folded constants"
     guarantees = "every RMS norm over the last axis is `aten.rms_norm`; the outputs change by float rounding at most"
+    takes = gives = CANONICAL
 
     def run(self, graph_module: GraphModule) -> bool:
         found = [match for node in graph_module.graph.nodes if (match := _match(node)) is not None]

@@ -11,6 +11,7 @@ from repquant_fx.passes.base import Pass, copy_meta
 from repquant_fx.passes.channel_flow import hinted
 from repquant_fx.passes.match_sites import Group, Plan, Site
 from repquant_fx.passes.slots import mark
+from repquant_fx.passes.spec import CANONICAL, OBSERVED
 from repquant_fx.quantizers.observers import Observer
 
 CHANNEL_SAMPLE = 4096  # tokens kept per norm group
@@ -23,12 +24,15 @@ class InsertObservers(Pass):
     name = "insert observers"
     needs = "a plan from `match sites`"
     guarantees = "each site's consumers read the site's slot; the outputs are unchanged"
+    takes, gives = CANONICAL, OBSERVED
 
     def __init__(self, plan: Plan, batches: int) -> None:
         super().__init__()
         self.plan, self.batches = plan, max(1, batches)
 
     def run(self, graph_module: GraphModule) -> bool:
+        if not self.plan.groups:
+            return False
         slots, names = unique(SLOTS, lambda name: hasattr(graph_module, name)), Names()
         order = {node: index for index, node in enumerate(graph_module.graph.nodes)}
         for group in self.plan.groups:
@@ -41,7 +45,7 @@ class InsertObservers(Pass):
                 mark(copy_meta(first, slot, site.value.meta["val"]), site)
                 for consumer in site.consumers:
                     consumer.update_arg(consumer.args.index(site.value), slot)
-        return bool(self.plan.groups)
+        return True
 
     def _observer(self, group: Group, site: Site) -> Observer:
         if site.role == "norm":

@@ -5,11 +5,13 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 
 from repquant_fx.decision import Decision
+from repquant_fx.errors import PassError
 from repquant_fx.naming import QUANTIZED, SCALE, beside
 from repquant_fx.passes.base import Pass, constant_node, copy_meta, drop_constant, free_stem, replace_constant
 from repquant_fx.passes.match_sites import Group
 from repquant_fx.passes.operators import DEQUANTIZE
 from repquant_fx.passes.slots import install
+from repquant_fx.passes.spec import OBSERVED
 from repquant_fx.quantizers.weight import ChosenWeight
 
 
@@ -23,6 +25,7 @@ class InstallDecision(Pass):
     name = "install decision"
     needs = "a slot at each site, and a float weight at each consumer, that the decision speaks of"
     guarantees = "these sites hold quantizers; these consumers read the dequantized value of integer codes, and their float weights are gone"
+    takes = gives = OBSERVED
 
     def __init__(self, group: Group, decision: Decision) -> None:
         super().__init__()
@@ -35,6 +38,13 @@ class InstallDecision(Pass):
         for consumer, chosen in self.decision.weights.items():
             _install_weight(graph_module, consumer, chosen, self.group.plans[consumer].wbits)
         return bool(self.decision.quantizers or self.decision.weights)
+
+    def ensures(self, graph_module: GraphModule) -> None:
+        super().ensures(graph_module)
+        for consumer in self.decision.weights:
+            weight = consumer.args[1]
+            if not isinstance(weight, Node) or weight.target is not DEQUANTIZE:
+                raise PassError(f"{consumer.name} does not read integer codes")
 
 
 def _install_weight(graph_module: GraphModule, consumer: Node, chosen: ChosenWeight, bits: int) -> None:

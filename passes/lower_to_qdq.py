@@ -11,15 +11,17 @@ from typing import Any, cast
 import torch
 from torch.fx import GraphModule, Node
 
+from repquant_fx.errors import PassError
 from repquant_fx.naming import QUANTIZED, SCALE, SHIFT, ZERO_POINT, site_stem
 from repquant_fx.passes.base import Pass, aten, attribute, constant_node, copy_meta, free_stem, shape_of
 from repquant_fx.passes.canonicalize import refresh_metadata
 from repquant_fx.passes.channel_flow import LAYOUT
 from repquant_fx.passes.match_sites import SOFTMAX, Plan, Site
 from repquant_fx.passes.operators import DEQUANTIZE, LOG2_QUANTIZE, LOG2_SOFTMAX, QUANTIZE
-from repquant_fx.passes.slots import slot_of
+from repquant_fx.passes.slots import slot_module, slot_of
+from repquant_fx.passes.spec import LOWERED, OBSERVED
 from repquant_fx.quantizers.gptq import QuantizedWeight
-from repquant_fx.quantizers.observers import LogQuantizer, Passthrough, UniformQuantizer
+from repquant_fx.quantizers.observers import LogQuantizer, Observer, Passthrough, UniformQuantizer
 
 BIAS_LIMIT = 2.0**31 - 1024  # float32 cannot hold the largest int32
 
@@ -31,6 +33,7 @@ class LowerToQDQ(Pass):
     name = "lower to Q/DQ"
     needs = "a quantizer at every site and the integer codes of every quantized weight"
     guarantees = "quantizers are `repquant_fx` operators, weights integer codes and biases int32 where their scale is known"
+    takes, gives = OBSERVED, LOWERED
 
     def __init__(self, plan: Plan, weights: dict[Node, QuantizedWeight]) -> None:
         super().__init__()
@@ -53,6 +56,12 @@ class LowerToQDQ(Pass):
             codes = consumer.args[1].args[0]  # type: ignore[union-attr]
             self.constants[consumer.name] = str(cast(Node, codes).target)
         return True
+
+    def requires(self, graph_module: GraphModule) -> None:
+        super().requires(graph_module)
+        for site in (site for group in self.plan.groups for site in group.sites):
+            if isinstance(slot_module(graph_module, site), Observer):
+                raise PassError(f"{site.name} holds an observer, not a quantizer: calibrate its group first")
 
     def _lower_site(self, graph_module: GraphModule, site: Site) -> None:
         slot = slot_of(graph_module, site)
@@ -137,12 +146,17 @@ class LowerToQDQ(Pass):
         """An int32 bias, where the activation has one scale: the weight holds integer codes already."""
         scale, graph = self.weights[consumer].scale, graph_module.graph
         bias = consumer.args[2] if len(consumer.args) > 2 else None
-        if not isinstance(bias, Node) or bias.op != "get_attr" or quantizer.axis is not None:
+        if not isinstance(bias, Node):
+            return
+        if bias.op != "get_attr" or quantizer.axis is not None:
+            self.leave(consumer, "its bias stays in float: " + ("it is no constant" if bias.op != "get_attr" else
+                                                                "its input has one scale per channel, so the product has no one scale"))
             return
         bias_scale = quantizer.scale * scale
         bias_codes = torch.round(attribute(graph_module, bias).double() / bias_scale.double())
         if not bool((bias_codes.abs() < BIAS_LIMIT).all()):
-            return  # it stays in float
+            self.leave(consumer, "its bias stays in float: in steps of its product it does not fit int32")
+            return
         stem = free_stem(graph_module, str(bias.target))
         b = constant_node(graph_module, QUANTIZED.of(stem), bias_codes.to(torch.int32), consumer)
         bs = constant_node(graph_module, SCALE.of(stem), bias_scale, consumer)

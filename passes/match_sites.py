@@ -14,9 +14,10 @@ from torch.fx import GraphModule, Node
 
 from repquant_fx import naming
 from repquant_fx.naming import Names
-from repquant_fx.passes.base import Made, Pass, aten, is_constant, is_tensor, module_path, shape_of
+from repquant_fx.passes.base import LeftAlone, Made, Pass, aten, is_constant, is_tensor, module_path, shape_of
 from repquant_fx.passes.channel_flow import MATMULS, SOFTMAX, ChannelFlow, describe_reader, is_empty, origin
 from repquant_fx.passes.operators import CONVOLUTIONS, NORMS
+from repquant_fx.passes.spec import CANONICAL
 from repquant_fx.recipe import LayerPlan, Recipe
 
 OTHER_NORMS = {aten.group_norm.default, aten.batch_norm.default, aten.instance_norm.default,
@@ -69,15 +70,6 @@ class Group:
 
 
 @dataclass(frozen=True)
-class LeftAlone:
-    """A norm or softmax (or product) that is not quantized or rewritten, and the reason."""
-
-    path: str
-    operator: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class Plan:
     """The result of matching: groups in graph order, and what is in none."""
 
@@ -91,6 +83,7 @@ class MatchSites(Pass[Plan]):
     name = "match sites"
     needs = "a canonical graph with tensor metadata"
     guarantees = "every norm and softmax is in a group or has a reason; the graph is unchanged"
+    takes = gives = CANONICAL
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
@@ -228,7 +221,7 @@ class MatchSites(Pass[Plan]):
 
     def _leave(self, node: Node, reason: str) -> None:
         self._left.add(node)
-        self._left_alone.append(LeftAlone(module_path(node) or node.name, str(node.target).split(".")[1], reason))
+        self._left_alone.append(LeftAlone(module_path(node) or node.name, str(node.target).split(".")[1], reason, self.name))
 
 
 def _geometry(consumer: Node) -> object:

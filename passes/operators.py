@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 
 from repquant_fx import ops  # noqa: F401 - registers the operators
@@ -10,6 +12,19 @@ aten = torch.ops.aten
 
 NORMS = {aten.layer_norm.default, aten.rms_norm.default}
 CONVOLUTIONS = {aten.conv2d.default, aten.conv1d.default}
+
+IDENTITIES = {
+    aten.clone.default, aten.alias.default, aten.detach.default, aten.detach_.default, aten.contiguous.default,
+    aten.dropout.default, aten.lift_fresh_copy.default, aten.feature_dropout.default,
+}
+VIEWS = {aten.view.default, aten._unsafe_view.default}
+LAYOUT = {
+    aten.reshape.default, aten.permute.default, aten.transpose.int, aten.expand.default, aten.unsqueeze.default,
+    aten.squeeze.dim, aten.squeeze.dims, aten.slice.Tensor, aten.select.int, aten.flatten.using_ints,
+    aten.unflatten.int,
+}
+MOVES = LAYOUT | {aten.split_with_sizes.default, aten.split.Tensor, aten.unbind.int, aten.chunk.default,
+                  operator.getitem}  # what may move integer codes about
 
 QUANTIZE = torch.ops.repquant_fx.quantize.default
 DEQUANTIZE = torch.ops.repquant_fx.dequantize.default

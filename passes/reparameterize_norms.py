@@ -15,6 +15,7 @@ from repquant_fx.naming import beside
 from repquant_fx.passes.base import Made, Pass, aten, attribute, constant_node, copy_meta, replace_constant
 from repquant_fx.passes.match_sites import Group, Site
 from repquant_fx.passes.slots import install, slot_module, slot_of
+from repquant_fx.passes.spec import OBSERVED
 from repquant_fx.quantizers.observers import UniformQuantizer
 from repquant_fx.quantizers.reparameterization import ChannelAffine, reparameterize
 
@@ -28,6 +29,8 @@ class ReparameterizeNorms(Pass[str | None]):
     name = "reparameterize norms"
     needs = "a per-channel quantizer at every site of a norm group"
     guarantees = "a per-tensor quantizer with the same codes; the float output is unchanged"
+    takes = gives = OBSERVED
+    identity = "float"
 
     def __init__(self, group: Group) -> None:
         super().__init__()

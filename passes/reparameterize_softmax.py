@@ -7,6 +7,7 @@ from torch.fx import GraphModule
 from repquant_fx.passes.base import Pass
 from repquant_fx.passes.match_sites import Group
 from repquant_fx.passes.slots import install, slot_module
+from repquant_fx.passes.spec import OBSERVED
 from repquant_fx.quantizers.observers import LogQuantizer, ShiftLogQuantizer
 
 
@@ -14,6 +15,7 @@ class ReparameterizeSoftmax(Pass):
     name = "reparameterize softmax"
     needs = "a logarithmic quantizer at the group's Softmax operand"
     guarantees = "the same values for every code, computed by a shift of a scale chosen by the code's low bits"
+    takes = gives = OBSERVED
 
     def __init__(self, group: Group) -> None:
         super().__init__()

@@ -16,7 +16,8 @@ from torch.fx import GraphModule, Node
 from repquant_fx.passes.base import Pass, aten, attribute, constant_node, copy_meta, is_constant, is_tensor, shape_of
 from repquant_fx.passes.canonicalize import refresh_metadata
 from repquant_fx.passes.channel_flow import SOFTMAX, hinted
-from repquant_fx.passes.lower_to_qdq import LOG2_SOFTMAX
+from repquant_fx.passes.operators import LOG2_SOFTMAX
+from repquant_fx.passes.spec import RUNTIME
 
 SWALLOWS = -1e30  # float32 has 24 bits of precision: scores up to 1e22 vanish
 
@@ -25,9 +26,16 @@ class ShareMasks(Pass):
     name = "share masks"
     needs = "tensor metadata"
     guarantees = "a mask that fills a Softmax's input with a very low number is added; the outputs are unchanged for scores below 1e22"
+    takes = gives = RUNTIME
 
     def run(self, graph_module: GraphModule) -> bool:
-        found = [(node, *match) for node in graph_module.graph.nodes if (match := _match(graph_module, node)) is not None]
+        found = []
+        for node in graph_module.graph.nodes:
+            match = _match(graph_module, node)
+            if isinstance(match, str):
+                self.leave(node, match)
+            elif match is not None:
+                found.append((node, *match))
         constants: dict[float, Node] = {}
 
         def constant(value: float) -> Node:
@@ -48,8 +56,11 @@ class ShareMasks(Pass):
         return bool(found)
 
 
-def _match(graph_module: GraphModule, node: Node) -> tuple[Node, Node, bool, float] | None:
-    """(scores, mask, whether a true mask fills, the low number) of a filling that a Softmax alone reads, and that repeats its mask."""
+def _match(graph_module: GraphModule, node: Node) -> tuple[Node, Node, bool, float] | str | None:
+    """(scores, mask, whether a true mask fills, the low number) of a filling that a Softmax alone reads, and that repeats its mask.
+
+    None for what no Softmax reads; the reason, in words, for another filling before one.
+    """
     if node.target is aten.masked_fill.Scalar:
         scores, mask, fill = node.args
         when_true = True
@@ -59,16 +70,20 @@ def _match(graph_module: GraphModule, node: Node) -> tuple[Node, Node, bool, flo
         fill, scores = (when, otherwise) if when_true else (otherwise, when)
     else:
         return None
+    softmaxes = [user.target in SOFTMAX or user.target is LOG2_SOFTMAX for user in node.users]
+    if not any(softmaxes):
+        return None
     lowest = _number(graph_module, fill)
-    if lowest is None or lowest > SWALLOWS or not is_tensor(scores) or not is_tensor(mask):
-        return None
-    assert isinstance(scores, Node) and isinstance(mask, Node)
-    if not node.users or any(user.target not in SOFTMAX and user.target is not LOG2_SOFTMAX for user in node.users):
-        return None
+    if lowest is None or lowest > SWALLOWS:
+        return "what it fills in is no constant" if lowest is None else f"{lowest:g} is not low enough to swallow any score it is added to"
+    if not all(softmaxes):
+        return "not only a Softmax reads the masked scores"
+    if not isinstance(scores, Node) or not isinstance(mask, Node) or not is_tensor(scores) or not is_tensor(mask):
+        return "scores or mask are no tensor"
     if scores.meta["val"].dtype != torch.float32 or mask.meta["val"].dtype != torch.bool or len(shape_of(scores)) != len(shape_of(node)):
-        return None
+        return "scores are not float32 of the result's rank, or the mask is not boolean"
     smaller = math.prod(hinted(mask)) < math.prod(hinted(node)) and hinted(scores) == hinted(node)
-    return (scores, mask, when_true, lowest) if smaller else None
+    return (scores, mask, when_true, lowest) if smaller else "the mask is as large as the scores"
 
 
 def _number(graph_module: GraphModule, value: Any) -> float | None:

@@ -41,6 +41,7 @@ from repquant_fx.frontends.companions import companions
 from repquant_fx.frontends.loading import LoadedModel, load_model
 from repquant_fx.frontends.memory import from_memory, left_as_found
 from repquant_fx.frontends.tokenizer import load_tokenizer
+from repquant_fx.offload import on_disk
 from repquant_fx.passes.base import aten, module_path, own_tensors, run_pass, run_passes, shared_copy
 from repquant_fx.passes.insert_observers import InsertObservers
 from repquant_fx.passes.lower_to_qdq import LowerToQDQ
@@ -183,6 +184,10 @@ def compile(
                        offload_dir=offload_dir)
     loaded, captured, recipe, data = prepared.loaded, prepared.captured, prepared.recipe, prepared.data
     graph_module, plan = prepared.graph_module, prepared.plan
+    notes = []
+    if offload_dir is not None and not on_disk([*graph_module.parameters(), *graph_module.buffers()]):
+        notes.append("all weights were held in memory, the offload directory kept values between layers alone: weights stay in their files where "
+                     "a transformers directory has them as safetensors, under the names and in the shapes of its model")
     used, held_back = data.split_held_back(HELD_BACK)
     batches = list(used.batches)
     collected = Statistics() if statistics else None
@@ -198,15 +203,15 @@ def compile(
     for each in (graph_module, reference):
         devices.move(each, torch.device("cpu"))
     quantized.weights = {node: weight.to("cpu") for node, weight in quantized.weights.items()}
-    layers = reports.describe_layers(graph_module, plan, quantized)
+    layers = reports.describe_layers(graph_module, plan, quantized, gptq=recipe.gptq)
     log.stage("export")
     lowering = LowerToQDQ(plan, quantized.weights)
     run_passes(graph_module, [lowering])
     probe = [torch.cat(tensors) for tensors in zip(*held_back.batches)] if captured.dynamic_batch else list(held_back.batches[0])
-    sqnr = reports.layer_sqnr(reference, graph_module, [e["node"] for e in layers], probe)
+    shipped = optimize_for_runtime(graph_module, lowering.quantizers, adjacent=recipe.container == "int4")
+    sqnr = reports.layer_sqnr(reference, graph_module, [e["node"] for e in layers], probe, shipped.codes)
     with torch.no_grad():
         output_sqnr = min(parity_check.sqnr(a, b) for a, b in zip(tensors_in(graph_module(*probe)), tensors_in(reference(*probe))))
-    optimize_for_runtime(graph_module, lowering.quantizers, adjacent=recipe.container == "int4")
     metadata = describe(recipe, loaded.preprocessing, record(layers, plan.left_alone, lowering.constants))
     proto = export_onnx(graph_module, loaded.example_inputs, input_names=captured.input_names, output_names=captured.output_names,
                         dynamic_shapes=dynamic_shapes(graph_module), metadata=metadata, container=recipe.container)
@@ -217,7 +222,7 @@ def compile(
     log.finish()
     report = reports.build(
         layers=layers, plan=plan, quantized=quantized, sqnr=sqnr, output_sqnr=output_sqnr, parity=parity,
-        kernels=kernels,
+        kernels=kernels, notes=notes, runtime_form=(*lowering.left_alone, *shipped.left_alone),
         about={
             "repquant_fx": VERSION, "source": loaded.source, "bits": f"W{recipe.wbits}A{recipe.abits}", "recipe": recipe.to_dict(),
             "calibration": {"origin": data.origin, "samples": used.samples, "held_back": held_back.samples,

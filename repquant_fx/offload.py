@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -95,6 +95,11 @@ class OffloadedCuts(Cuts):
 def cuts_of(values: Sequence[Values], folder: str | Path | None) -> Cuts:
     """Kept in memory, or in a file in `folder`."""
     return Cuts(values) if folder is None else OffloadedCuts(values, folder)
+
+
+def on_disk(tensors: Iterable[Tensor]) -> bool:
+    """Whether any of the tensors is a view of a file."""
+    return any(tensor.device.type == "cpu" and tensor.untyped_storage().filename is not None for tensor in tensors)
 
 
 def _write(file: IO[bytes], values: Values) -> tuple[Values, list[tuple[int, int]]]:

@@ -14,7 +14,8 @@ from torch.fx import GraphModule
 from repquant_fx import audit
 from repquant_fx.audit import Product
 from repquant_fx.parity import Parity
-from repquant_fx.passes.base import module_path
+from repquant_fx.passes.base import LeftAlone, module_path
+from repquant_fx.passes.fuse_requantization import Codes
 from repquant_fx.passes.match_sites import Group, Plan, Site
 from repquant_fx.passes.slots import slot_module
 from repquant_fx.pipeline import Quantized
@@ -25,8 +26,12 @@ from repquant_fx.security.escape import printable
 SLICE = 4  # samples run at a time for the layers' SQNR
 
 
-def describe_layers(graph_module: GraphModule, plan: Plan, quantized: Quantized) -> list[dict[str, Any]]:
-    """One entry a quantized operator, in graph order; call before lowering, while the quantizers are in the graph."""
+def describe_layers(graph_module: GraphModule, plan: Plan, quantized: Quantized, *, gptq: bool = True) -> list[dict[str, Any]]:
+    """One entry a quantized operator, in graph order; call before lowering, while the quantizers are in the graph.
+
+    Args:
+        gptq: whether the recipe asks for it.
+    """
     entries = []
     for group in plan.groups:
         for consumer in group.consumers:
@@ -37,11 +42,15 @@ def describe_layers(graph_module: GraphModule, plan: Plan, quantized: Quantized)
             }
             if consumer in quantized.weights:
                 weight, plan_of = quantized.weights[consumer], group.plans[consumer]
+                wanted = gptq and plan_of.gptq
                 entry["weight"] = {
                     "bits": plan_of.wbits, "granularity": "per output channel", "zero_point": 0,
                     "scale": {"min": float(weight.scale.min()), "max": float(weight.scale.max()), "count": weight.scale.numel()},
-                    "method": "GPTQ" if consumer in quantized.errors else "round to nearest",
+                    "method": "GPTQ" if wanted and consumer in quantized.errors else "round to nearest",
                 }
+                if wanted and consumer not in quantized.errors:
+                    entry["notes"] = [f"rounded to nearest: GPTQ has no second moments of the input of a {entry['operator']}"
+                                      " whose windows are not rows of one matrix"]
                 if consumer in quantized.errors:
                     nearest, chosen = quantized.errors[consumer]
                     entry["weight"]["output_error"] = {"round_to_nearest": nearest, "chosen": chosen}
@@ -72,18 +81,28 @@ def _rewritten(group: Group, quantized: Quantized) -> list[str]:
     return notes
 
 
-def layer_sqnr(float_module: GraphModule, lowered: GraphModule, names: Sequence[str], inputs: Sequence[Tensor]) -> dict[str, float]:
-    """SQNR in dB of each named node's output against the float model, everything before it quantized too."""
+def layer_sqnr(float_module: GraphModule, shipped: GraphModule, names: Sequence[str], inputs: Sequence[Tensor],
+               codes: Mapping[str, Codes] | None = None) -> dict[str, float]:
+    """SQNR in dB of each named node's output against the float model, everything before it quantized too.
+
+    Args:
+        codes: the Linears of `shipped` whose output is in codes.
+
+    Returns:
+        by name; a node that one of the graphs lacks is left out.
+    """
     signal: dict[str, float] = dict.fromkeys(names, 0.0)
     noise: dict[str, float] = dict.fromkeys(names, 0.0)
     for batch in _slices(inputs):
-        expected, found = _values(float_module, names, batch), _values(lowered, names, batch)
-        for name in names:
-            if name in expected and name in found:
-                reference = expected[name].double().reshape(-1)
-                signal[name] += float(reference.square().sum())
-                noise[name] += float((found[name].double().reshape(-1) - reference).square().sum())
-    return {n: 10 * math.log10(signal[n] / noise[n]) if noise[n] > 0 and signal[n] > 0 else math.inf for n in names}
+        expected, found = _values(float_module, names, batch), _values(shipped, names, batch)
+        both = expected.keys() & found.keys()
+        for name in both:
+            value, reference = found[name].double(), expected[name].double().reshape(-1)
+            if codes is not None and name in codes:
+                value = (value - codes[name].offset) * codes[name].step
+            signal[name] += float(reference.square().sum())
+            noise[name] += float((value.reshape(-1) - reference).square().sum())
+    return {n: 10 * math.log10(signal[n] / noise[n]) if noise[n] > 0 and signal[n] > 0 else math.inf for n in names if n in both}
 
 
 def _slices(inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -101,11 +120,19 @@ def _values(graph_module: GraphModule, names: Sequence[str], inputs: Sequence[Te
 
 def build(
     *, layers: list[dict[str, Any]], plan: Plan, quantized: Quantized, sqnr: Mapping[str, float], output_sqnr: float | None,
-    parity: Parity | None, kernels: Sequence[Product] | None, about: Mapping[str, Any],
+    parity: Parity | None, kernels: Sequence[Product] | None, about: Mapping[str, Any], runtime_form: Sequence[LeftAlone] = (),
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The whole report as JSON data. Infinite values are written as null."""
+    """The whole report as JSON data. Infinite values are written as null.
+
+    Args:
+        runtime_form: what lowering and the runtime form left as it was.
+        notes: what was done otherwise than asked for, about the whole compile.
+    """
     for entry in layers:
         entry["sqnr_db"] = sqnr.get(entry["node"])
+        if entry["node"] not in sqnr:
+            entry["notes"] = [*entry.get("notes", []), "no SQNR: the exported graph has no such value"]
     return _finite({
         **about,
         "output_sqnr_db": output_sqnr,
@@ -113,6 +140,8 @@ def build(
         "kernels": [asdict(product) for product in kernels] if kernels is not None else None,
         "layers": layers,
         "left_alone": [asdict(item) for item in plan.left_alone],
+        "runtime_form": [asdict(item) for item in runtime_form],
+        "notes": list(notes),
         "segments": quantized.segments,
         "node_executions": quantized.node_executions,
     })
@@ -130,6 +159,11 @@ def summary(report: Mapping[str, Any]) -> str:
         lines.append(f"left alone: {item['operator']} at {item['path']}: {item['reason']}")
     if report.get("output_sqnr_db") is not None:
         lines.append(f"output SQNR against float: {report['output_sqnr_db']:.2f} dB on {report['calibration']['held_back']} held-back samples")
+    lines += report.get("notes", [])
+    for entry in layers:
+        lines += [f"{entry['path']}: {note}" for note in entry.get("notes", [])]
+    if report.get("runtime_form"):
+        lines.append(f"{len(report['runtime_form'])} operators keep a slower form; the report says which and why")
     parity = report.get("parity")
     if parity:
         quantizers = parity["quantizers"].values()

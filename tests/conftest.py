@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 
 import pytest
 import torch
 from helpers import Encoder, canonical, images, redraw, sequences, swin, vit
 from torch.fx import GraphModule
+
+os.environ.setdefault("REPQUANT_FX_DEBUG", "1")  # every contract of every pass is checked
 
 
 @pytest.fixture(scope="session", autouse=True)

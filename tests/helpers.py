@@ -13,11 +13,14 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from repquant_fx.decision import Decision
 from repquant_fx.frontends.capture import capture
-from repquant_fx.passes.base import run_pass, run_passes
+from repquant_fx.parity import TIE, _Recorder
+from repquant_fx.passes.base import attribute, run_pass, run_passes
+from repquant_fx.passes.fuse_requantization import SLACK, FuseRequantization
 from repquant_fx.passes.insert_observers import InsertObservers
 from repquant_fx.passes.install_decision import InstallDecision
 from repquant_fx.passes.match_sites import Group, MatchSites, Plan
 from repquant_fx.passes.normal_form import normalize
+from repquant_fx.passes.operators import QUANTIZE
 from repquant_fx.passes.slots import install
 from repquant_fx.pipeline import Quantized, quantize_sequentially
 from repquant_fx.pipeline.choose import choose_quantizers
@@ -200,6 +203,25 @@ def values_at(graph_module: GraphModule, nodes: Sequence[Node], *inputs: Tensor)
 def output(graph_module: nn.Module, *inputs: Tensor) -> Tensor:
     result = graph_module(*inputs)
     return result[0] if isinstance(result, (tuple, list)) else result
+
+
+def fused_as_promised(graph_module: GraphModule, fuse: FuseRequantization, *inputs: Tensor) -> GraphModule:
+    """Fuse a lowered graph and hold the pass to its promise, on equal inputs at every quantizer."""
+    names = list(fuse.quantizers)
+    nodes = [fuse.quantizers[n] for n in names]
+    codes = dict(zip(names, values_at(graph_module, nodes, *inputs)))
+    uniform = {n: node for n, node in zip(names, nodes) if node.target is QUANTIZE and attribute(graph_module, node.args[1]).ndim == 0}
+    sources = dict(zip(uniform, values_at(graph_module, [node.args[0] for node in uniform.values()], *inputs)))
+    steps = {n: sources[n].double() / attribute(graph_module, node.args[1]).double() for n, node in uniform.items()}
+    run_passes(graph_module, [fuse])
+    recorder = _Recorder(graph_module, fuse.quantizers, codes)
+    recorder.run(*inputs)
+    for name, step in steps.items():
+        apart = (recorder.seen[name].int() - codes[name].int()).abs()
+        assert int(apart.max()) <= 1, name
+        from_midpoint = (step - step.floor() - 0.5).abs()
+        assert not bool((apart.bool() & (from_midpoint > SLACK + TIE)).any()), name
+    return graph_module
 
 
 def bypass(graph_module: GraphModule, plan: Plan) -> None:

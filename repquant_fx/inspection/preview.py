@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 from typing import Any, cast
 
 from repquant_fx.inspection.table import Inspection, Row, kind_of, totals
@@ -21,9 +20,10 @@ def inspect_model(model: Any, recipe: Any = None, **options: Any) -> Inspection:
     from torch.fx import Node
 
     from repquant_fx.compiler import match
+    from repquant_fx.frontends.memory import left_as_found
     from repquant_fx.passes.base import shape_of
 
-    matched = match(model, recipe, **options)
+    matched = left_as_found(match)(model, recipe, **options)
     rows = []
     for group in matched.plan.groups:
         weights = [] if group.kind == "matmul" else [
@@ -35,7 +35,8 @@ def inspect_model(model: Any, recipe: Any = None, **options: Any) -> Inspection:
                             parameters=sum(count for _, count in behind)))
     chosen = matched.recipe
     about = {"bits": f"W{chosen.wbits}A{chosen.abits}", **totals(rows), "recipe": chosen.to_dict()}
-    return Inspection(matched.loaded.source, False, rows, [asdict(item) for item in matched.plan.left_alone], about)
+    left = [{"path": item.path, "operator": item.operator, "reason": item.reason} for item in matched.plan.left_alone]
+    return Inspection(matched.loaded.source, False, rows, left, about)
 
 
 def _path(node: Any) -> str:

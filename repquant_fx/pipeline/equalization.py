@@ -13,7 +13,8 @@ from repquant_fx.checkpoint import Ledger
 from repquant_fx.distributed import Tensors, World
 from repquant_fx.errors import CalibrationError
 from repquant_fx.passes.absorb_scales import Absorbable, AbsorbScales, channel_rows, describe, find_absorbable
-from repquant_fx.passes.base import run_passes
+from repquant_fx.passes.base import module_path, run_passes
+from repquant_fx.passes.identity import Probe, values
 from repquant_fx.passes.insert_observers import CHANNEL_SAMPLE
 from repquant_fx.passes.match_sites import Plan, Site
 from repquant_fx.pipeline.observing import merge_observers
@@ -49,8 +50,21 @@ def absorb_scales(graph_module: GraphModule, plan: Plan, batches: Sequence[tuple
         tensors = _channel_bounds(graph_module, sites, absorbable, batches, ledger.world)
         ledger.save("absorb", tensors)
     bounds = {name: (absorbable.sites[name].reshape(-1), Bounds(*(tensors[f"{part}.{name}"] for part in PARTS))) for name in absorbable.sites}
-    run_passes(graph_module, [AbsorbScales(absorbable, equalize(bounds, absorbable.signed, absorbable.shiftable))])
+    equalization = equalize(bounds, absorbable.signed, absorbable.shiftable)
+    shard = ledger.world.shard(len(batches))
+    probe = _probe(absorbable, batches[shard[0]]) if len(shard) else None
+    run_passes(graph_module, [AbsorbScales(absorbable, equalization)], probe)
     return describe(plan, absorbable)
+
+
+def _probe(absorbable: Absorbable, batch: tuple[Tensor, ...]) -> Probe:
+    """What equalization must leave as it is: the Linears that undo factors and carry none themselves, and the outputs."""
+    readers = {f"{n.name} in {module_path(n)}": n for n in absorbable.columns if n not in absorbable.rows}
+
+    def probe(graph_module: GraphModule) -> dict[str, Any]:
+        return values(graph_module, {**readers, "the output": graph_module.graph.output_node()}, batch)
+
+    return probe
 
 
 def _channel_bounds(graph_module: GraphModule, sites: Mapping[str, Site], absorbable: Absorbable, batches: Sequence[tuple[Tensor, ...]],

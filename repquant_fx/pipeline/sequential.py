@@ -6,7 +6,9 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
@@ -15,19 +17,22 @@ from repquant_fx.checkpoint import Ledger
 from repquant_fx.decision import Decision
 from repquant_fx.distributed import Tensors
 from repquant_fx.errors import CalibrationError, RepQuantWarning
-from repquant_fx.passes.base import run_pass, run_passes
+from repquant_fx.passes.base import module_path, run_pass, run_passes
+from repquant_fx.passes.identity import Probe
 from repquant_fx.passes.install_decision import InstallDecision
 from repquant_fx.passes.match_sites import Group, Plan
 from repquant_fx.passes.reparameterize_norms import ReparameterizeNorms
 from repquant_fx.passes.reparameterize_softmax import ReparameterizeSoftmax
+from repquant_fx.passes.slots import install, slot_module
 from repquant_fx.pipeline.choose import choose_quantizers, choose_weights
 from repquant_fx.pipeline.observing import moved, observe_group
 from repquant_fx.pipeline.reference import Reference
 from repquant_fx.pipeline.runner import SegmentRunner
 from repquant_fx.pipeline.second_moments import second_moments
-from repquant_fx.pipeline.segments import Segment, cut_into_segments
+from repquant_fx.pipeline.segments import Segment, between, cut_into_segments
 from repquant_fx.progress import progress
 from repquant_fx.quantizers.gptq import QuantizedWeight
+from repquant_fx.quantizers.observers import Passthrough
 from repquant_fx.quantizers.weight import ChosenWeight
 from repquant_fx.recipe import Recipe
 from repquant_fx.statistics import Statistics
@@ -132,7 +137,8 @@ def _quantize_group(state: _State, segment: Segment, group: Group, name: str) ->
         quantizers = _calibrate(state, segment, group, statistics)
     else:
         quantizers = dict(restored.quantizers)
-    _rewrite_activations(state, group, quantizers)
+    probe = _probe(state.runner, segment, group) if restored is None and group.norm is not None else None
+    _rewrite_activations(state, group, quantizers, probe)
     weights: dict[Node, ChosenWeight] = {}
     if group.kind != "matmul":
         weights = _choose_weights(state, segment, group, statistics) if restored is None else dict(restored.weights)
@@ -174,13 +180,37 @@ def _calibrate(state: _State, segment: Segment, group: Group, statistics: Statis
     return quantizers
 
 
-def _rewrite_activations(state: _State, group: Group, quantizers: dict[str, nn.Module]) -> None:
-    """Install the quantizers, and bring them to the form in which the graph is lowered."""
+def _rewrite_activations(state: _State, group: Group, quantizers: dict[str, nn.Module], probe: Probe | None) -> None:
+    """Install the quantizers, and bring them to the form in which the graph is lowered.
+
+    `probe` says what the float model gives where that is to be checked.
+    """
     run_passes(state.graph_module, [InstallDecision(group, Decision(quantizers))])
     if state.reparameterizes:
-        note = run_pass(state.graph_module, ReparameterizeNorms(group))
+        note = run_pass(state.graph_module, ReparameterizeNorms(group), probe)
         state.result.notes[group] = () if note is None else (note,)
     run_passes(state.graph_module, [ReparameterizeSoftmax(group)])
+
+
+def _probe(runner: SegmentRunner, segment: Segment, group: Group) -> Probe:
+    """What the first batch gives at the group's consumers, and all else that leaves the segment, without the group's quantizers.
+
+    Groups behind this one are not calibrated yet and hold observers: no code lies between that could flip.
+    """
+    def probe(graph_module: GraphModule) -> dict[str, Any]:
+        inside = dict.fromkeys(between(segment.first, segment.stop))
+        leaving = [n for n in inside if any(u not in inside and u.target is not torch.ops.aten.sym_size.int for u in n.users)]
+        wanted = {f"{n.name} in {module_path(n)}, behind {group.path},": n for n in group.consumers}
+        wanted |= {n.name: n for n in leaving}
+        quantizers = {site: slot_module(graph_module, site) for site in group.sites}
+        for site in group.sites:
+            install(graph_module, site, Passthrough())
+        found = next(runner.run(segment.first, segment.stop, list(wanted.values())), {})
+        for site, quantizer in quantizers.items():
+            install(graph_module, site, quantizer)
+        return {name: found[node] for name, node in wanted.items() if node in found}
+
+    return probe
 
 
 def _choose_weights(state: _State, segment: Segment, group: Group, statistics: Statistics | None) -> dict[Node, ChosenWeight]:

@@ -7,13 +7,14 @@ import fnmatch
 import functools
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from compiled import PLAIN
-from helpers import bypass, calibrate, relative
+from helpers import bypass, calibrate, fused_as_promised, relative
 from models import FAMILIES, TEXT_AXES, VOCABULARY, Family, Inputs
 from torch import Tensor, nn
 from torch.fx import Interpreter, Node
@@ -25,13 +26,14 @@ from repquant_fx.frontends.capture import AXES, Captured, capture, name_outputs,
 from repquant_fx.frontends.loading import LoadedModel
 from repquant_fx.passes.base import run_pass, run_passes, shared_copy
 from repquant_fx.passes.channel_flow import SOFTMAX
+from repquant_fx.passes.fuse_requantization import FuseRequantization
 from repquant_fx.passes.insert_observers import InsertObservers
-from repquant_fx.passes.lower_to_qdq import LOG2_SOFTMAX
+from repquant_fx.passes.lower_to_qdq import LOG2_SOFTMAX, LowerToQDQ
 from repquant_fx.passes.match_sites import MatchSites, Plan
 from repquant_fx.passes.normal_form import normalize
 from repquant_fx.passes.operators import NORMS
 from repquant_fx.passes.reparameterize_norms import ReparameterizeNorms
-from repquant_fx.pipeline import absorb_scales
+from repquant_fx.pipeline import absorb_scales, quantize_sequentially
 from repquant_fx.quantizers.observers import Observer
 from repquant_fx.recipe import LayerRule
 
@@ -148,6 +150,20 @@ def test_rewriting_is_an_identity(name: str) -> None:
     with torch.no_grad():
         for found, expected in zip(tensors_in(graph_module(*inputs)), tensors_in(reference(*inputs)), strict=True):
             assert relative(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_linears_write_the_codes_that_are_promised(name: str) -> None:
+    """At every attention's operands, on equal inputs; at few bits, where accumulators are coarse."""
+    graph_module, plan = matched(name)
+    data, settings = batches(FAMILIES[name]), replace(recipe(FAMILIES[name]), wbits=4, abits=5)
+    run_passes(graph_module, [InsertObservers(plan, len(data))])
+    weights = quantize_sequentially(graph_module, plan, data, settings).weights
+    lowering = LowerToQDQ(plan, weights)
+    run_passes(graph_module, [lowering])
+    fuse = FuseRequantization(lowering.quantizers)
+    fused_as_promised(graph_module, fuse, *data[0])
+    assert fuse.codes or fuse.left_alone
 
 
 @pytest.mark.parametrize("name", CASES)

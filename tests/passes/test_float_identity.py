@@ -1,4 +1,4 @@
-"""Rewritings that claim a float identity, on operators composed at random: the outputs before and after are compared."""
+"""Rewritings that claim a float identity, on operators composed at random: outputs before and after agree."""
 
 from __future__ import annotations
 
@@ -75,7 +75,8 @@ def windows(b: Builder, x: Node) -> Node:
     if h % 2 or w % 2:
         return x
     tiles = b.call(aten.reshape.default, x, [n, h // 2, 2, w // 2, 2, c])
-    return b.call(aten.reshape.default, b.call(aten.permute.default, tiles, [0, 1, 3, 2, 4, 5]), [n * h * w // 4, 2, 2, c])
+    tiles = b.call(aten.permute.default, tiles, [0, 1, 3, 2, 4, 5])
+    return b.call(aten.reshape.default, tiles, [n * h * w // 4, 2, 2, c])
 
 
 def attention(b: Builder, x: Node) -> Node:
@@ -115,13 +116,14 @@ STEPS: dict[str, Callable[[Builder, Node], Node]] = {
     "adaptive pool": lambda b, x: b.channels_first(x, aten.adaptive_avg_pool2d.default, [2, 2]),
     "max pool": lambda b, x: b.channels_first(x, aten.max_pool2d.default, [2, 2], [1, 1], [1, 1]),
     "average pool": lambda b, x: b.channels_first(x, aten.avg_pool2d.default, [2, 2], [1, 1], [1, 1]),
-    "average pool without padding": lambda b, x: b.channels_first(x, aten.avg_pool2d.default, [2, 2], [2, 1], [1, 1], False, False),
+    "average pool without padding":
+        lambda b, x: b.channels_first(x, aten.avg_pool2d.default, [2, 2], [2, 1], [1, 1], False, False),
     "enlarge": lambda b, x: b.channels_first(x, aten.upsample_nearest2d.vec, None, [2.0, 2.0]),
     "concat": lambda b, x: b.call(aten.cat.default, [x, b.call(aten.roll.default, x, [1], [1])], 2),
     "concat padded": lambda b, x: b.call(aten.cat.default, [x, b.call(aten.pad.default, x, [0, 0, 0, 1])], 2),
     "concat zeros": lambda b, x: b.call(aten.cat.default, [x, b.constant(torch.zeros(shape(x)))], 1),
     "add": lambda b, x: b.call(aten.add.Tensor, x, b.call(aten.flip.default, x, [2])),
-    "add padded": lambda b, x: b.call(aten.add.Tensor, b.call(aten.pad.default, x, [0, 0, 0, 1]), b.call(aten.pad.default, x, [0, 0, 1, 0])),
+    "add padded": lambda b, x: b.call(aten.add.Tensor, *(b.call(aten.pad.default, x, [0, 0, *by]) for by in ([0, 1], [1, 0]))),
     "add constant": lambda b, x: b.call(aten.add.Tensor, x, 1.0),
     "mask": masked,
     "scale": lambda b, x: b.call(aten.mul.Tensor, x, 0.5),
@@ -164,7 +166,8 @@ def test_norms_are_reparameterized_without_a_change(first: list[str], second: li
     run_passes(after, [InsertObservers(plan, 1)])
     generator = torch.Generator().manual_seed(2)
     for group in norm_groups(plan):
-        scale, zero_point = torch.rand(CHANNELS, generator=generator) + 0.1, torch.rand(CHANNELS, generator=generator) * 9
+        scale = torch.rand(CHANNELS, generator=generator) + 0.1
+        zero_point = torch.rand(CHANNELS, generator=generator) * 9
         for site in group.sites:
             install(after, site, UniformQuantizer(scale, zero_point.round(), BITS))
         run_passes(after, [ReparameterizeNorms(group)])
@@ -202,7 +205,8 @@ def attended(branch: list[str], fill: float) -> GraphModule:
         keys = keys if math.prod(shape(keys)) > 2000 else STEPS[name](b, keys)
     queries, keys = (b.call(aten.reshape.default, each, [-1, CHANNELS]) for each in (b.linear(x, CHANNELS), keys))
     logits = b.call(aten.matmul.default, queries, b.call(aten.transpose.int, keys, 0, 1))
-    logits = b.call(aten.masked_fill.Scalar, logits, b.constant(torch.rand(shape(logits), generator=b.generator) < 0.3), fill)
+    mask = b.constant(torch.rand(shape(logits), generator=b.generator) < 0.3)
+    logits = b.call(aten.masked_fill.Scalar, logits, mask, fill)
     return b.module(b.call(aten.softmax.int, logits, -1))
 
 

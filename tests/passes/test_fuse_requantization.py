@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import Encoder, aten, canonical, count, images, output, quantized, redraw, sequences, values_at
+from helpers import Encoder, aten, canonical, count, fused_as_promised, images, output, quantized, redraw, sequences, values_at
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
@@ -30,17 +30,11 @@ def fused_outputs(graph_module: GraphModule) -> list[Node]:
 def check(graph_module: GraphModule, x: Tensor, floor: float = 35, **changes: object) -> tuple[GraphModule, int]:
     """Fuse; compare codes at every quantizer and the output. Returns the graph and how many Linears write codes."""
     before, quantizers = lowered(graph_module, x, **changes)
-    names = list(quantizers)
-    expected_codes, expected = values_at(before, [quantizers[n] for n in names], x), output(before, x)
+    expected = output(before, x)
     found = dict(quantizers)
     fuse = FuseRequantization(found)
-    after = run_passes(before, [fuse])
-    assert set(found) == set(names) and all(n in set(after.graph.nodes) for n in found.values())
-    for name, old, new in zip(names, expected_codes, values_at(after, [found[n] for n in names], x)):
-        assert old.shape == new.shape and old.dtype == new.dtype, name
-        if name.endswith(("/query", "/key", "/value")) and old.dtype == torch.uint8 and name == next(n for n in names if n.endswith(name[-4:])):
-            # of the first attention: what lies next to a tie may round the other way, and all later codes follow it
-            assert bool((old != new).float().mean() < (0.005 if floor > 30 else 0.03)) and int((old.int() - new.int()).abs().max()) <= 1, name
+    after = fused_as_promised(before, fuse, x)
+    assert set(found) == set(quantizers) and all(n in set(after.graph.nodes) for n in found.values())
     assert sqnr(output(after, x), expected) > floor
     assert output(after, x[:3]).shape == expected[:3].shape
     assert not fuse.run(after)  # nothing left to do
@@ -64,7 +58,7 @@ def test_separate_linears_with_and_without_bias(bias: bool) -> None:
     after, fused = check(canonical(redraw(Encoder(bias=bias)), sequences()), sequences())
     assert fused == 3
     for node in fused_outputs(after):
-        assert node.args[0].args[2].target is DEQUANTIZE  # the zero point needs a bias
+        assert node.args[0].args[2].target is DEQUANTIZE  # the norm before brought one where there was none
 
 
 def test_scales_are_in_the_weights(encoder_graph) -> None:
@@ -118,3 +112,36 @@ def test_four_bits(vit_graph) -> None:
     """Codes saturate at the operands' top code; bias and zero point are whole steps of the accumulator, which is coarse here."""
     after, fused = check(vit_graph(), images(16), wbits=4, abits=4, floor=20)
     assert fused == 2 and {n.args[3] for n in fused_outputs(after)} == {4}
+
+
+def test_one_operand_keeps_its_codes(encoder_graph) -> None:
+    """Nothing is rounded where each Linear feeds one operand."""
+    x = sequences()
+    before, quantizers = lowered(encoder_graph(), x, wbits=4, abits=4)
+    names = list(quantizers)
+    expected = values_at(before, [quantizers[n] for n in names], x)
+    after = run_passes(before, [FuseRequantization(quantizers)])
+    for name, old, new in zip(names, expected, values_at(after, [quantizers[n] for n in names], x)):
+        assert float((old != new).float().mean()) < 1e-3, name
+
+
+def test_a_coarse_accumulator_is_left_alone(vit_graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("repquant_fx.passes.fuse_requantization.SLACK", 0.0)
+    before, quantizers = lowered(vit_graph(), images(8))
+    fuse = FuseRequantization(quantizers)
+    run_passes(before, [fuse])
+    assert not fused_outputs(before) and len(fuse.left_alone) == 2 and "of a code" in fuse.left_alone[0].reason
+
+
+def test_outputs_in_codes_are_measured_as_floats(vit_graph) -> None:
+    from repquant_fx.report import layer_sqnr
+
+    x = images(8)
+    before, quantizers = lowered(vit_graph(), x)
+    names = [n.name for n in before.graph.nodes if n.target is aten.linear.default]
+    unfused = layer_sqnr(vit_graph(), before, names, [x])
+    fuse = FuseRequantization(quantizers)
+    found = layer_sqnr(vit_graph(), run_passes(before, [fuse]), [*names, "no such node"], [x], fuse.codes)
+    assert fuse.codes.keys() < set(names) and found.keys() == set(names)
+    for name in names:
+        assert found[name] == pytest.approx(unfused[name], abs=1), name

@@ -158,6 +158,8 @@ def test_dead_rows_keep_their_bias_in_integers() -> None:
     torch.testing.assert_close(output(graph_module, sequences())[..., 2], torch.full((32, 6), 7.0), atol=0.05, rtol=0)
     biases = [n.args[2].op for n in graph_module.graph.nodes if n.target is aten.linear.default]
     assert biases == ["call_function", "get_attr"]
+    (left,) = lowered(quantized(canonical(model, sequences()), recipe, [sequences()]))[1].left_alone
+    assert (left.path, left.by) == ("2", "lower to Q/DQ") and "bias stays in float" in left.reason
     first = next(n for n in graph_module.graph.nodes if n.target is aten.linear.default)
     assert bool((attribute(graph_module, first.args[2].args[0]).double().abs() < BIAS_LIMIT).all())
 
