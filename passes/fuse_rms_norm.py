@@ -81,7 +81,7 @@ def _mean_square(node: Any, x: Any) -> float | None:
     mean, eps = node.args
     if not (_is(mean, aten.mean.dim) and len(mean.args) > 2 and mean.args[2] and is_tensor(x)):
         return None
-    if [int(d) % len(shape_of(x)) for d in mean.args[1]] != [len(shape_of(x)) - 1]:
+    if [int(d) for d in mean.args[1]] not in ([-1], [len(shape_of(x)) - 1]) or not shape_of(x):
         return None
     square = mean.args[0]
     squared = (_is(square, aten.pow.Tensor_Scalar) and square.args[0] is x and square.args[1] == 2) \

@@ -21,7 +21,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 from torch.overrides import TorchFunctionMode
 
@@ -327,6 +327,7 @@ def _keep_nothing_but_the_graph(graph_module: GraphModule, order: Sequence[str] 
         elif node.op == "output":
             kept = [n for n in pytree.tree_leaves(node.args) if isinstance(n, Node) and isinstance(n.meta.get("val"), Tensor)]
             node.args = (kept[0] if len(kept) == 1 else tuple(kept),)
+    _drop_dead(graph)
     graph.set_codegen(CodeGen())
     placeholders = {str(node.target): node for node in _placeholders(graph_module)}
     names = list(placeholders)
@@ -337,6 +338,38 @@ def _keep_nothing_but_the_graph(graph_module: GraphModule, order: Sequence[str] 
             first.prepend(placeholders[name])
     graph_module.recompile()
     return names
+
+
+def _drop_dead(graph: Graph) -> None:
+    """Erase what no output needs, checks of dead values too, which keep them alive (`nonzero` brings checks of its size)."""
+    live = _ancestors(graph.output_node())
+    for node in reversed(list(graph.nodes)):
+        if node.op in ("placeholder", "output") or node.users or node in live:
+            continue
+        if not node.is_impure() or not _tensors_behind(node) & live:
+            graph.erase_node(node)
+
+
+def _ancestors(node: Node) -> set[Node]:
+    found, pending = set[Node](), [node]
+    while pending:
+        for parent in pending.pop().all_input_nodes:
+            if parent not in found:
+                found.add(parent)
+                pending.append(parent)
+    return found
+
+
+def _tensors_behind(node: Node) -> set[Node]:
+    """The nearest tensors that a check's numbers come from."""
+    found, pending = set[Node](), list(node.all_input_nodes)
+    while pending:
+        parent = pending.pop()
+        if isinstance(parent.meta.get("val"), Tensor) or parent.op == "placeholder":
+            found.add(parent)
+        else:
+            pending.extend(parent.all_input_nodes)
+    return found
 
 
 def _check_names(program: torch.export.ExportedProgram) -> None:

@@ -105,3 +105,19 @@ def test_a_keyword_as_a_name_is_refused() -> None:
 
 def test_infinite_outputs_agree() -> None:
     assert compiled(Around(lambda m, x: m.fc(x).masked_fill(x > 0, float("-inf")))).parity
+
+
+def test_an_rms_norm_of_a_number() -> None:
+    """Written out, of a value without axes: no norm, but no failure."""
+    assert compiled(Around(lambda m, x: (lambda y: y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6))(m.fc(x).mean()))).parity
+
+
+def test_a_layer_that_only_a_check_reads() -> None:
+    """`nonzero` brings checks of its size, which keep alive what no output needs."""
+    report = compiled(Around(lambda m, x: (m.fc(x), m.extra(m.fc(x)).nonzero())[0], nn.Linear(4, 3))).report
+    assert [entry["path"] for entry in report["layers"]] == ["fc"]
+
+
+def test_a_result_of_unknown_size_still_has_its_check() -> None:
+    result = compiled(Around(lambda m, x: (m.fc(x), (x > 0).nonzero())))
+    assert [o.name for o in result.proto.graph.output] == ["output_0", "output_1"]
