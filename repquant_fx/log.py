@@ -4,18 +4,22 @@ A message is one line, whatever names from a file it quotes: for people it is es
 
 The compiler calls `stage(name)` where a new stage begins; nothing is said unless `using` chose a form. stdout belongs to results.
 
-| event | fields beside `event` and `time` (UTC, ISO 8601) |
-|---|---|
-| `stage_started`, `stage_finished` | `stage`; of a finished one `seconds` |
-| `info` | `message` |
-| `warning` | `message` |
-| `result` | what the command prints with `--json`, without its long lists |
-| `error` | `message`, `kind` (class of the error), `exit_code` |
+| event | fields beside `event` and `time` (UTC, ISO 8601) | level |
+|---|---|---|
+| `stage_started`, `stage_finished` | `stage`; of a finished one `seconds` | DEBUG, INFO |
+| `info` | `message` | INFO |
+| `warning` | `message` | WARNING |
+| `result` | what the command prints with `--json`, without its long lists | INFO |
+| `error` | `message`, `kind` (class of the error), `exit_code` | ERROR |
+
+Whatever the form, and where a library says nothing, each event is a record of the standard library's logger `repquant_fx`, whose
+attributes `event` and `fields` hold the same; a program that configures `logging` sees them. What `--verbose` adds is logged as DEBUG.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -30,6 +34,8 @@ from repquant_fx.security.escape import printable
 QUIET, NORMAL, VERBOSE, JSON = "quiet", "normal", "verbose", "json"
 FORMS = (QUIET, NORMAL, VERBOSE, JSON)
 _LONGEST = 10_000  # characters of a message for people
+_LOGGER = logging.getLogger("repquant_fx")
+_LOGGER.addHandler(logging.NullHandler())  # silent where the program that uses this package has not configured logging
 
 
 class _Log:
@@ -55,8 +61,7 @@ def stage(name: str) -> None:
     finish()
     _Log.stage = (name, time.perf_counter())
     channel.tell("stage", name=name)
-    if _Log.form == JSON:
-        _event("stage_started", stage=name)
+    _event(logging.DEBUG, "stage_started", f"{name} begins", stage=name)
 
 
 def start() -> None:
@@ -107,52 +112,55 @@ def finish() -> None:
     _Log.seconds[name] = _Log.seconds.get(name, 0.0) + elapsed
     _Log.peaks[name] = peak_memory()
     seconds = round(elapsed, 3)
-    if _Log.form == JSON:
-        _event("stage_finished", stage=name, seconds=seconds)
-    elif _Log.form == VERBOSE:
+    _event(logging.INFO, "stage_finished", f"{name}: {seconds:.2f} s", stage=name, seconds=seconds)
+    if _Log.form == VERBOSE:
         _tell(f"{name}: {seconds:.2f} s")
 
 
 def info(message: str) -> None:
     """Something a person may want to read; not with --quiet."""
-    if _Log.form == JSON:
-        _event("info", message=message)
-    elif _Log.form in (NORMAL, VERBOSE):
+    _event(logging.INFO, "info", message, message=message)
+    if _Log.form in (NORMAL, VERBOSE):
         _tell(message)
 
 
 def detail(message: str) -> None:
-    """Something for --verbose."""
+    """Something for --verbose; no event."""
+    _record(logging.DEBUG, "detail", message, {"message": message})
     if _Log.form == VERBOSE:
         _tell(message)
 
 
 def warning(message: str) -> None:
     """Something the user should know, --quiet or not."""
-    if _Log.form == JSON:
-        _event("warning", message=message)
-    elif _Log.form is not None:
+    _event(logging.WARNING, "warning", message, message=message)
+    if _Log.form not in (None, JSON):
         _tell(f"repquant-fx: warning: {message}")
 
 
 def result(fields: Mapping[str, Any]) -> None:
     """The outcome, for those who read events; people and pipes get it on stdout."""
-    if _Log.form == JSON:
-        _event("result", **fields)
+    _event(logging.INFO, "result", "finished", **fields)
 
 
 def error(message: str, kind: str, exit_code: int, advice: str = "") -> None:
     """Why a command ended, and on a line of its own what to do about it; always said."""
-    if _Log.form == JSON:
-        _event("error", message=f"{message}\n{advice}" if advice else message, kind=kind, exit_code=exit_code)
-    else:
+    said = f"{message}\n{advice}" if advice else message
+    _event(logging.ERROR, "error", said, message=said, kind=kind, exit_code=exit_code)
+    if _Log.form != JSON:
         _tell(f"repquant-fx: {message}")
         if advice:
             _tell(advice)
 
 
-def _event(event: str, **fields: Any) -> None:
-    _say(json.dumps({"event": event, "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), **fields}))
+def _event(level: int, event: str, text: str, /, **fields: Any) -> None:
+    _record(level, event, text, fields)
+    if _Log.form == JSON:
+        _say(json.dumps({"event": event, "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), **fields}))
+
+
+def _record(level: int, event: str, text: str, fields: Mapping[str, Any]) -> None:
+    _LOGGER.log(level, "%s", printable(text, _LONGEST), extra={"event": event, "fields": dict(fields)})
 
 
 def _tell(message: str) -> None:

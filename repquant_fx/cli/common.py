@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from repquant_fx.errors import InputError
+from repquant_fx.frontends.tasks import TASKS
 from repquant_fx.security.channel import LOAD_SECONDS
 from repquant_fx.security.escape import printable
 
@@ -69,14 +70,16 @@ def add_output(command: argparse.ArgumentParser) -> None:
     output.add_argument("--debug", action="store_true", help="show tracebacks and warnings of libraries")
 
 
-TASKS = "of a transformers model: image-classification, text-classification, masked-lm, causal-lm, feature-extraction, " \
-    "zero-shot-image-classification, image-segmentation, object-detection or mask-generation (deduced by default)"
+def add_task(command: argparse.ArgumentParser) -> None:
+    """The task of a transformers model."""
+    command.add_argument("--task", metavar="TASK", choices=tuple(TASKS),
+                         help=f"of a transformers model: {', '.join(TASKS)} (deduced by default)")
 
 
 def add_calibration(command: argparse.ArgumentParser) -> None:
     """What a model is run on, for every command that calibrates."""
     command.add_argument("--input-shape", metavar="C,H,W", help="shape of one input without the batch, where the model does not tell")
-    command.add_argument("--task", help=TASKS)
+    add_task(command)
     data = command.add_argument_group("calibration")
     data.add_argument("--calib", help="image folder, .npy/.npz/.pt/.safetensors tensors, .txt/.jsonl text, or module:callable")
     data.add_argument("--calib-samples", type=count(MOST_SAMPLES),

@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from repquant_fx.cli.common import SOURCES, add_source, read_shape
+from repquant_fx.cli.common import SOURCES, add_source, add_task, read_shape
 from repquant_fx.cli.method import add_method, recipe_from
 from repquant_fx.errors import InputError
 from repquant_fx.security.escape import printable
@@ -28,7 +28,7 @@ def add(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=run)
     add_source(command, f"an exported .onnx; or what is not compiled yet: {SOURCES}")
     command.add_argument("--input-shape", metavar="C,H,W", help="shape of one input without the batch, where the model does not tell")
-    command.add_argument("--task", help="of a transformers model, see `compile`")
+    add_task(command)
     command.add_argument("--html", type=Path, metavar="FILE", help="write it as one self-contained page, too (needs plotly)")
     command.add_argument("--report", type=Path, metavar="FILE", help="the report that compile --report wrote: the page shows what was measured")
     command.add_argument("--force", action="store_true", help="replace an existing page")

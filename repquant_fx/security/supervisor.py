@@ -249,7 +249,7 @@ class _Watch:
 
     def _say(self, message: str, kind: str, code: int) -> int:
         if sys.stderr is not None and sys.stderr.isatty():
-            sys.stderr.write("\r\033[K")  # a progress bar that nobody took away
+            sys.stderr.write("\r\033[K\033[?25h")  # a progress bar that nobody took away, and the cursor that it hid
         self.say(message, kind, code)
         return code
 

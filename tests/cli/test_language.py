@@ -68,7 +68,7 @@ def test_an_encoder_with_the_tokenizer_of_another_directory_and_pairs(place: Pat
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["llama", "--task", "summarization"], ["no task 'summarization'", "causal-lm"]),
+    (["llama", "--task", "summarization"], ["invalid choice: 'summarization'", "causal-lm"]),
     (["llama", "--task", "image-classification"], ["cannot do image-classification", "causal-lm"]),
     (["llama", "--task", "text-classification"], ["score.weight", "--task"]),
     (["opt", "--calib", "text.txt"], ["--tokenizer DIR"]), (["opt", "--calib", "text.txt", "--tokenizer", "bert"], ["no tokenizer in"]),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,10 @@ import pytest
 
 from repquant_fx import log, progress
 from repquant_fx.cli import EXIT_CODES, main
+from repquant_fx.frontends.tasks import TASKS
 
 FAST = ["--no-gptq", "--no-correction", "--clipping", "none", "--activations", "minmax", "--weights", "minmax", "--softmax-scale", "percentile"]
+BAR = re.compile(r"quantize .*[━╸╺ -]+.*\d+/\d+")
 STAGES = ["load", "capture", "calibration data", "quantize", "export", "check"]
 
 
@@ -93,10 +97,10 @@ def test_interruption_and_bugs_have_their_codes(tmp_path: Path, monkeypatch: pyt
 def test_progress_bars_on_a_terminal_only(switches: list[str], shown: bool, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Terminal())
     assert compile_it(place, tmp_path / "m.onnx", "--no-check", *switches) == 0
-    assert ("quantize" in sys.stderr.getvalue() and "it/s" in sys.stderr.getvalue()) == shown  # type: ignore[attr-defined]
+    assert bool(BAR.search(sys.stderr.getvalue())) == shown  # type: ignore[attr-defined]
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     assert compile_it(place, tmp_path / "m.onnx", "--no-check", "--force", *switches) == 0
-    assert "it/s" not in sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert not BAR.search(sys.stderr.getvalue())  # type: ignore[attr-defined]
 
 
 def test_one_form_at_a_time(capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,6 +116,46 @@ def test_a_library_is_silent_and_left_as_it_was(capsys: pytest.CaptureFixture[st
     with log.using(log.JSON):
         assert not progress.enabled
     assert progress.enabled == before
+
+
+def test_a_bar_within_a_bar_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(progress, "enabled", True)
+    found = [(a, b) for a in progress.progress([1, 2], description="outer") for b in progress.progress("xy", description="inner")]
+    assert found == [(1, "x"), (1, "y"), (2, "x"), (2, "y")] and "outer" in terminal.getvalue()
+    next(iter(progress.progress([1, 2], description="left early")))
+    assert sys.stderr is terminal and terminal.getvalue().count("\033[?25l") == terminal.getvalue().count("\033[?25h") > 0  # the cursor
+
+
+def test_every_event_reaches_the_logger(caplog: pytest.LogCaptureFixture) -> None:
+    """A program that uses the package as a library sees its stages, and a name from a file cannot forge a second line."""
+    with caplog.at_level(logging.DEBUG, "repquant_fx"):
+        log.stage("load")
+        log.warning("odd\nname")
+        log.detail("for --verbose")
+        log.result({"bits": "W8A8"})
+        log.finish()
+    found = [(record.levelname, record.event, record.getMessage()) for record in caplog.records]  # type: ignore[attr-defined]
+    assert found[:4] == [("DEBUG", "stage_started", "load begins"), ("WARNING", "warning", "odd\\nname"),
+                         ("DEBUG", "detail", "for --verbose"), ("INFO", "result", "finished")]
+    assert found[4][:2] == ("INFO", "stage_finished") and caplog.records[4].fields["stage"] == "load"  # type: ignore[attr-defined]
+    assert caplog.records[3].fields == {"bits": "W8A8"}  # type: ignore[attr-defined]
+
+
+def test_nothing_is_logged_where_nobody_asked() -> None:
+    """Not even a warning or an error, which Python's last resort would print."""
+    script = "from repquant_fx import log\nlog.warning('w')\nlog.stage('load')\nlog.finish()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_tasks_are_those_of_the_frontend(capsys: pytest.CaptureFixture[str]) -> None:
+    """The help names each, and reading them loads no torch."""
+    script = "import sys, repquant_fx.cli as cli\ntry:\n    cli.main(['compile', '--help'])\nfinally:\n    print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    text = "".join(done.stdout.split())  # names are broken at their hyphens
+    assert ",".join(TASKS) in text and text.endswith("False")
 
 
 @pytest.mark.parametrize("command", [[], ["compile"], ["evaluate"], ["inspect"]])

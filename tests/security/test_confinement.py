@@ -66,7 +66,7 @@ def test_seccomp(tmp_path: Path) -> None:
     assert all(found[name] == "PermissionError" for name in ("socket", "kill", "process")) and not found["own"]
 
 
-@pytest.mark.parametrize("argv", [["--allow-pickle"], ["--calib", "mine:batches"], ["--arch", "timm:vit,pretrained"], ["--task", "hf:a/b"]])
+@pytest.mark.parametrize("argv", [["--allow-pickle"], ["--calib", "mine:batches"], ["--arch", "timm:vit,pretrained"], ["--tokenizer", "hf:a/b"]])
 def test_what_is_not_confined(argv: list[str], tmp_path: Path) -> None:
     """The user's own code, and the hub."""
     found = tried(tmp_path, *argv)
