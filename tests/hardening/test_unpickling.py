@@ -23,9 +23,11 @@ from torch import nn
 
 from repquant_fx.calibration.data import read_arrays
 from repquant_fx.errors import InputError, ModelFileError
-from repquant_fx.frontends.huggingface import load_directory, load_preprocessing, load_tokenizer
+from repquant_fx.frontends.huggingface import load_directory
 from repquant_fx.frontends.loading import load_model
 from repquant_fx.frontends.pickled import load_pickled
+from repquant_fx.frontends.processor import load_preprocessing
+from repquant_fx.frontends.tokenizer import load_tokenizer
 
 PICKLE = b"\x80\x02" + COMMAND.encode() + b"."
 SCRIPT = "open('RAN', 'w').close()\n"
@@ -227,8 +229,7 @@ def test_code_that_a_tokenizer_or_a_processor_names(tmp_path: Path) -> None:
         load_tokenizer(folder)
     described = {"image_processor_type": "Own", "auto_map": {"AutoImageProcessor": "processing_own.P"}}
     (folder / "preprocessor_config.json").write_text(json.dumps(described))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with pytest.raises(ModelFileError, match="code of its own"):
         load_preprocessing(folder, (3, 8, 8))
 
 
