@@ -46,7 +46,7 @@ def open_weights(files: ModelDirectory, names: Sequence[str], stack: ExitStack) 
     return found
 
 
-def check_amount(skeleton: nn.Module | None, tensors: Mapping[str, Any], what: str) -> None:
+def check_amount(skeleton: nn.Module | None, tensors: Mapping[Any, Any], what: str) -> None:
     """Refuse a description that asks for far more memory than there are weights, before the memory is taken.
 
     Args:

@@ -9,6 +9,7 @@ storages, dtypes, OrderedDict) stay torch's trust boundary.
 from __future__ import annotations
 
 import enum
+import functools
 import importlib
 import io
 import pickle
@@ -25,7 +26,7 @@ from repquant_fx.frontends.rebuilt import is_transformers_model, rebuild
 from repquant_fx.frontends.rehearsal import rehearse
 from repquant_fx.frontends.state import activation_functions, check_state, check_tensors
 from repquant_fx.security.guard import guarded
-from repquant_fx.security.names import check_module_names
+from repquant_fx.security.names import check_module_names, modules_in
 from repquant_fx.torch_private import allowed_globals
 
 # Only modules that match may be imported because a file names them: they define layers, models and configurations.
@@ -215,7 +216,9 @@ def _admitted_class(found: object) -> Any:
         return None
     if issubclass(found, nn.Module):
         return ClassStandIn(found) if _is_harmless_module(found) else None
-    if issubclass(found, enum.Enum) or (issubclass(found, tuple) and hasattr(found, "_fields")):
+    if issubclass(found, enum.Enum):
+        return functools.partial(found)  # gives a member; torch lets a file change the state of what is of an admitted class
+    if issubclass(found, tuple) and hasattr(found, "_fields"):
         return found
     if any(base.__module__.startswith("transformers.") and base.__name__ in ("PreTrainedConfig", "PretrainedConfig",
                                                                            "GenerationConfig") for base in found.__mro__):
@@ -305,8 +308,8 @@ def _settle(module: nn.Module, where: str, path: str, known: dict[int, nn.Module
 def _check_module(module: nn.Module, where: str) -> None:
     """Refuse hooks, and configurations that fetch code by name, anywhere in a module that came from a file."""
     try:
-        for name, child in module.named_modules():
-            place = f"{where}, module {name or '(root)'}"
+        for child in modules_in(module, where):
+            place = f"{where}, a {type(child).__name__}"
             for attribute, value in vars(child).items():
                 if attribute.endswith("_hooks") and value:
                     raise ModelFileError(f"{place} carries hooks ({attribute}); hooks are code. "

@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from repquant_fx import limits
 from repquant_fx.errors import InputError, ModelFileError, first_line
 from repquant_fx.frontends.members import members_of
+from repquant_fx.frontends.screening import check_numbers
+from repquant_fx.frontends.tables import check_tables
+from repquant_fx.security.names import modules_in
 
 Settle = Callable[[nn.Module, str], nn.Module]
 _ATTENTION = ("sdpa", "eager")
@@ -64,11 +67,12 @@ def rebuild(module: nn.Module, where: str, settle: Settle) -> nn.Module:
     """
     config = vars(module).get("config")
     _check_configuration(type(module), config, where)
-    counted = sum(1 for _ in module.modules())
+    counted = sum(1 for _ in modules_in(module, where))
     arguments, chosen = (
         _arguments(config, where, max(counted, _FEW), [0]),
         vars(config).get("_attn_implementation_internal"),
     )
+    _check_amounts(module, arguments, where)
     problem: Exception | None = None
     for attention in dict.fromkeys([chosen, *_ATTENTION] if chosen in _ATTENTION else _ATTENTION):
         try:
@@ -86,6 +90,37 @@ def rebuild(module: nn.Module, where: str, settle: Settle) -> nn.Module:
         f"{where}: the configuration does not build a {type(module).__name__} ({first_line(problem or ValueError())}). "
         f"{_ADVICE}"
     ) from problem
+
+
+def _check_amounts(module: nn.Module, arguments: dict[str, Any], where: str) -> None:
+    """Refuse what the configuration asks for and the file does not have, before memory or time is taken.
+
+    Raises:
+        ModelFileError: lists or tables beyond measure.
+        InputError: weights beyond those of the file, or beyond the memory.
+    """
+    from repquant_fx.frontends.directory_weights import check_amount
+
+    described, place = _settings(arguments), f"{where}, configuration"
+    check_numbers(described, place)
+    check_tables(type(module), described, place)
+    skeleton = None
+    try:
+        with limits.rehearsal(where), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            skeleton = _built(type(module), type(vars(module)["config"]), arguments, "eager")
+    except InputError:
+        raise
+    except Exception:  # some models need values; what else is wrong, building in earnest says
+        pass
+    slots = [vars(child)[slot] for child in modules_in(module, where) for slot in ("_parameters", "_buffers")]
+    held = [tensor for slot in slots for tensor in slot.values() if isinstance(tensor, Tensor)]
+    check_amount(skeleton, dict(enumerate(held)), f"{place} describes a {type(module).__name__}")
+
+
+def _settings(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments as JSON would hold them."""
+    return {key: _settings(value.parts[1]) if isinstance(value, _Nested) else value for key, value in arguments.items()}
 
 
 def _built(cls: Any, config_cls: Any, arguments: dict[str, Any], attention: str) -> nn.Module:

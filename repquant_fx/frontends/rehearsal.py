@@ -28,6 +28,7 @@ _MOST_HASHED = 20_000_000  # objects in the tuples that are keys, of all of them
 _ZIP = b"PK\x03\x04"
 _LEGACY_HEADERS = 3  # a legacy file is a row of pickles: magic number, protocol, system, object, storage keys
 _COLLECTIONS = ("builtins.set", "builtins.frozenset", "collections.OrderedDict", "collections.Counter", "torch.Size")
+_LIBRARIES = ("torch.nn.modules.", "timm.", "torchvision.", "transformers.", "argparse.")
 _ENCODINGS = ("latin1", "latin-1", "ascii", "utf-8")
 
 
@@ -94,7 +95,8 @@ class _Inert(metaclass=_Symbol):
         made.measure = _measure(args)  # the class may be that of a tuple
         return made
 
-    def __setstate__(self, state: object) -> None: ...
+    def __setstate__(self, state: object) -> None:
+        _check_state(type(self).named, state)
 
     def __setitem__(self, key: object, value: object) -> None: ...
 
@@ -155,6 +157,25 @@ def _check_call(named: str, args: tuple[object, ...]) -> None:
         raise pickle.UnpicklingError("it encodes a text in an unusual way")
     if args and named.startswith("torch.") and named.endswith(("Tensor", "Storage")):
         raise pickle.UnpicklingError(f"it calls {named}, which takes memory that the file does not fill")
+
+
+def _check_state(named: str, state: object) -> None:
+    """Refuse a state that is more than the attributes of a module or a configuration.
+
+    Raises:
+        UnpicklingError: attributes of a dict, which hide its methods (a state dict has its `_metadata` alone); a second
+            part, which goes through setters, that of `num_labels` makes as many labels; or a recurrent layer as torch
+            wrote it in 2017, which is set up anew for as many layers as it says.
+    """
+    if named in _COLLECTIONS and not (isinstance(state, dict) and set(state) <= {"_metadata"}):
+        raise pickle.UnpicklingError(f"it sets attributes of a {named.rpartition('.')[2]}")
+    if named.startswith(_LIBRARIES) and not isinstance(state, (dict, _Inert)):
+        raise pickle.UnpicklingError(f"the state of a {named.rpartition('.')[2]} is no dict")
+    if named.startswith("torch.nn.modules.rnn."):
+        weights = state.get("_all_weights") if isinstance(state, dict) and "all_weights" not in state else None
+        first = weights[0] if isinstance(weights, list) and weights else None
+        if not (isinstance(first, list) and first and isinstance(first[0], str)):
+            raise pickle.UnpicklingError("it holds a recurrent layer that does not list the names of its weights")
 
 
 def _weighed(load: Callable[[Any], None]) -> Callable[[Any], None]:

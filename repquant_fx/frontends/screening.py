@@ -69,7 +69,7 @@ def screen(value: Any, where: str) -> Any:
         ModelFileError: it names code or other files, or sizes that no model has.
     """
     methods = _methods()
-    _check_numbers(value, where)
+    check_numbers(value, where)
 
     def clean(item: Any, key: str, depth: int) -> Any:
         if depth > _DEEPEST:
@@ -129,8 +129,12 @@ def _methods() -> frozenset[str]:
     return frozenset(name for name, _ in inspect.getmembers(PretrainedConfig, inspect.isroutine))
 
 
-def _check_numbers(value: Any, where: str) -> None:
-    """A configuration makes lists of the lengths that it names before there is a model to measure."""
+def check_numbers(value: Any, where: str) -> None:
+    """Refuse sizes that no model has: a configuration makes lists of the lengths that it names before there is a model to measure.
+
+    Raises:
+        ModelFileError: one is that large, or all lists together are.
+    """
     repeated = 0
 
     def repeats(count: int, entry: str) -> None:

@@ -130,8 +130,10 @@ def _check_own(state: dict[str, Any], cls: type, where: str) -> None:
     for name, made in _own_attributes().items():
         value = state.get(name, made)
         if isinstance(made, dict):
-            if not isinstance(value, dict) or (
-                not all(isinstance(key, str) for key in value) and not name.endswith("hooks")
+            if (
+                not isinstance(value, dict)
+                or getattr(value, "__dict__", None)  # one of an ordered dict can hide its methods
+                or (not all(isinstance(key, str) for key in value) and not name.endswith("hooks"))
             ):
                 _refuse(where, name, f"is {_a(value)} where every module holds a dict")
             if value and name not in _SLOTS:
@@ -207,7 +209,7 @@ def _kinds_of(value: object, count: list[int], inert: tuple[type, ...], depth: i
         if value[_MOST_ITEMS:]:
             raise Unfit("is a range beyond measure")
         return {OTHER}
-    if isinstance(value, (list, tuple, set, frozenset)):
+    if isinstance(value, (list, tuple, set, frozenset)) and not getattr(value, "__dict__", None):
         return set().union(*(_kinds_of(item, count, inert, depth + 1) for item in value))
     if isinstance(value, dict) and not getattr(value, "__dict__", None):
         for pair in value.items():

@@ -20,12 +20,14 @@ loaded in the first place, and `confinement` is the kernel's part.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
 import sys
 import sysconfig
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
@@ -36,7 +38,7 @@ from repquant_fx.security import channel, confinement
 
 _ACTIONS = {  # events, or their first part where it ends in a dot, to what was tried
     "start a process": ("os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.startfile", "os.startfile/2",
-                        "subprocess.Popen", "pty.spawn", "_winapi.CreateProcess", "sys.remote_exec"),
+                        "subprocess.Popen", "pty.spawn", "_winapi.CreateProcess", "sys.remote_exec", "_posixsubprocess.fork_exec"),
     "send a signal": ("os.kill", "os.killpg", "signal.pthread_kill"),
     "use the network": ("socket.", "http.", "urllib.", "ftplib.", "smtplib.", "imaplib.", "poplib.", "nntplib.", "telnetlib.", "webbrowser."),
     "call into C": ("ctypes.",),
@@ -53,8 +55,13 @@ _HARMLESS = {"socket.gethostname", "ctypes.get_errno", "ctypes.set_errno", "http
 _PATHS = {  # events that change the file system: (index of the path, index of the descriptor it is relative to)
     "os.chflags": ((0, None),), "os.chmod": ((0, 2),), "os.chown": ((0, 3),), "os.link": ((0, 2), (1, 3)), "os.mkdir": ((0, 2),),
     "os.remove": ((0, 1),), "os.removexattr": ((0, None),), "os.rename": ((0, 2), (1, 3)), "os.rmdir": ((0, 1),),
+    "os.mkfifo": ((0, None),), "os.mknod": ((0, None),),
     "os.setxattr": ((0, None),), "os.symlink": ((1, 2),), "os.truncate": ((0, None),), "os.utime": ((0, 3),),
 }
+_SILENT = (  # functions that Python does not announce, and the events that they become
+    ("_posixsubprocess", "fork_exec", "_posixsubprocess.fork_exec"), ("subprocess", "_fork_exec", "_posixsubprocess.fork_exec"),
+    ("os", "mkfifo", "os.mkfifo"), ("os", "mknod", "os.mknod"), ("posix", "mkfifo", "os.mkfifo"), ("posix", "mknod", "os.mknod"),
+)
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _NOISY = tuple(os.path.join(sysconfig.get_paths()["stdlib"], name) for name in ("antigravity.py", "idlelib", "lib2to3", "test", "turtledemo"))
 _SHOWN = 120  # characters of an argument
@@ -100,6 +107,7 @@ def guarded(what: str, writable: Iterable[Path] = ()) -> Iterator[None]:
     global _installed
     if not _installed:
         sys.addaudithook(_hook)
+        _announce()
         _installed = True
     guard, bytecode = _Guard(what, writable), sys.dont_write_bytecode
     confinement.bound_memory()
@@ -120,6 +128,25 @@ def guarded(what: str, writable: Iterable[Path] = ()) -> Iterator[None]:
         sys.dont_write_bytecode = bytecode
     if guard.violation is not None:
         raise guard.violation
+
+
+def _announce() -> None:
+    """Let the functions that Python forgets tell the hook, too."""
+    for place, name, event in _SILENT:
+        try:
+            module = importlib.import_module(place)
+            setattr(module, name, _announced(getattr(module, name), event))
+        except (ImportError, AttributeError):  # another system, or another Python
+            continue
+
+
+def _announced(function: Callable[..., Any], event: str) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*args: Any, **named: Any) -> Any:
+        sys.audit(event, *(args or tuple(named.values())))
+        return function(*args, **named)
+
+    return call
 
 
 def guarded_unless(trusted: bool, what: str, writable: Iterable[Path] = ()) -> AbstractContextManager[None]:

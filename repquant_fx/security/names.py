@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from keyword import iskeyword
 
 from torch import nn
 
@@ -10,6 +11,7 @@ from repquant_fx.errors import ModelFileError
 
 _LONGEST = 1_000  # characters; the names of deep models have about a hundred
 _SHOWN = 80
+_SLOTS = ("_modules", "_parameters", "_buffers")
 
 
 def check_names(names: Iterable[str], where: str) -> None:
@@ -36,19 +38,44 @@ def check_module_names(module: nn.Module, where: str) -> None:
     Raises:
         ModelFileError: see there; also a single name with a dot in it.
     """
-    for child in module.modules():
-        for names in (child._modules, child._parameters, child._buffers):
+    for child in modules_in(module, where):
+        for slot in _SLOTS:
+            names = vars(child)[slot]
             check_names(names, where)
             if dotted := next((name for name in names if "." in name), None):
                 raise ModelFileError(
                     f"{where} has a module or parameter called {_shown(dotted)}; a single name holds no dot"
                 )
+            if reserved := next((name for name in names if iskeyword(name)), None):
+                raise ModelFileError(f"{where} has a module or parameter called {reserved}, a word of Python; rename it")
+
+
+def modules_in(module: nn.Module, where: str) -> Iterator[nn.Module]:
+    """A module and all below it, each once, found without calling any of them: a file may hide their methods.
+
+    Raises:
+        ModelFileError: one keeps its children or tensors in something else than a dict without attributes of its own.
+    """
+    waiting, seen = [module], set()
+    while waiting:
+        found = waiting.pop()
+        if id(found) in seen:
+            continue
+        seen.add(id(found))
+        for slot in _SLOTS:
+            held = vars(found).get(slot)
+            if not isinstance(held, dict) or getattr(held, "__dict__", None):
+                raise ModelFileError(f"{where} is not whole: {type(found).__name__} without a plain dict {slot}")
+        waiting.extend(child for child in vars(found)["_modules"].values() if isinstance(child, nn.Module))
+        yield found
 
 
 def _is_part(part: str) -> bool:
+    """A hyphen does no harm: torch.fx quotes a part that is no identifier, `getattr(self, "block1-0")`."""
     if part.isascii() and part.isdigit():
         return True
-    return part.isidentifier() and not (part.startswith("__") and part.endswith("__"))
+    plain = part.replace("-", "_") if part.isascii() else part
+    return plain.isidentifier() and not (plain.startswith("__") and plain.endswith("__"))
 
 
 def _shown(name: object) -> str:

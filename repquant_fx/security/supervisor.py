@@ -234,6 +234,9 @@ class _Watch:
             return self._say(f"error: {self.untrusted}: it did not end within {self.left[1]:g} s, in the stage {self.stage}; {state}; "
                              "give it more with --load-timeout", "ModelFileError", 2)
         if not os.WIFSIGNALED(status):
+            if self.code is None and self.untrusted is not None:  # it ended without leave
+                return self._say(f"error: {self.untrusted}: the process ended by itself (exit code {os.WEXITSTATUS(status)}) in the stage "
+                                 f"{self.stage}; {state}", "ModelFileError", 2)
             return os.WEXITSTATUS(status)
         if self.code is not None and self.reason is None:  # a library that crashes when all is done changes nothing
             return self.code

@@ -24,6 +24,7 @@ from transformers.models.xlm.modeling_xlm import XLMPredLayer
 from repquant_fx.errors import InputError, ModelFileError
 from repquant_fx.frontends.loading import load_model
 from repquant_fx.frontends.pickled import load_pickled
+from repquant_fx.frontends.state import check_state
 
 
 @pytest.fixture(autouse=True)
@@ -340,4 +341,71 @@ def test_a_partial_of_a_class_is_held() -> None:
     assert load_pickled(buffer.getvalue(), "m.pt").norm_layer.keywords == {"eps": 1e-3}
     vars(model)["norm_layer"] = functools.partial(os.system, "touch RAN")
     with pytest.raises(ModelFileError, match="system"):
+        load_pickled(torch_file(model), "m.pt")
+
+
+@pytest.mark.parametrize("method", ["values", "items"])
+def test_children_behind_a_method_of_their_dict(method: str) -> None:
+    """torch lets a file set attributes of an ordered dict; `model._modules.values` is then whatever the file says."""
+    name = f"X{chr(len(method))}\0\0\0{method}"
+    modules = f"ccollections\nOrderedDict\n)R}}{name}ctorch.nn.modules.activation\nReLU\nsb"
+    sequential = f"ctorch.nn.modules.container\nSequential\n)\x81}}X\x08\0\0\0_modules{modules}sb"
+    with pytest.raises(ModelFileError, match="sets attributes of a OrderedDict"):
+        load_pickled(torch_zip(b"\x80\x02" + sequential.encode("latin1") + b"."), "m.pt")
+    hidden = nn.Sequential()
+    hidden._modules = OrderedDict()  # type: ignore[assignment]
+    vars(hidden._modules)[method] = nn.ReLU()
+    with pytest.raises(ModelFileError, match="`_modules` is an OrderedDict where every module holds a dict"):
+        check_state(hidden, "m.pt")
+
+
+def test_names_of_methods_are_not_looked_up_before_the_state_is_checked() -> None:
+    model = nn.Sequential(nn.ReLU())
+    vars(model)["modules"] = vars(model)["named_modules"] = nn.ReLU()  # would be called: it takes an argument
+    with pytest.raises(ModelFileError, match=r"`(named_)?modules` is a ReLU that hides the one of Sequential"):
+        load_pickled(torch_file(model), "m.pt")
+
+
+def test_a_recurrent_layer_is_not_set_up_by_numbers_of_the_file() -> None:
+    layer = nn.GRU(2, 2)
+    assert load_pickled(torch_file(layer), "m.pt").num_layers == 1
+    vars(layer).update(_all_weights=[[1]], num_layers=10**12)
+    with pytest.raises(ModelFileError, match="does not list the names of its weights"):
+        load_pickled(torch_file(layer), "m.pt")
+
+
+def test_setters_of_configurations_are_not_reached() -> None:
+    """The second part of a state is set attribute by attribute: `num_labels` makes a dict of as many labels."""
+    state = b"N}X\x0a\0\0\0num_labelsJ\xff\xff\xff\x7fs\x86b."
+    made = b"\x80\x02ctransformers.models.bert.configuration_bert\nBertConfig\n)\x81"
+    with pytest.raises(ModelFileError, match="the state of a BertConfig is no dict"):
+        load_pickled(torch_zip(made + state), "m.pt")
+
+
+def test_a_member_of_an_enumeration_keeps_its_state() -> None:
+    from timm.layers import Format
+
+    member = b"\x80\x02ctimm.layers.format\nFormat\nX\x04\0\0\0NHWC\x85R"
+    assert load_pickled(torch_zip(member + b"."), "m.pt") is Format.NHWC
+    with pytest.raises(ModelFileError, match="Can only build"):
+        load_pickled(torch_zip(member + b"}X\x06\0\0\0_name_X\x04\0\0\0evilsb."), "m.pt")
+    assert Format.NHWC.name == "NHWC"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("attention_types", [[["global", "local"], 10**9]], "asks for attention_types = 1000000000"),
+        ("attention_types", [[["global", "local"] * 300, 10**5]], "lists of more than"),
+        ("hidden_size", 4_000, "they belong to another model"),
+        ("max_position_embeddings", 10**9, "they belong to another model|too large"),
+    ],
+)
+def test_a_configuration_that_asks_for_much_is_refused_before_it_is_built(key: str, value: Any, message: str) -> None:
+    from transformers import GPTNeoConfig, GPTNeoModel
+
+    sizes = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 32, "max_position_embeddings": 16}
+    model = GPTNeoModel(GPTNeoConfig(**sizes, attention_types=[[["global", "local"], 1]], bos_token_id=1, eos_token_id=2))
+    vars(model.config)[key] = value
+    with pytest.raises(InputError, match=message):
         load_pickled(torch_file(model), "m.pt")

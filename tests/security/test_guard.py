@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.machinery import ExtensionFileLoader, SourcelessFileLoader
+from multiprocessing.util import spawnv_passfds
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ ATTEMPTS: dict[str, tuple[Callable[[], Any], str]] = {
     "os.popen": (lambda: os.popen("touch ran").read(), "start a process (subprocess.Popen"),
     "exec": (lambda: os.execv("/usr/bin/touch", ["touch", "ran"]), "start a process (os.exec"),
     "spawn": (lambda: os.posix_spawn("/usr/bin/touch", ["touch", "ran"], {}), "start a process (os.posix_spawn"),
+    "spawn of multiprocessing": (lambda: spawnv_passfds(b"/usr/bin/touch", [b"touch", b"ran"], ()), "start a process (_posixsubprocess.fork_exec"),
     "fork": (os.fork, "start a process (os.fork"),
     "kill": (lambda: os.kill(os.getppid(), 0), "send a signal (os.kill"),
     "socket": (lambda: socket.create_connection(("127.0.0.1", 9)), "use the network (socket."),
@@ -47,6 +49,8 @@ ATTEMPTS: dict[str, tuple[Callable[[], Any], str]] = {
     "remove": (lambda: os.unlink("other.txt"), "change a file (os.remove"),
     "folder": (lambda: os.mkdir("ran"), "change a file (os.mkdir"),
     "link": (lambda: os.symlink("other.txt", "ran"), "change a file (os.symlink"),
+    "pipe": (lambda: os.mkfifo("ran"), "change a file (os.mkfifo"),
+    "node": (lambda: os.mknod("ran"), "change a file (os.mknod"),
     "mode": (lambda: os.chmod("other.txt", 0o777), "change a file (os.chmod"),
     "truncate": (lambda: os.truncate("other.txt", 0), "change a file (os.truncate"),
     "database": (lambda: sqlite3.connect("ran"), "open a database (sqlite3.connect"),

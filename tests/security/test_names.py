@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from repquant_fx.security.names import check_module_names, check_names
 CODE = '"+str(getattr(__import__("os"),"system")("touch RAN"))+"'
 
 
-@pytest.mark.parametrize("name", ["blocks.0.attn.qkv.weight", "0", "größe", "_x", "__x", "p_layer_1", "class"])
+@pytest.mark.parametrize("name", ["blocks.0.attn.qkv.weight", "0", "größe", "_x", "__x", "p_layer_1", "class", "trunk.block1-0.f"])
 def test_names_pass(name: str) -> None:
     check_names([name], "m.pt")
 
@@ -29,7 +30,9 @@ def test_names_pass(name: str) -> None:
         "a..b",
         "a.",
         "a b",
-        "a-b",
+        "a-(b)",
+        "a-é",
+        "__a-b__",
         "__class__",
         "a.__dict__.b",
         "a\nb",
@@ -68,6 +71,39 @@ def test_names_in_a_module_wherever_they_are() -> None:
     module._modules[CODE] = shared  # a second name of a module that has one
     with pytest.raises(ModelFileError, match="is not a name"):
         check_module_names(module, "m.pt")
+
+
+def test_a_hyphen_is_quoted_where_torch_writes_source(tmp_path: Path) -> None:
+    model = nn.Sequential()
+    model.add_module("block1-0", nn.Conv2d(3, 4, 4))
+    torch.save(model, tmp_path / "m.pt")
+    loaded = load_model(tmp_path / "m.pt", input_shape=(3, 8, 8)).module
+    assert loaded is not None
+    traced = torch.fx.symbolic_trace(loaded)
+    assert 'getattr(self, "block1-0")' in traced.code
+    x = torch.ones(1, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(traced(x), model.eval()(x))
+
+
+def test_a_word_of_python_is_no_name_of_a_module() -> None:
+    model = nn.Sequential()
+    model.add_module("lambda", nn.ReLU())
+    with pytest.raises(ModelFileError, match="called lambda, a word of Python; rename it"):
+        check_module_names(model, "m.pt")
+
+
+def test_names_are_found_although_a_file_hides_the_methods() -> None:
+    model = nn.Sequential(nn.ReLU())
+    model._modules[CODE] = nn.ReLU()
+    vars(model)["modules"] = vars(model)["named_modules"] = lambda *_: []
+    with pytest.raises(ModelFileError, match="is not a name"):
+        check_module_names(model, "m.pt")
+    hidden = nn.Sequential()
+    hidden._modules = OrderedDict()  # type: ignore[assignment]
+    vars(hidden._modules)["values"] = lambda: []
+    with pytest.raises(ModelFileError, match="without a plain dict _modules"):
+        check_module_names(nn.Sequential(hidden), "m.pt")
 
 
 def test_names_of_weights(tmp_path: Path) -> None:

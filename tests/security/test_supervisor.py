@@ -230,6 +230,13 @@ def test_a_deadline(tmp_path: Path) -> None:
         assert end(process)[:2] == (0, "slow\n"), "what follows may take its time"
 
 
+def test_a_file_that_ends_the_process_is_at_fault(tmp_path: Path) -> None:
+    """`os._exit` is announced to nobody; an exit code of 0 would mean that the outputs are there."""
+    with command(tmp_path, "with guard.guarded('loading m.pt'): os._exit(0)") as process:
+        code, _, said = end(process)
+    assert code == 2 and "loading m.pt: the process ended by itself (exit code 0) in the stage work" in said[-1]["message"]
+
+
 def test_exit_codes_and_streams_pass(tmp_path: Path) -> None:
     for code in (0, 3, 141):
         with command(tmp_path, f"print(sys.stdin.read()); print('error', file=sys.stderr); return {code}", stdin=subprocess.PIPE) as process:
