@@ -1,10 +1,10 @@
-"""Resuming: what was decided about each group is kept in a folder, so that a killed compile goes on where it stopped.
+"""Checkpoints: what was decided about each group is kept in a folder; a killed compile resumes where it stopped.
 
-A folder holds one sub-folder a compile, named by a fingerprint of everything its result depends on; in it a safetensors file a
-group, written atomically, and `about.json` for people. Nothing is unpickled. Each file carries a digest of its tensors, its name and
-the fingerprint: one that was damaged, changed or taken from another place is made anew, with a warning. Calibrating is what takes
-time: a resumed compile replays the decisions through the same passes and runs the finished part once over the data to reach the
-next group.
+A work directory holds one folder per compile, named by a fingerprint of everything its result depends on; in it one
+safetensors file per group, written atomically, and `about.json` for people. Nothing is unpickled. Each file carries a
+digest of its tensors, its name and the fingerprint: one that was damaged, changed or taken from another place is made
+anew, with a warning. Calibrating is what takes time: a resumed compile replays the decisions through the same passes
+and runs the finished part once over the data to reach the next group.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from repquant_fx.version import VERSION
 _DIGEST = "sha256"  # in the metadata of a file
 
 
-class Ledger:
+class Checkpoint:
     """Decisions by name, the same on every rank. Without a folder nothing is kept."""
 
     def __init__(self, folder: Path | None = None, world: World | None = None) -> None:
@@ -78,14 +78,16 @@ class Ledger:
 
 
 @contextmanager
-def open_ledger(work_dir: str | Path | None, digest: str, about: Mapping[str, Any], world: World) -> Iterator[Ledger]:
-    """The ledger of one compile in a work directory, locked against other processes while the block runs.
+def open_checkpoint(
+    work_dir: str | Path | None, digest: str, about: Mapping[str, Any], world: World
+) -> Iterator[Checkpoint]:
+    """The checkpoint of one compile in a work directory, locked against other processes while the block runs.
 
     Raises:
         OutputError: the folder cannot be made, or another process compiles the same model there.
     """
     if work_dir is None or world.rank:
-        yield Ledger(None if work_dir is None else Path(work_dir), world)  # rank 0 alone reads and writes
+        yield Checkpoint(None if work_dir is None else Path(work_dir), world)  # rank 0 alone reads and writes
         return
     folder = Path(work_dir) / digest[:16]
     lock = FileLock(folder / "lock", blocking=False)
@@ -102,13 +104,14 @@ def open_ledger(work_dir: str | Path | None, digest: str, about: Mapping[str, An
             if leftover.is_file():  # a folder is not ours
                 leftover.unlink(missing_ok=True)
         write_part(folder / "about.json", (json.dumps({**about, "fingerprint": digest}, indent=2) + "\n").encode())
-        yield Ledger(folder, world)
+        yield Checkpoint(folder, world)
     finally:
         lock.release()
 
 
 def fingerprint(graph_module: GraphModule, batches: Sequence[tuple[Tensor, ...]], recipe: Recipe, seed: int) -> str:
-    """SHA-256 (hex) of the graph, its constants, the calibration data, the recipe, the seed and the versions of this package and torch."""
+    """SHA-256 (hex) of the graph, its constants, the calibration data, the recipe, the seed, and the versions of this
+    package and of torch."""
     digest = hashlib.sha256(json.dumps([VERSION, torch.__version__, recipe.to_dict(), seed], sort_keys=True).encode())
     for node in graph_module.graph.nodes:
         digest.update(f"\n{node.format_node()}".encode())

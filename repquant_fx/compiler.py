@@ -29,7 +29,7 @@ from repquant_fx.calibration.batching import CalibrationSet
 from repquant_fx.calibration.data import load_calibration
 from repquant_fx.calibration.inputs import InputSpec
 from repquant_fx.calibration.text import TEXT_SAMPLES, Tokenization
-from repquant_fx.checkpoint import Ledger, fingerprint, open_ledger
+from repquant_fx.checkpoint import Checkpoint, fingerprint, open_checkpoint
 from repquant_fx.distributed import World
 from repquant_fx.errors import InputError, RepQuantWarning
 from repquant_fx.exporters.metadata import describe, record
@@ -192,14 +192,14 @@ def compile(
     batches = list(used.batches)
     collected = Statistics() if statistics else None
     log.stage("quantize")
-    with _ledger(graph_module, batches, recipe, seed, loaded.source, work_dir, distributed) as ledger:
+    with _checkpoint(graph_module, batches, recipe, seed, loaded.source, work_dir, distributed) as checkpoint:
         devices.move(graph_module, there)
         batches = devices.move_batches(batches, there)
         with log.part("absorb scales"):
-            plan = absorb_scales(graph_module, plan, batches, recipe, ledger)
+            plan = absorb_scales(graph_module, plan, batches, recipe, checkpoint)
         reference = shared_copy(graph_module)
         run_passes(graph_module, [InsertObservers(plan, len(batches))])
-        quantized = quantize_sequentially(graph_module, plan, batches, recipe, ledger, offload_dir, collected)
+        quantized = quantize_sequentially(graph_module, plan, batches, recipe, checkpoint, offload_dir, collected)
     for each in (graph_module, reference):
         devices.move(each, torch.device("cpu"))
     quantized.weights = {node: weight.to("cpu") for node, weight in quantized.weights.items()}
@@ -216,7 +216,7 @@ def compile(
     proto = export_onnx(graph_module, loaded.example_inputs, input_names=captured.input_names, output_names=captured.output_names,
                         dynamic_shapes=dynamic_shapes(graph_module), metadata=metadata, container=recipe.container)
     log.stage("check")
-    check = check and ledger.world.rank == 0
+    check = check and checkpoint.world.rank == 0
     parity = parity_check.compare(graph_module, proto, lowering.quantizers, probe, captured.input_names) if check else None
     kernels = audit(proto) if check else None
     log.finish()
@@ -309,18 +309,20 @@ def prepare(
 
 
 @contextmanager
-def _ledger(graph_module: GraphModule, batches: list[tuple[Tensor, ...]], recipe: Recipe, seed: int, source: str, work_dir: str | Path | None,
-            distributed: bool) -> Iterator[Ledger]:
+def _checkpoint(
+    graph_module: GraphModule, batches: list[tuple[Tensor, ...]], recipe: Recipe, seed: int, source: str,
+    work_dir: str | Path | None, distributed: bool,
+) -> Iterator[Checkpoint]:
     """Where decisions are kept, and which processes work together; the fingerprint is taken only where one of them needs it."""
     if work_dir is None and not distributed:
-        yield Ledger()
+        yield Checkpoint()
         return
     world = World.current() if distributed else World()
     digest = fingerprint(graph_module, batches, recipe, seed)
     world.check_equal(digest)
     about = {"repquant_fx": VERSION, "source": source, "seed": seed, "recipe": recipe.to_dict()}
-    with open_ledger(work_dir, digest, about, world) as ledger:
-        yield ledger
+    with open_checkpoint(work_dir, digest, about, world) as checkpoint:
+        yield checkpoint
 
 
 def _load(model: Any, example_inputs: Sequence[Tensor] | Mapping[str, Tensor] | None, arch: str | None,

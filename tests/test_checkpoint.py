@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from repquant_fx import Recipe, compile
-from repquant_fx.checkpoint import fingerprint, open_ledger
+from repquant_fx.checkpoint import fingerprint, open_checkpoint
 from repquant_fx.cli import main
 from repquant_fx.compiler import CompiledModel
 from repquant_fx.distributed import World
@@ -81,10 +81,10 @@ def pipeline(graph_module: GraphModule, work_dir: Path | None, recipe: Recipe = 
     x, graph_module = sequences(), copy.deepcopy(graph_module)
     batches = [(b,) for b in x.split(8)]
     plan = match(graph_module, recipe)
-    with open_ledger(work_dir, fingerprint(graph_module, batches, recipe, 0), {}, World()) as ledger:
-        plan = absorb_scales(graph_module, plan, batches, recipe, ledger)
+    with open_checkpoint(work_dir, fingerprint(graph_module, batches, recipe, 0), {}, World()) as checkpoint:
+        plan = absorb_scales(graph_module, plan, batches, recipe, checkpoint)
         run_passes(graph_module, [InsertObservers(plan, len(batches))])
-        quantize_sequentially(graph_module, plan, batches, recipe, ledger)
+        quantize_sequentially(graph_module, plan, batches, recipe, checkpoint)
     return output(graph_module, x)
 
 
@@ -160,24 +160,27 @@ def test_what_a_fingerprint_sees(encoder_graph, monkeypatch: pytest.MonkeyPatch)
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     """The same compile twice is refused while the first one runs; another one is not; leftovers of killed writes go."""
-    with open_ledger(tmp_path, "a" * 64, {}, World()) as ledger:
-        assert ledger.folder is not None
-        (ledger.folder / ".group-0000.safetensors.xyz").write_text("half")
-        with pytest.raises(OutputError, match="another process compiles the same model"), open_ledger(tmp_path, "a" * 64, {}, World()):
+    with open_checkpoint(tmp_path, "a" * 64, {}, World()) as checkpoint:
+        assert checkpoint.folder is not None
+        (checkpoint.folder / ".group-0000.safetensors.xyz").write_text("half")
+        with (
+            pytest.raises(OutputError, match="another process compiles the same model"),
+            open_checkpoint(tmp_path, "a" * 64, {}, World()),
+        ):
             pass
-        with open_ledger(tmp_path, "b" * 64, {}, World()):
+        with open_checkpoint(tmp_path, "b" * 64, {}, World()):
             assert len(list(tmp_path.iterdir())) == 2
-    with open_ledger(tmp_path, "a" * 64, {}, World()) as ledger:
-        assert ledger.folder is not None and not list(ledger.folder.glob(".*"))
+    with open_checkpoint(tmp_path, "a" * 64, {}, World()) as checkpoint:
+        assert checkpoint.folder is not None and not list(checkpoint.folder.glob(".*"))
 
 
 def test_a_folder_with_things_of_others(tmp_path: Path) -> None:
     """A hidden folder stays; a name that no folder can have is bad input."""
-    with open_ledger(tmp_path, "a" * 64, {}, World()) as ledger:
-        assert ledger.folder is not None
-        (ledger.folder / ".git").mkdir()
-    with open_ledger(tmp_path, "a" * 64, {}, World()) as ledger:
-        assert (ledger.folder / ".git").is_dir()
+    with open_checkpoint(tmp_path, "a" * 64, {}, World()) as checkpoint:
+        assert checkpoint.folder is not None
+        (checkpoint.folder / ".git").mkdir()
+    with open_checkpoint(tmp_path, "a" * 64, {}, World()) as checkpoint:
+        assert (checkpoint.folder / ".git").is_dir()
     for name in ("n" * 256, "n" * 5000, "/".join(["n" * 200] * 30), "a\0b"):
         assert main(["compile", "model.pt2", "--out", str(tmp_path / "m.onnx"), "--work-dir", str(tmp_path / name)]) == 2
 

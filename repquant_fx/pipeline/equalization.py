@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from repquant_fx.checkpoint import Ledger
+from repquant_fx.checkpoint import Checkpoint
 from repquant_fx.distributed import Tensors, World
 from repquant_fx.errors import CalibrationError
 from repquant_fx.passes.absorb_scales import Absorbable, AbsorbScales, channel_rows, describe, find_absorbable
@@ -29,7 +29,7 @@ PARTS = ("low", "up", "error")  # of the bounds of each site, as they are kept
 
 
 def absorb_scales(graph_module: GraphModule, plan: Plan, batches: Sequence[tuple[Tensor, ...]], recipe: Recipe,
-                  ledger: Ledger | None = None) -> Plan:
+                  checkpoint: Checkpoint | None = None) -> Plan:
     """Rewrite the matched float graph in place (see `passes.absorb_scales`). Call before observers are inserted.
 
     Returns:
@@ -38,20 +38,20 @@ def absorb_scales(graph_module: GraphModule, plan: Plan, batches: Sequence[tuple
     Raises:
         CalibrationError: an activation is not finite (named).
     """
-    ledger = ledger or Ledger()
+    checkpoint = checkpoint or Checkpoint()
     if not recipe.absorb or not batches:
         return plan
     absorbable = find_absorbable(graph_module, plan, recipe.absorb)
     sites = {site.name: site for group in plan.groups for site in group.sites if site.name in absorbable.sites}
     if not sites:
         return plan
-    tensors = ledger.load("absorb")
+    tensors = checkpoint.load("absorb")
     if tensors is None or tensors.keys() != {f"{part}.{name}" for part in PARTS for name in sites}:
-        tensors = _channel_bounds(graph_module, sites, absorbable, batches, ledger.world)
-        ledger.save("absorb", tensors)
+        tensors = _channel_bounds(graph_module, sites, absorbable, batches, checkpoint.world)
+        checkpoint.save("absorb", tensors)
     bounds = {name: (absorbable.sites[name].reshape(-1), Bounds(*(tensors[f"{part}.{name}"] for part in PARTS))) for name in absorbable.sites}
     equalization = equalize(bounds, absorbable.signed, absorbable.shiftable)
-    shard = ledger.world.shard(len(batches))
+    shard = checkpoint.world.shard(len(batches))
     probe = _probe(absorbable, batches[shard[0]]) if len(shard) else None
     run_passes(graph_module, [AbsorbScales(absorbable, equalization)], probe)
     return describe(plan, absorbable)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from repquant_fx import log
-from repquant_fx.checkpoint import Ledger
+from repquant_fx.checkpoint import Checkpoint
 from repquant_fx.decision import Decision
 from repquant_fx.distributed import Tensors
 from repquant_fx.errors import CalibrationError, RepQuantWarning
@@ -57,15 +57,15 @@ class Quantized:
 
 
 def quantize_sequentially(
-    graph_module: GraphModule, plan: Plan, batches: Sequence[tuple[Tensor, ...]], recipe: Recipe, ledger: Ledger | None = None,
-    offload_dir: str | Path | None = None, statistics: Statistics | None = None,
+    graph_module: GraphModule, plan: Plan, batches: Sequence[tuple[Tensor, ...]], recipe: Recipe,
+    checkpoint: Checkpoint | None = None, offload_dir: str | Path | None = None, statistics: Statistics | None = None,
 ) -> Quantized:
     """Calibrate, reparameterize and quantize every group in graph order, editing the graph in place.
 
     Args:
         graph_module: with observers inserted.
         batches: positional inputs of the model, one tuple per batch; all of them, on every rank.
-        ledger: where decisions are kept and read again, and which processes work together.
+        checkpoint: where decisions are kept and read again, and which processes work together.
         offload_dir: a folder for the values between segments; in memory where None.
         statistics: filled with what the HTML report draws, where given.
 
@@ -74,7 +74,8 @@ def quantize_sequentially(
     """
     if not batches:
         raise CalibrationError("no calibration data")
-    state = _State(graph_module, cut_into_segments(graph_module, plan), batches, recipe, ledger or Ledger(), offload_dir, statistics)
+    segments = cut_into_segments(graph_module, plan)
+    state = _State(graph_module, segments, batches, recipe, checkpoint or Checkpoint(), offload_dir, statistics)
     for number, (segment, group) in enumerate(progress(state.order, total=len(plan.groups), description="quantize")):
         _quantize_group(state, segment, group, f"group-{number:04d}")
     return state.finish()
@@ -83,11 +84,13 @@ def quantize_sequentially(
 class _State:
     """What passes from group to group: the runners, how far they are, and the result so far."""
 
-    def __init__(self, graph_module: GraphModule, segments: list[Segment], batches: Sequence[tuple[Tensor, ...]], recipe: Recipe,
-                 ledger: Ledger, offload_dir: str | Path | None, statistics: Statistics | None) -> None:
-        self.graph_module, self.recipe, self.ledger, self.statistics = graph_module, recipe, ledger, statistics
+    def __init__(
+        self, graph_module: GraphModule, segments: list[Segment], batches: Sequence[tuple[Tensor, ...]], recipe: Recipe,
+        checkpoint: Checkpoint, offload_dir: str | Path | None, statistics: Statistics | None,
+    ) -> None:
+        self.graph_module, self.recipe, self.checkpoint, self.statistics = graph_module, recipe, checkpoint, statistics
         self.order = [(segment, group) for segment in segments for group in segment.groups]
-        self.batches, self.mine = len(batches), ledger.world.shard(len(batches))
+        self.batches, self.mine = len(batches), checkpoint.world.shard(len(batches))
         self.device = batches[0][0].device
         shard = [batches[i] for i in self.mine]
         self.reference = Reference(graph_module, shard, offload_dir) if recipe.correction else None
@@ -126,7 +129,7 @@ class _State:
 
 def _quantize_group(state: _State, segment: Segment, group: Group, name: str) -> None:
     """Decide about a group, or take what was decided before, and rewrite the graph accordingly."""
-    stored = state.ledger.load(name)
+    stored = state.checkpoint.load(name)
     stored = None if stored is None else moved(stored, state.device)
     restored = None if stored is None else _restored(group, stored)
     statistics = None
@@ -147,7 +150,8 @@ def _quantize_group(state: _State, segment: Segment, group: Group, name: str) ->
     state.result.errors |= {c: chosen.errors for c, chosen in weights.items() if chosen.errors is not None}
     state.count(statistics)
     if restored is None:
-        state.ledger.save(name, Decision(quantizers, weights).to_tensors(group) | ({} if statistics is None else statistics.to_tensors()))
+        figures = {} if statistics is None else statistics.to_tensors()
+        state.checkpoint.save(name, Decision(quantizers, weights).to_tensors(group) | figures)
 
 
 def _restored(group: Group, tensors: Tensors) -> Decision | None:
@@ -165,7 +169,7 @@ def _restored(group: Group, tensors: Tensors) -> Decision | None:
 
 def _calibrate(state: _State, segment: Segment, group: Group, statistics: Statistics | None) -> dict[str, nn.Module]:
     """Observe a group's sites on all batches and choose their quantizers, by site name; rank 0's choice holds."""
-    graph_module, world = state.graph_module, state.ledger.world
+    graph_module, world = state.graph_module, state.checkpoint.world
     with log.part("observe"):
         observers = observe_group(graph_module, group, state.runner, segment, state.mine, state.batches, world)
     with log.part("choose scales"):
@@ -215,7 +219,7 @@ def _probe(runner: SegmentRunner, segment: Segment, group: Group) -> Probe:
 
 def _choose_weights(state: _State, segment: Segment, group: Group, statistics: Statistics | None) -> dict[Node, ChosenWeight]:
     """The integer weights of a group's consumers, on the second moments over all ranks' batches."""
-    world = state.ledger.world
+    world = state.checkpoint.world
     with log.part("second moments"):
         moments = second_moments(state.runner, state.reference, segment, group, state.recipe, state.mine)
         world.all_reduce(moments.tensors())
