@@ -81,13 +81,15 @@ def stages(options: argparse.Namespace, results: dict[str, Any]) -> None:
 
 def norm_samples(model: Any, calibration: Any, **keywords: Any) -> Iterator[tuple[str, Tensor]]:
     """(path, sample of shape (channels, values)) of every norm whose Linears are quantized, as calibration records them."""
-    from repquant_fx.compiler import prepare
+    from repquant_fx.options import from_keywords
     from repquant_fx.passes.base import run_passes
     from repquant_fx.passes.insert_observers import InsertObservers
     from repquant_fx.passes.slots import observer
+    from repquant_fx.preparation import prepare
     from repquant_fx.quantizers.observers import Observer
 
-    prepared = prepare(model, calibration, Recipe(wbits=4, abits=4), samples=SAMPLES, **keywords)
+    source, data = from_keywords(model, calibration, {"samples": SAMPLES, **keywords})
+    prepared = prepare(source, data, Recipe(wbits=4, abits=4))
     graph_module, batches = prepared.graph_module, list(prepared.data.batches)
     run_passes(graph_module, [InsertObservers(prepared.plan, len(batches))])
     for module in graph_module.modules():

@@ -25,7 +25,7 @@ from language import Similarity
 from torch import Tensor
 
 from repquant_fx import Recipe, compile
-from repquant_fx.compiler import CompiledModel
+from repquant_fx.compiled import CompiledModel
 from repquant_fx.frontends.loading import LoadedModel, load_model
 from repquant_fx.sensitivity import LOSSES, Sensitivity, search, sensitivity
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from repquant_fx.version import VERSION as __version__
 
 if TYPE_CHECKING:
-    from repquant_fx.compiler import CompiledModel, compile
+    from repquant_fx.compiled import CompiledModel
+    from repquant_fx.compiler import compile
     from repquant_fx.errors import InputError, ParityError, RepQuantError
     from repquant_fx.recipe import LayerRule, Recipe, repq_vit, rtn, smoothquant
     from repquant_fx.runtime import session
@@ -19,7 +20,7 @@ __all__ = ["CompiledModel", "InputError", "LayerRule", "ParityError", "Recipe", 
            "rtn", "session", "smoothquant"]
 
 _HOMES = {
-    "compile": "compiler", "CompiledModel": "compiler", "Recipe": "recipe", "LayerRule": "recipe", "repq_vit": "recipe",
+    "compile": "compiler", "CompiledModel": "compiled", "Recipe": "recipe", "LayerRule": "recipe", "repq_vit": "recipe",
     "rtn": "recipe", "smoothquant": "recipe",
     "session": "runtime", "InputError": "errors", "ParityError": "errors", "RepQuantError": "errors",
 }

@@ -24,7 +24,7 @@ from torch.fx import GraphModule
 from repquant_fx import Recipe, compile
 from repquant_fx.checkpoint import fingerprint, open_checkpoint
 from repquant_fx.cli import main
-from repquant_fx.compiler import CompiledModel
+from repquant_fx.compiled import CompiledModel
 from repquant_fx.distributed import World
 from repquant_fx.errors import OutputError, RepQuantWarning
 from repquant_fx.passes.base import run_passes

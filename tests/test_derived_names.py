@@ -10,7 +10,7 @@ from onnx import TensorProto
 from torch import Tensor, nn
 
 from repquant_fx import Recipe, compile, naming
-from repquant_fx.compiler import CompiledModel
+from repquant_fx.compiled import CompiledModel
 from repquant_fx.naming import DERIVED, SCALE, Names
 from repquant_fx.passes.base import add_tensor, free_stem
 from repquant_fx.recipe import LayerRule

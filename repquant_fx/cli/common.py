@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from repquant_fx.errors import InputError
 from repquant_fx.frontends.tasks import TASKS
+from repquant_fx.options import Calibration, Source
 from repquant_fx.security.channel import LOAD_SECONDS
 from repquant_fx.security.escape import printable
 
@@ -90,11 +91,20 @@ def add_calibration(command: argparse.ArgumentParser) -> None:
     data.add_argument("--batch-size", type=count(MOST_SAMPLES), default=32, help="default 32")
 
 
-def calibration_from(options: argparse.Namespace) -> dict[str, Any]:
-    """What `add_source` and `add_calibration` name, as `compile` takes it."""
-    return {"calibration": options.calib, "samples": options.calib_samples, "batch_size": options.batch_size, "seed": options.seed,
-            "arch": options.arch, "input_shape": read_shape(options.input_shape), "allow_pickle": options.allow_pickle, "task": options.task,
-            "seq_len": options.seq_len, "tokenizer": options.tokenizer}
+def source_from(options: argparse.Namespace) -> Source:
+    """The model that `add_source` and `add_calibration` name.
+
+    Raises:
+        InputError: a wrong --input-shape.
+    """
+    return Source(options.model, options.arch, read_shape(options.input_shape), options.allow_pickle, options.task,
+                  offload_dir=getattr(options, "offload_dir", None))
+
+
+def calibration_from(options: argparse.Namespace) -> Calibration:
+    """The data that `add_calibration` names, and --seed."""
+    return Calibration(options.calib, options.calib_samples, options.batch_size, options.seed, options.seq_len,
+                       options.tokenizer)
 
 
 def read_bits(option: str, text: str) -> list[int]:

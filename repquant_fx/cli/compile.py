@@ -7,7 +7,7 @@ import json
 from contextlib import nullcontext
 from pathlib import Path
 
-from repquant_fx.cli.common import add_calibration, add_source, calibration_from
+from repquant_fx.cli.common import add_calibration, add_source, calibration_from, source_from
 from repquant_fx.cli.method import add_method, recipe_from
 from repquant_fx.errors import InputError
 
@@ -36,15 +36,17 @@ def add(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Compile, save, summarise; returns the exit code. Of several processes that torchrun started, the first one writes."""
     recipe = recipe_from(options)  # cheap checks first: nothing is loaded for a wrong option or an output that cannot be written
-    source = calibration_from(options)
+    source, calibration = source_from(options), calibration_from(options)
     check_outputs(options)
     from repquant_fx import log, report
-    from repquant_fx.compiler import compile
+    from repquant_fx.compiler import compile_model
     from repquant_fx.distributed import joined
+    from repquant_fx.options import Run
 
     with joined() as world, log.using(log.QUIET) if world.rank else nullcontext():  # rank 0 speaks
-        compiled = compile(options.model, recipe=recipe, check=options.check, work_dir=options.work_dir, offload_dir=options.offload_dir,
-                           device=options.device, distributed=world.size > 1, statistics=options.html is not None, **source)
+        run = Run(check=options.check, work_dir=options.work_dir, distributed=world.size > 1, device=options.device,
+                  statistics=options.html is not None)
+        compiled = compile_model(source, calibration, recipe, run)
     if world.rank:
         return 0
     out = compiled.save(options.out, force=options.force, report=options.report, html=options.html, command=options.command_line)

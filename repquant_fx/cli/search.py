@@ -8,7 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from repquant_fx.cli.common import MOST_TRIES, add_calibration, add_source, calibration_from, count, number, read_bits
+from repquant_fx.cli.common import (
+    MOST_TRIES,
+    add_calibration,
+    add_source,
+    calibration_from,
+    count,
+    number,
+    read_bits,
+    source_from,
+)
 from repquant_fx.cli.method import add_method, recipe_from
 from repquant_fx.errors import InputError
 
@@ -21,7 +30,7 @@ def add(command: argparse.ArgumentParser) -> None:
     command.add_argument("--force", action="store_true", help="replace an existing file")
     add_calibration(command)
     target = command.add_argument_group("target (one of the first three)")
-    target.add_argument("--target-size", metavar="SIZE", help="of the weights at most: 400kB, 1.5MB, or 3.5b for bits a weight")
+    target.add_argument("--target-size", metavar="SIZE", help="of the weights at most: 400kB, 1.5MB, or 3.5b for bits per weight")
     target.add_argument("--target-sqnr", metavar="DB", type=number(-1000, 1000),
                         help="of the output on held-back samples at least; smallest size, measured")
     target.add_argument("--max-drop", metavar="POINTS", type=number(0, 1e6),
@@ -45,8 +54,9 @@ def add(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Search, write, summarise; returns the exit code."""
-    recipe, source = recipe_from(options), calibration_from(options)
-    choices, activation_choices = read_bits("--choices", options.choices), read_bits("--activation-choices", options.activation_choices)
+    recipe, source, calibration = recipe_from(options), source_from(options), calibration_from(options)
+    weight_bits = read_bits("--choices", options.choices)
+    activation_bits = read_bits("--activation-choices", options.activation_choices)
     if sum(t is not None for t in (options.target_size, options.target_sqnr, options.max_drop)) != 1:
         raise InputError("give one of --target-size, --target-sqnr and --max-drop")
     if (options.max_drop is None) != (options.data is None):
@@ -58,19 +68,20 @@ def run(options: argparse.Namespace) -> int:
 
     check_writable(options.out, options.force)
     from repquant_fx import log
-    from repquant_fx.sensitivity import search
+    from repquant_fx.sensitivity.search import Choices, Target, search_recipe
 
     quality, at_least = (None, None) if options.max_drop is None else _measured(options)
-    found = search(options.model, recipe=recipe, target_size=options.target_size, target_sqnr=options.target_sqnr, quality=quality, at_least=at_least,
-                   choices=choices, mean_abits=options.mean_abits, activation_choices=activation_choices, count=options.count,
-                   loss=options.loss, probes=options.probes, trials=options.trials, **source)
-    write_atomically(options.out, found.to_text(form).encode())
-    for line in str(found).splitlines():
+    result = search_recipe(source, calibration, recipe,
+                           Target(options.target_size, options.target_sqnr, quality, at_least),
+                           Choices(weight_bits, activation_bits, options.mean_abits, options.count),
+                           loss=options.loss, probes=options.probes, trials=options.trials)
+    write_atomically(options.out, result.to_text(form).encode())
+    for line in str(result).splitlines():
         log.info(line)
-    for trial in found.trials:
+    for trial in result.trials:
         log.info(f"tried {trial.bits_per_weight:.2f} bits: {trial.quality:.4g}, {'enough' if trial.accepted else 'too little'}")
     log.info(f"wrote {options.out}")
-    outcome = {"out": str(options.out), **found.to_dict()}
+    outcome = {"out": str(options.out), **result.to_dict()}
     log.result({key: value for key, value in outcome.items() if key not in ("recipe", "units")})
     if options.json:
         print(json.dumps(outcome))

@@ -5,7 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 
-from repquant_fx.cli.common import MOST_TRIES, add_calibration, add_source, calibration_from, count, read_bits
+from repquant_fx.cli.common import (
+    MOST_TRIES,
+    add_calibration,
+    add_source,
+    calibration_from,
+    count,
+    read_bits,
+    source_from,
+)
 from repquant_fx.cli.method import add_method, recipe_from
 
 
@@ -26,19 +34,20 @@ def add(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure and print; returns the exit code."""
-    recipe, source = recipe_from(options), calibration_from(options)
+    recipe, source, calibration = recipe_from(options), source_from(options), calibration_from(options)
     bits = None if options.bits is None else read_bits("--bits", options.bits)
     from repquant_fx import log
-    from repquant_fx.sensitivity import sensitivity
+    from repquant_fx.preparation import prepare
+    from repquant_fx.sensitivity.analysis import analyse
 
-    found = sensitivity(options.model, recipe=recipe, weight_choices=bits, activation_choices=bits, loss=options.loss,
-                        probes=options.probes, **source)
-    log.result({"units": len(found.units), "loss": found.loss, "worst": [unit.name for unit in found.ranking()[:5]]})
+    result = analyse(prepare(source, calibration, recipe), recipe, weight_choices=bits, activation_choices=bits,
+                     loss=options.loss, probes=options.probes, seed=calibration.seed)
+    log.result({"units": len(result.units), "loss": result.loss, "worst": [unit.name for unit in result.ranking()[:5]]})
     if options.json:
-        print(json.dumps(found.to_dict()))
+        print(json.dumps(result.to_dict()))
         return 0
-    print(found.table(options.top))
+    print(result.table(options.top))
     what = "divergence of the predictions" if options.loss == "kl" else "SQNR of the model's output"
-    log.info(f"{what} with one activation or weight quantized, estimated from {found.samples} samples; own dB is the SQNR of the activation itself, "
-             "or of the layer's output")
+    log.info(f"{what} with one activation or weight quantized, estimated from {result.samples} samples; own dB is the "
+             "SQNR of the activation itself, or of the layer's output")
     return 0

@@ -19,11 +19,12 @@ def inspect_model(model: Any, recipe: Any = None, **options: Any) -> Inspection:
     """
     from torch.fx import Node
 
-    from repquant_fx.compiler import match
     from repquant_fx.frontends.memory import left_as_found
+    from repquant_fx.options import Source
     from repquant_fx.passes.base import shape_of
+    from repquant_fx.preparation import match
 
-    matched = left_as_found(match)(model, recipe, **options)
+    matched = left_as_found(lambda model: match(Source(model, **options), recipe))(model)
     rows = []
     for group in matched.plan.groups:
         weights = [] if group.kind == "matmul" else [

@@ -7,12 +7,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from repquant_fx.compiler import HELD_BACK, Prepared, prepare
 from repquant_fx.errors import InputError
 from repquant_fx.frontends.memory import left_as_found
+from repquant_fx.options import from_keywords
 from repquant_fx.passes.base import run_passes
 from repquant_fx.passes.insert_observers import InsertObservers
 from repquant_fx.pipeline import absorb_scales
+from repquant_fx.preparation import HELD_BACK, Prepared, prepare
 from repquant_fx.progress import progress
 from repquant_fx.recipe import Recipe
 from repquant_fx.security.escape import printable
@@ -81,15 +82,16 @@ class Sensitivity:
 @left_as_found
 def sensitivity(
     model: Any, calibration: Any = None, recipe: Recipe | None = None, *, weight_choices: Iterable[int] | None = None,
-    activation_choices: Iterable[int] | None = None, loss: str = "error", probes: int = PROBES, **source: Any,
+    activation_choices: Iterable[int] | None = None, loss: str = "error", probes: int = PROBES, **keywords: Any,
 ) -> Sensitivity:
     """Rank weights and activations by what their bits do to the model's output, each quantized alone.
 
-    The cost is one run of the float model, `probes` backward passes, and the rounding of each weight once for each choice of bits; it does
-    not multiply with the number of layers. See `sensitivity.estimate` for the mathematics.
+    The cost is one run of the float model, `probes` backward passes, and the rounding of each weight once for each
+    choice of bits; it does not multiply with the number of layers. See `sensitivity.estimate` for the mathematics.
 
     Args:
-        model, calibration, source: as `compile` takes them: samples, batch_size, seed, arch and so on.
+        model, calibration, keywords: as `compile` takes them: samples, batch_size, seed, arch and so on, all that say
+            what is loaded and what it is run on.
         recipe: method and bits; those that a rule of it sets are measured and not varied.
         weight_choices, activation_choices: further bits to measure, beside the recipe's.
         loss: `error` or `kl`; the latter where the outputs are logits.
@@ -98,13 +100,14 @@ def sensitivity(
     Raises:
         InputError: model, data or options cannot be used.
     """
-    return analyse(prepare(model, calibration, recipe, **source), Recipe.of(recipe), weight_choices=weight_choices,
-                   activation_choices=activation_choices, loss=loss, probes=probes, seed=source.get("seed", 0))
+    source, data = from_keywords(model, calibration, keywords)
+    return analyse(prepare(source, data, recipe), Recipe.of(recipe), weight_choices=weight_choices,
+                   activation_choices=activation_choices, loss=loss, probes=probes, seed=data.seed)
 
 
 def analyse(
-    prepared: Prepared, recipe: Recipe, *, weight_choices: Iterable[int] | None = None, activation_choices: Iterable[int] | None = None,
-    loss: str = "error", probes: int = PROBES, seed: int = 0,
+    prepared: Prepared, recipe: Recipe, *, weight_choices: Iterable[int] | None = None,
+    activation_choices: Iterable[int] | None = None, loss: str = "error", probes: int = PROBES, seed: int = 0,
 ) -> Sensitivity:
     """`sensitivity` of a prepared model, whose graph is used up."""
     if loss not in LOSSES:

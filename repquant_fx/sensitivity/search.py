@@ -13,9 +13,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from repquant_fx.compiler import CompiledModel, compile, prepare
+from repquant_fx.compiled import CompiledModel
+from repquant_fx.compiler import compile_model
 from repquant_fx.errors import InputError
 from repquant_fx.frontends.memory import left_as_found
+from repquant_fx.options import Calibration, Run, Source, from_keywords
+from repquant_fx.preparation import prepare
 from repquant_fx.recipe import LayerRule, Recipe
 from repquant_fx.recipe_text import write
 from repquant_fx.sensitivity.analysis import PROBES, Sensitivity, analyse
@@ -30,7 +33,7 @@ FINE = 0.01  # of the range of sizes: bisection stops there
 
 @dataclass(frozen=True)
 class Trial:
-    """A recipe that was compiled and measured: bits a weight (as counted), and the quality found."""
+    """A recipe that was compiled and measured: bits per weight (as counted), and the quality measured."""
 
     bits_per_weight: float
     quality: float
@@ -96,20 +99,71 @@ class SearchResult:
         return "".join(f"# {line}\n" for line in lines) + write(self.recipe, form)
 
 
+@dataclass(frozen=True)
+class Target:
+    """What a recipe must reach; the arguments of `search` of these names. Exactly one is given.
+
+    Raises:
+        InputError: none or several are.
+    """
+
+    target_size: str | None = None
+    target_sqnr: float | None = None
+    quality: Callable[[CompiledModel], float] | None = None
+    at_least: float | None = None
+
+    def __post_init__(self) -> None:
+        given = sum(target is not None for target in (self.target_size, self.target_sqnr, self.quality))
+        if given != 1 or (self.quality is None) != (self.at_least is None):
+            raise InputError("give one target: a size, an SQNR, or a drop (a quality and what it must reach)")
+
+    def measure(self) -> tuple[Callable[[CompiledModel], float], float]:
+        """Of a target that is not a size: how to measure a compiled model, and what it must reach."""
+        if self.target_sqnr is not None:
+            return _output_sqnr, self.target_sqnr
+        assert self.quality is not None and self.at_least is not None
+        return self.quality, self.at_least
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What may be chosen and how it is counted; the arguments of `search` of these names.
+
+    Raises:
+        InputError: there is nothing to choose from, or no such count.
+    """
+
+    choices: Iterable[int] = CHOICES
+    activation_choices: Iterable[int] = CHOICES
+    mean_abits: float | None = None
+    count: str = "stored"
+
+    def __post_init__(self) -> None:
+        if self.count not in COUNTS:
+            raise InputError(f"count is one of {', '.join(COUNTS)}; found {self.count!r}")
+        for name in ("choices", "activation_choices"):
+            bits = tuple(sorted(set(getattr(self, name))))
+            if not bits:
+                raise InputError("there are no bits to choose from")
+            object.__setattr__(self, name, bits)
+
+
 @left_as_found
 def search(
-    model: Any, calibration: Any = None, recipe: Recipe | None = None, *, target_size: str | None = None, target_sqnr: float | None = None,
-    quality: Callable[[CompiledModel], float] | None = None, at_least: float | None = None, choices: Iterable[int] = CHOICES,
-    mean_abits: float | None = None, activation_choices: Iterable[int] = CHOICES, count: str = "stored", loss: str = "error",
-    probes: int = PROBES, trials: int = TRIALS, sensitivity: Sensitivity | None = None, **source: Any,
+    model: Any, calibration: Any = None, recipe: Recipe | None = None, *, target_size: str | None = None,
+    target_sqnr: float | None = None, quality: Callable[[CompiledModel], float] | None = None,
+    at_least: float | None = None, choices: Iterable[int] = CHOICES, mean_abits: float | None = None,
+    activation_choices: Iterable[int] = CHOICES, count: str = "stored", loss: str = "error", probes: int = PROBES,
+    trials: int = TRIALS, sensitivity: Sensitivity | None = None, **keywords: Any,
 ) -> SearchResult:
     """Choose bits for each layer. Exactly one target is given.
 
     Args:
-        model, calibration, source: as `compile` takes them: samples, batch_size, seed, arch and so on. Data that can be read but once will
-            not do for a target of quality, which compiles several times.
+        model, calibration, keywords: as `compile` takes them: samples, batch_size, seed, arch and so on, all that say
+            what is loaded and what it is run on. Data that can be read but once will not do for a target of quality,
+            which compiles several times.
         recipe: everything but the bits of weights; bits that a rule of it sets stay.
-        target_size: of the weights at most: `400kB`, `1.5MB`, or `3.5b` for bits a weight.
+        target_size: of the weights at most: `400kB`, `1.5MB`, or `3.5b` for bits per weight.
         target_sqnr: dB of the output against the float model's on held-back samples, as in the report of `compile`, at least.
         quality, at_least: any other measure of a compiled model, larger is better, and what it must reach.
         choices: bits of weights.
@@ -121,34 +175,43 @@ def search(
         sensitivity: of this model and recipe, computed before for all choices; saves its time.
 
     Raises:
-        InputError: no or several targets, options that make no sense, a size too small, or a quality that the largest choices miss.
+        InputError: no or several targets, options that make no sense, a size too small, or a quality that the largest
+            choices miss.
+    """
+    source, data = from_keywords(model, calibration, keywords)
+    return search_recipe(source, data, recipe, Target(target_size, target_sqnr, quality, at_least),
+                         Choices(choices, activation_choices, mean_abits, count), loss=loss, probes=probes,
+                         trials=trials, sensitivity=sensitivity)
+
+
+def search_recipe(
+    source: Source, calibration: Calibration, recipe: Recipe | None, target: Target, choices: Choices, *,
+    loss: str = "error", probes: int = PROBES, trials: int = TRIALS, sensitivity: Sensitivity | None = None,
+) -> SearchResult:
+    """`search`, of what it was given as objects.
+
+    Raises:
+        InputError: as `search` does.
     """
     recipe = Recipe.of(recipe)
-    if sum(t is not None for t in (target_size, target_sqnr, quality)) != 1 or (quality is None) != (at_least is None):
-        raise InputError("give one target: a size, an SQNR, or a drop (a quality and what it must reach)")
-    if count not in COUNTS:
-        raise InputError(f"count is one of {', '.join(COUNTS)}; found {count!r}")
     if trials < 1:
         raise InputError(f"at least 1 trial is needed, not {trials}")
-    choices, activation_choices = sorted(set(choices)), sorted(set(activation_choices))
-    if not choices or not activation_choices:
-        raise InputError("there are no bits to choose from")
     if sensitivity is None:
-        sensitivity = analyse(prepare(model, calibration, recipe, **source), recipe, weight_choices=choices, loss=loss, probes=probes,
-                              activation_choices=activation_choices if mean_abits is not None else None, seed=source.get("seed", 0))
-    space = _Space(sensitivity, choices, activation_choices, count, mean_abits)
-    if target_size is not None:
-        return space.result(read_size(target_size, space.weights))
-    if target_sqnr is not None:
-        quality, at_least = _output_sqnr, target_sqnr
-    assert quality is not None and at_least is not None
-    guess = space.knapsack.budget_for(10 ** (-target_sqnr / 10)) if target_sqnr is not None and sensitivity.loss == "error" else None
-    measure = quality
+        activations = choices.activation_choices if choices.mean_abits is not None else None
+        sensitivity = analyse(prepare(source, calibration, recipe), recipe, weight_choices=choices.choices,
+                              activation_choices=activations, loss=loss, probes=probes, seed=calibration.seed)
+    space = _Space(sensitivity, choices)
+    if target.target_size is not None:
+        return space.result(read_size(target.target_size, space.weights))
+    measure, at_least = target.measure()
+    guess = None
+    if target.target_sqnr is not None and sensitivity.loss == "error":
+        guess = space.knapsack.budget_for(10 ** (-target.target_sqnr / 10))
 
-    def tried(result: SearchResult) -> float:
-        return measure(compile(model, calibration, result.recipe, check=False, **source))
+    def quality_of(result: SearchResult) -> float:
+        return measure(compile_model(source, calibration, result.recipe, Run(check=False)))
 
-    return _bisect(space, tried, at_least, guess, trials)
+    return _bisect(space, quality_of, at_least, guess, trials)
 
 
 def _output_sqnr(compiled: CompiledModel) -> float:
@@ -156,13 +219,15 @@ def _output_sqnr(compiled: CompiledModel) -> float:
     return math.inf if value is None else float(value)
 
 
-def _bisect(space: _Space, quality: Callable[[SearchResult], float], at_least: float, guess: int | None, trials: int) -> SearchResult:
-    """The smallest recipe on the frontier found to reach a quality."""
+def _bisect(
+    space: _Space, quality_of: Callable[[SearchResult], float], at_least: float, guess: int | None, trials: int
+) -> SearchResult:
+    """The smallest recipe on the frontier that was measured to reach a quality."""
     done: list[Trial] = []
 
     def accepted(result: SearchResult) -> bool:
-        found = quality(result)
-        done.append(Trial(result.bits_per_weight, found, found >= at_least))
+        quality = quality_of(result)
+        done.append(Trial(result.bits_per_weight, quality, quality >= at_least))
         return done[-1].accepted
 
     low, high = space.knapsack.least, space.knapsack.most
@@ -188,22 +253,26 @@ def _bisect(space: _Space, quality: Callable[[SearchResult], float], at_least: f
 class _Space:
     """The recipes on the frontier of size and damage."""
 
-    def __init__(self, sensitivity: Sensitivity, choices: list[int], activation_choices: list[int], count: str, mean_abits: float | None) -> None:
-        self.sensitivity, self.count = sensitivity, count
+    def __init__(self, sensitivity: Sensitivity, choices: Choices) -> None:
+        self.sensitivity, self.count = sensitivity, choices.count
         self.units = {kind: [u for u in sensitivity.units if u.kind == kind] for kind in (WEIGHTS, ACTIVATIONS)}
         self.weights = sum(u.elements for u in self.units[WEIGHTS])
         if not self.weights:
             raise InputError("no layer has weights whose bits could be chosen")
-        self.choices = choices
-        self.options = [_options(u, choices) for u in self.units[WEIGHTS]]
-        self.knapsack = Knapsack([[u.elements * bits_counted(b, count) for b in o] for u, o in zip(self.units[WEIGHTS], self.options)],
-                                 [[u.damage[b] for b in o] for u, o in zip(self.units[WEIGHTS], self.options)])
-        self.abits = {u: u.bits for u in self.units[ACTIVATIONS]} if mean_abits is None else self._activations(activation_choices, mean_abits)
+        self.choices = list(choices.choices)
+        self.options = [_options(u, self.choices) for u in self.units[WEIGHTS]]
+        self.knapsack = Knapsack(
+            [[u.elements * bits_counted(b, self.count) for b in o] for u, o in zip(self.units[WEIGHTS], self.options)],
+            [[u.damage[b] for b in o] for u, o in zip(self.units[WEIGHTS], self.options)])
+        self.abits = {u: u.bits for u in self.units[ACTIVATIONS]}
+        if choices.mean_abits is not None:
+            self.abits = self._activations(list(choices.activation_choices), choices.mean_abits)
 
     def _activations(self, choices: list[int], mean: float) -> dict[Unit, int]:
         """Bits of activations: their number is bounded by a mean over values, whatever the weights are."""
         free = [u for u in self.units[ACTIVATIONS] if not u.pinned]
-        knapsack = Knapsack([[u.elements * b for b in choices] for u in free], [[u.damage[b] for b in choices] for u in free])
+        knapsack = Knapsack([[u.elements * b for b in choices] for u in free],
+                            [[u.damage[b] for b in choices] for u in free])
         chosen = knapsack.solve(math.floor(mean * sum(u.elements for u in free)))
         if chosen is None:
             raise InputError(f"activations of {mean:g} bits in the mean cannot be had from choices of {min(choices)} bits and more")
@@ -235,11 +304,11 @@ class _Space:
 
 
 def _options(unit: Unit, choices: list[int]) -> list[int]:
-    found = [unit.bits] if unit.pinned else choices
-    missing = [b for b in found if b not in unit.damage]
+    options = [unit.bits] if unit.pinned else choices
+    missing = [b for b in options if b not in unit.damage]
     if missing:
         raise InputError(f"the sensitivity given does not hold {unit.name} at {missing[0]} bits")
-    return found
+    return options
 
 
 def _total(bits: Mapping[Unit, int]) -> float:

@@ -29,7 +29,7 @@ def weight_bits(units: Sequence[Unit], bits: Mapping[Unit, int], count: str) -> 
 
 
 def read_size(text: str, weights: int) -> int:
-    """A size in bits: `400kB`, `1.5MB`, or `3.5b` for bits a weight.
+    """A size in bits: `400kB`, `1.5MB`, or `3.5b` for bits per weight.
 
     Args:
         weights: how many there are.
@@ -42,4 +42,4 @@ def read_size(text: str, weights: int) -> int:
         return round(float(match[1]) * weights)
     if match and match[2] in _UNITS:
         return round(float(match[1]) * 8 * _UNITS[match[2]])
-    raise InputError(f"--target-size takes a size such as 400kB or 1.5MB, or bits a weight such as 3.5b; found {text!r}")
+    raise InputError(f"--target-size takes a size such as 400kB or 1.5MB, or bits per weight such as 3.5b; found {text!r}")

@@ -15,8 +15,8 @@ from onnx import TensorProto
 from torch import Tensor
 from torch.fx import GraphModule
 
-from repquant_fx.compiler import dynamic_shapes
 from repquant_fx.exporters import onnx_qdq
+from repquant_fx.exporters.dynamic_shapes import dynamic_shapes
 from repquant_fx.exporters.metadata import describe
 from repquant_fx.exporters.onnx_qdq import ExportError, export_onnx, narrow_weights
 from repquant_fx.passes.base import run_passes

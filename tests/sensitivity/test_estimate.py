@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from repquant_fx import Recipe
-from repquant_fx.compiler import prepare
+from repquant_fx.options import Calibration, Source
 from repquant_fx.passes.base import attribute, run_passes
 from repquant_fx.passes.channel_flow import hint
 from repquant_fx.passes.insert_observers import InsertObservers
 from repquant_fx.passes.slots import slot_of
+from repquant_fx.preparation import prepare
 from repquant_fx.sensitivity.candidates import activation_quantizers, observe, rounded_weights, valid
 from repquant_fx.sensitivity.estimate import Estimate, estimate
 
@@ -27,7 +28,7 @@ class Laboratory:
     """A prepared model, its errors at 2, 4 and 6 bits, their estimate, and the truth on demand."""
 
     def __init__(self, model: nn.Module, data: Tensor, recipe: Recipe, *, loss: str = "error", probes: int = 16) -> None:
-        prepared = prepare(model, data, recipe, batch_size=16, example_inputs=(data[:2],))
+        prepared = prepare(Source(model, example_inputs=(data[:2],)), Calibration(data, batch_size=16), recipe)
         self.graph, self.plan, self.loss = prepared.graph_module, prepared.plan, loss
         self.batches = list(prepared.data.batches)
         run_passes(self.graph, [InsertObservers(self.plan, len(self.batches))])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from repquant_fx import LayerRule, Recipe, compile
 from repquant_fx.errors import InputError
 from repquant_fx.sensitivity import Sensitivity, search, sensitivity
-from repquant_fx.sensitivity.search import _bisect, _Space
+from repquant_fx.sensitivity.search import Choices, _bisect, _Space
 from repquant_fx.sensitivity.size import read_size, weight_bits
 from repquant_fx.sensitivity.units import Unit
 
@@ -87,7 +87,7 @@ def test_target_sqnr_is_measured(data: Tensor) -> None:
 
 
 def test_bisection_finds_the_smallest(analysed: Sensitivity) -> None:
-    space = _Space(analysed, list(CHOICES), list(CHOICES), "information", None)
+    space = _Space(analysed, Choices(CHOICES, CHOICES, count="information"))
     for least in (2.6, 3.3, 5.9):
         found = _bisect(space, lambda result: result.bits_per_weight, least, None, 12)  # quality grows with size
         assert least <= found.bits_per_weight < least + 0.1

@@ -1,0 +1,156 @@
+"""What comes before anything is rewritten: load, capture, bring into normal form, match, read the calibration data.
+
+Compiling, the analysis of sensitivity and the preview of a model all start here.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from repquant_fx import log
+from repquant_fx.calibration.batching import CalibrationSet
+from repquant_fx.calibration.data import load_calibration
+from repquant_fx.calibration.inputs import InputSpec
+from repquant_fx.calibration.text import TEXT_SAMPLES, Tokenization
+from repquant_fx.errors import InputError, RepQuantWarning
+from repquant_fx.frontends import huggingface, signature
+from repquant_fx.frontends.capture import Captured, capture
+from repquant_fx.frontends.loading import LoadedModel, load_model
+from repquant_fx.frontends.memory import from_memory
+from repquant_fx.frontends.tokenizer import load_tokenizer
+from repquant_fx.options import Calibration, Source
+from repquant_fx.passes.base import aten, module_path, run_pass
+from repquant_fx.passes.match_sites import MatchSites, Plan
+from repquant_fx.passes.normal_form import normalize
+from repquant_fx.recipe import LayerRule, Recipe, RecipeLike
+
+CONSUMERS = {aten.linear.default, aten.conv2d.default, aten.matmul.default, aten.bmm.default}
+HELD_BACK = 16  # samples kept out of calibration, to measure on
+IMAGE_SAMPLES = 1024
+
+
+@dataclass(frozen=True)
+class Matched:
+    """A model in normal form and what the recipe, completed by the rules that the model brings, quantizes of it."""
+
+    loaded: LoadedModel
+    captured: Captured
+    graph_module: GraphModule
+    plan: Plan
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Prepared(Matched):
+    """A matched model and the data to calibrate it with; nothing is rewritten yet."""
+
+    data: CalibrationSet
+
+
+def match(source: Source, recipe: RecipeLike | None = None) -> Matched:
+    """Load, capture, bring into normal form, match. Nothing is calibrated.
+
+    Raises:
+        InputError: the model cannot be loaded or captured.
+    """
+    recipe = Recipe.of(recipe)
+    log.stage("load")
+    loaded = load(source)
+    given = tuple(rule for rule in recipe.layers if rule.match not in loaded.float_modules)
+    # the recipe's own rules come later, so they win; a recipe that was stored in a file has these rules already
+    brought = (LayerRule(glob, skip=True) for glob in loaded.float_modules)
+    recipe = replace(recipe, layers=(*(rule for rule in brought if rule not in recipe.layers), *recipe.layers))
+    log.stage("capture")
+    with loaded.guard:
+        captured = _capture(loaded)
+        graph_module = normalize(captured.graph_module)
+        plan = run_pass(graph_module, MatchSites(recipe))
+    paths = [module_path(node) for node in graph_module.graph.nodes if node.target in CONSUMERS]
+    for sentence in replace(recipe, layers=given).unmatched(paths):
+        warnings.warn(f"the recipe's {sentence}", RepQuantWarning, stacklevel=2)
+    return Matched(loaded, captured, graph_module, plan, recipe)
+
+
+def prepare(source: Source, calibration: Calibration, recipe: RecipeLike | None = None) -> Prepared:
+    """Match, and read the calibration data: what every analysis starts from.
+
+    Raises:
+        InputError: the model or the data cannot be used, or there is nothing to quantize.
+    """
+    torch.manual_seed(calibration.seed)
+    matched = match(source, recipe)
+    if not matched.plan.groups:
+        reasons = "; ".join(f"{item.operator} at {item.path}: {item.reason}" for item in matched.plan.left_alone[:3])
+        raise InputError("nothing to quantize: the graph has no Linear, convolution or matrix product that the recipe "
+                         "does not skip" + (f" ({reasons})" if reasons else ""))
+    log.stage("calibration data")
+    return Prepared(**vars(matched), data=_calibration_data(matched.captured, matched.loaded, calibration))
+
+
+def load(source: Source) -> LoadedModel:
+    """The model of a source, from a file, by name or from memory; one that is loaded already as it is.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    model = source.model
+    if isinstance(model, LoadedModel):
+        return model
+    if isinstance(model, (str, Path)):
+        return load_model(model, arch=source.arch, allow_pickle=source.allow_pickle, input_shape=source.input_shape,
+                          task=source.task, offload_dir=source.offload_dir)
+    return from_memory(model, example_inputs=source.example_inputs, input_shape=source.input_shape, task=source.task)
+
+
+def _capture(loaded: LoadedModel) -> Captured:
+    model = loaded.module if loaded.module is not None else loaded.exported
+    assert model is not None
+    return capture(model, loaded.example_inputs, input_names=loaded.input_names, dynamic_axes=loaded.dynamic_axes,
+                   outputs=loaded.outputs)
+
+
+def input_specs(captured: Captured, module: nn.Module | None = None) -> list[InputSpec]:
+    """Name, shape and dtype of each input of a captured graph, and the limits that `module` sets to token ids."""
+    specs = []
+    placeholders = (node for node in captured.graph_module.graph.nodes if node.op == "placeholder")
+    for node, name in zip(placeholders, captured.input_names):
+        value = node.meta["val"]
+        shape = tuple(size if isinstance(size, int) else None for size in value.shape)
+        limits = (signature.vocabulary(module), signature.positions(module)) if name == "input_ids" else (None, None)
+        specs.append(InputSpec(name, shape, value.dtype, *limits))
+    return specs
+
+
+def _calibration_data(captured: Captured, loaded: LoadedModel, calibration: Calibration) -> CalibrationSet:
+    text = _tokenization(loaded, calibration.seq_len, calibration.tokenizer)
+    samples = calibration.samples
+    if samples is None:
+        samples = TEXT_SAMPLES if text is not None else IMAGE_SAMPLES
+    return load_calibration(calibration.data, input_specs(captured, loaded.module), preprocessing=loaded.preprocessing,
+                            samples=samples, batch_size=calibration.batch_size, seed=calibration.seed,
+                            example_inputs=loaded.example_inputs if loaded.inputs_are_data else None, text=text)
+
+
+def _tokenization(loaded: LoadedModel, seq_len: int | None, tokenizer: Any) -> Tokenization | None:
+    """How text becomes the model's inputs; None for a model that takes no token ids."""
+    ids = next((t for t in loaded.example_inputs if t.ndim == 2 and t.dtype in (torch.int64, torch.int32)), None)
+    if ids is None:
+        if seq_len is not None or tokenizer is not None:
+            given = "a sequence length" if seq_len is not None else "a tokenizer"
+            raise InputError(f"{given} was given, but {loaded.source} takes no token ids")
+        return None
+    longest = signature.positions(loaded.module)
+    if seq_len is not None and not 1 <= seq_len <= (longest or seq_len):
+        expected = f"1 to {longest} tokens" if longest else "at least 1 token"
+        raise InputError(f"--seq-len {seq_len}: expected {expected}")
+    if isinstance(tokenizer, (str, Path)):
+        tokenizer = load_tokenizer(huggingface.find_directory(str(tokenizer)))
+    return Tokenization(tokenizer if tokenizer is not None else loaded.tokenizer, seq_len or int(ids.shape[1]),
+                        loaded.task == "causal-lm")
