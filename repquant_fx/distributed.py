@@ -56,9 +56,9 @@ class World:
         sizes = [torch.zeros(1, dtype=torch.int64, device=sent.device) for _ in range(self.size)]
         dist.all_gather(sizes, torch.tensor([len(sent)], device=sent.device))
         longest = max(int(s) for s in sizes)
-        found = [sent.new_empty(longest) for _ in range(self.size)]
-        dist.all_gather(found, torch.cat([sent, sent.new_zeros(longest - len(sent))]))
-        return [_unpack(part[:int(size)]) for part, size in zip(found, sizes)]
+        gathered = [sent.new_empty(longest) for _ in range(self.size)]
+        dist.all_gather(gathered, torch.cat([sent, sent.new_zeros(longest - len(sent))]))
+        return [_unpack(part[:int(size)]) for part, size in zip(gathered, sizes)]
 
     def broadcast(self, make: Callable[[], Mapping[str, Tensor] | None]) -> Tensors | None:
         """What rank 0 makes, on every rank; the others do not call `make`."""
@@ -91,8 +91,8 @@ class World:
         Raises:
             InputError: they were not.
         """
-        found = self.all_gather({"digest": torch.tensor(list(digest.encode()), dtype=torch.uint8)})
-        if any(not torch.equal(f["digest"], found[0]["digest"]) for f in found):
+        digests = self.all_gather({"digest": torch.tensor(list(digest.encode()), dtype=torch.uint8)})
+        if any(not torch.equal(f["digest"], digests[0]["digest"]) for f in digests):
             raise InputError("the processes were given different models, calibration data or recipes; data that a callable makes must be the "
                              "same in each, for instance by seeding its random numbers")
 

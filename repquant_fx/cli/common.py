@@ -39,12 +39,12 @@ class Parser(argparse.ArgumentParser):
         commands = [a for a in self._actions if isinstance(a, argparse._SubParsersAction)]
         parsers = [self, *(p for action in commands for p in action.choices.values())]
         if unknown.group(1):
-            known = {option for each in parsers for option in each._option_string_actions}
+            words = {option for each in parsers for option in each._option_string_actions}
         else:
             named = re.match(r"argument (\S+?):", message)
-            known = {str(choice) for a in self._actions if a.choices and named and named.group(1) in (*a.option_strings, a.metavar, a.dest)
-                     for choice in a.choices}
-        close = difflib.get_close_matches((unknown.group(1) or unknown.group(2)).partition("=")[0], sorted(known), n=1)
+            words = {str(choice) for a in self._actions if a.choices and named
+                     and named.group(1) in (*a.option_strings, a.metavar, a.dest) for choice in a.choices}
+        close = difflib.get_close_matches((unknown.group(1) or unknown.group(2)).partition("=")[0], sorted(words), n=1)
         return f"; did you mean {close[0]}?" if close else ""
 
 
@@ -66,8 +66,8 @@ def add_output(command: argparse.ArgumentParser) -> None:
     form = output.add_mutually_exclusive_group()
     form.add_argument("--quiet", action="store_true", help="on stderr only warnings and errors, no progress")
     form.add_argument("--verbose", action="store_true", help="on stderr also every stage and its seconds")
-    form.add_argument("--log-json", action="store_true", help="on stderr one JSON object a line: stage_started, stage_finished, info, warning, "
-                      "result, error")
+    form.add_argument("--log-json", action="store_true", help="on stderr one JSON object per line: stage_started, stage_finished, info, "
+                      "warning, result, error")
     output.add_argument("--debug", action="store_true", help="show tracebacks and warnings of libraries")
 
 

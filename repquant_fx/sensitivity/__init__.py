@@ -2,8 +2,8 @@
 
     from repquant_fx.sensitivity import search, sensitivity
     print(sensitivity("model.pt2", "images/", Recipe(wbits=4, abits=4)))
-    found = search("model.pt2", "images/", Recipe(abits=8), target_size="3b", count="information")
-    compile("model.pt2", "images/", found.recipe).save("model.onnx")
+    result = search("model.pt2", "images/", Recipe(abits=8), target_size="3b", count="information")
+    compile("model.pt2", "images/", result.recipe).save("model.onnx")
 """
 
 from repquant_fx.sensitivity.analysis import LOSSES, Sensitivity, sensitivity

@@ -30,7 +30,7 @@ class Sensitivity:
 
     Attributes:
         units: in graph order.
-        loss: what `Unit.damage` measures: `error`, noise over signal power of the output, or `kl`, nats a prediction.
+        loss: what `Unit.damage` measures: `error`, noise over signal power of the output, or `kl`, nats per prediction.
         samples: calibration samples used.
         probes: random directions at the output, each a backward pass.
         recipe: analysed.
@@ -55,7 +55,7 @@ class Sensitivity:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON data, worst unit first."""
-        return {"loss": self.loss, "unit": "nats a prediction" if self.loss == "kl" else "noise power over signal power of the output",
+        return {"loss": self.loss, "unit": "nats per prediction" if self.loss == "kl" else "noise power over signal power of the output",
                 "samples": self.samples, "probes": self.probes, "recipe": self.recipe.to_dict(),
                 "ranking": [{"rank": i, **_finite(u.to_dict())} for i, u in enumerate(self.ranking(), 1)]}
 
@@ -136,15 +136,17 @@ def analyse(
         for site in group.sites if group.kind != "matmul" else ():
             weights.update(rounded_weights(graph_module, group, site, quantizers[site.name][site.bits], weight_bits,
                                            observed.moments.get(site.name), prepared.recipe))
-    found = estimate(graph_module, plan, batches, quantizers, weights, observed, loss=loss, probes=probes, seed=seed, mask_index=mask_index)
-    return Sensitivity(tuple(u.measured(found, observed.elements, observed.samples) for u in units), loss, observed.samples, probes, recipe)
+    estimated = estimate(graph_module, plan, batches, quantizers, weights, observed, loss=loss, probes=probes, seed=seed,
+                         mask_index=mask_index)
+    measured = tuple(u.measured(estimated, observed.elements, observed.samples) for u in units)
+    return Sensitivity(measured, loss, observed.samples, probes, recipe)
 
 
 def _checked(choices: Iterable[int] | None) -> set[int]:
-    found = set(choices or ())
-    if any(isinstance(b, bool) or not isinstance(b, int) or not 2 <= b <= 8 for b in found):
-        raise InputError(f"bits are integers from 2 to 8; found {sorted(map(str, found))}")
-    return found
+    bits = set(choices or ())
+    if any(isinstance(b, bool) or not isinstance(b, int) or not 2 <= b <= 8 for b in bits):
+        raise InputError(f"bits are integers from 2 to 8; found {sorted(map(str, bits))}")
+    return bits
 
 
 def _finite(value: Any) -> Any:

@@ -63,10 +63,10 @@ class RoundedWeight:
 
     def error(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """What rounding adds to `weight` (its shape), and to the bias (out,)."""
-        found = self.quantized.dequantize()
+        restored = self.quantized.dequantize()
         if self.channels is not None:
-            found = found / self.channels
-        difference = found - weight.reshape(len(weight), -1)
+            restored = restored / self.channels
+        difference = restored - weight.reshape(len(weight), -1)
         return difference.reshape(weight.shape), None if self.mean is None else -(difference @ self.mean)
 
 
@@ -77,7 +77,7 @@ def observe(graph_module: GraphModule, plan: Plan, batches: Sequence[tuple[Tenso
     Args:
         mask_index: which input says what tokens are real, if one does (see `valid`).
     """
-    found = Observed()
+    observed = Observed()
     slots = {slot_of(graph_module, site): site for group in plan.groups for site in group.sites}
     weighted = {site for group in plan.groups if group.kind != "matmul" for site in group.sites}
     observers = [observer(graph_module, site) for site in slots.values()]
@@ -86,25 +86,25 @@ def observe(graph_module: GraphModule, plan: Plan, batches: Sequence[tuple[Tenso
 
     def record(slot: Node, value: Tensor) -> Tensor:
         site = slots[slot]
-        found.elements[site.name] = found.elements.get(site.name, 0) + value.numel()
+        observed.elements[site.name] = observed.elements.get(site.name, 0) + value.numel()
         rows = as_rows(value, site) if site in weighted else None
         if rows is not None:
-            found.moments.setdefault(site.name, Moments(rows.shape[1], device=rows.device)).add(rows)
+            observed.moments.setdefault(site.name, Moments(rows.shape[1], device=rows.device)).add(rows)
         return value
 
     recorder = Recorder(graph_module, slots, record)
     for batch in progress(batches, total=len(batches), description="observe"):
         outputs = tensors_in(recorder.run(*batch))
-        found.samples += len(batch[0])
-        found.power = found.power or [0.0] * len(outputs)
-        found.rows = found.rows or [0.0] * len(outputs)
+        observed.samples += len(batch[0])
+        observed.power = observed.power or [0.0] * len(outputs)
+        observed.rows = observed.rows or [0.0] * len(outputs)
         for index, output in enumerate(outputs):
             real = valid(output, None if mask_index is None else batch[mask_index])
-            found.power[index] += float((output.double().square() * real).sum())
-            found.rows[index] += float(real.expand(output.shape)[..., 0].sum()) if output.ndim else 1.0
+            observed.power[index] += float((output.double().square() * real).sum())
+            observed.rows[index] += float(real.expand(output.shape)[..., 0].sum()) if output.ndim else 1.0
     for each in observers:
         each.recording = False
-    return found
+    return observed
 
 
 def valid(output: Tensor, mask: Tensor | None) -> Tensor:
@@ -121,13 +121,13 @@ def activation_quantizers(graph_module: GraphModule, group: Group, choices: Mapp
     Args:
         choices: bits to try at each site, by name.
     """
-    found: dict[str, dict[int, nn.Module]] = {site.name: {} for site in group.sites}
+    quantizers: dict[str, dict[int, nn.Module]] = {site.name: {} for site in group.sites}
     for bits in sorted({b for site in group.sites for b in choices[site.name]}):
         tried = {site.name: bits for site in group.sites if bits in choices[site.name]}
         chosen = choose_quantizers(graph_module, group, recipe, tried)
         for name in tried:
-            found[name][bits] = chosen[name]
-    return found
+            quantizers[name][bits] = chosen[name]
+    return quantizers
 
 
 def rounded_weights(graph_module: GraphModule, group: Group, site: Site, quantizer: nn.Module, choices: Mapping[Node, Sequence[int]],
@@ -148,7 +148,7 @@ def rounded_weights(graph_module: GraphModule, group: Group, site: Site, quantiz
         hessian = moments.hessian if recipe.correction else 2 * moments.xx
         if channels is not None:
             hessian = hessian / torch.outer(channels, channels)
-    found: dict[Node, dict[int, RoundedWeight]] = {consumer: {} for consumer in site.consumers}
+    rounded: dict[Node, dict[int, RoundedWeight]] = {consumer: {} for consumer in site.consumers}
     for bits in sorted({b for c in site.consumers for b in choices[c]}):
         for use_gptq in (True, False):  # those that share a method share one sweep
             consumers = [c for c in site.consumers if bits in choices[c] and (group.plans[c].gptq and recipe.gptq) is use_gptq]
@@ -160,6 +160,6 @@ def rounded_weights(graph_module: GraphModule, group: Group, site: Site, quantiz
             start = 0
             for consumer, rows in zip(consumers, map(len, flat)):
                 part = QuantizedWeight(chosen.codes[start:start + rows], chosen.scale[start:start + rows])
-                found[consumer][bits] = RoundedWeight(part, channels, mean)
+                rounded[consumer][bits] = RoundedWeight(part, channels, mean)
                 start += rows
-    return found
+    return rounded

@@ -3,7 +3,7 @@
 Let an error `d` at some value inside the model change the output by `J d` (J the Jacobian). Two losses, both zero at the float model:
 
 - `error`: noise power over signal power of the output, `|J d|^2 / |y|^2`, so that -10 log10 of it is an SQNR in dB;
-- `kl`: divergence of the predicted distributions, `1/2 d^T J^T (diag(p) - p p^T) J d` nats a prediction, for outputs that are logits.
+- `kl`: divergence of the predicted distributions, `1/2 d^T J^T (diag(p) - p p^T) J d` nats per prediction, for outputs that are logits.
 
 Both are `E[(v^T J d)^2]` for a random `v` with the right covariance (Hutchinson), and `J^T v` at all values of the model at once is one
 backward pass: `g`. So the damage of every error of every layer is the mean of `(g . d)^2` over samples and probes. Errors of different
@@ -95,8 +95,9 @@ def estimate(
             if not pairs:
                 raise InputError("no output of the model has a gradient (are they indices or flags?), so nothing can be said of errors in it; "
                                  "analyse a model that gives its logits or embeddings")
-            found = torch.autograd.grad([o for o, _ in pairs], values, [c for _, c in pairs], retain_graph=probe + 1 < probes, allow_unused=True)
-            for node, gradient in zip(nodes, found):
+            grads = torch.autograd.grad([o for o, _ in pairs], values, [c for _, c in pairs],
+                                        retain_graph=probe + 1 < probes, allow_unused=True)
+            for node, gradient in zip(nodes, grads):
                 if gradient is not None:
                     gradients[node].append(gradient)
         counts = _batch_sizes(graph_module, batch)
@@ -124,11 +125,11 @@ def _with_gradient(recorded: dict[Node, Tensor], node: Node, value: Tensor) -> T
 
 def _cotangents(outputs: Sequence[Tensor], observed: Observed, loss: str, generator: torch.Generator, mask: Tensor | None) -> list[Tensor]:
     """A random v for each output, of its shape, with the covariance that makes E[(v^T J d)^2] the loss."""
-    found = []
+    cotangents = []
     for output, power, rows in zip(outputs, observed.power, observed.rows):
         noise = torch.randn(output.shape, generator=generator)
         if not output.is_floating_point():
-            found.append(noise)
+            cotangents.append(noise)
             continue
         noise = noise.to(output.dtype)
         if loss == "kl":
@@ -137,8 +138,8 @@ def _cotangents(outputs: Sequence[Tensor], observed: Observed, loss: str, genera
             v = (root * noise - p * (root * noise).sum(-1, keepdim=True)) / math.sqrt(2 * max(rows, 1.0))
         else:
             v = noise / math.sqrt(power) if power > 0 else torch.zeros_like(noise)
-        found.append(v * valid(output, mask))
-    return found
+        cotangents.append(v * valid(output, mask))
+    return cotangents
 
 
 def _add(tally: Tally, error: Tensor, value: Tensor, gradients: Sequence[Tensor], samples: int, probes: int) -> None:

@@ -44,12 +44,12 @@ class Knapsack:
         """The option of each item; None where even the cheapest ones cost more than the budget."""
         if budget < self.least:
             return None
-        at, found = self._at(budget), []
+        at, options = self._at(budget), []
         for steps, chosen in zip(reversed(self._steps), reversed(self._chosen)):
             option = int(chosen[at])
-            found.append(option)
+            options.append(option)
             at -= steps[option]
-        return found[::-1]
+        return options[::-1]
 
     def damage(self, budget: int) -> float:
         """The least damage within a budget; infinite where there is no solution."""

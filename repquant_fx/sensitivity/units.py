@@ -29,7 +29,7 @@ class Unit:
         sites: names of the activations, empty for weights.
         bits: in the recipe that was analysed.
         pinned: that recipe sets the bits by a rule (or as `input_bits`), so a search leaves them.
-        elements: weights, or activation values a sample.
+        elements: weights, or activation values per sample.
         damage: by bits: what it does to the model's output (see `sensitivity.estimate`), alone.
         sqnr_db: by bits: SQNR of the activation, or of the layer's output if only its weight is quantized, dB.
     """
@@ -80,7 +80,7 @@ def members(plan: Plan, recipe: Recipe) -> list[Members]:
 
     Layers at one path share their bits, and so do all layers that read one activation, or are behind one norm.
     """
-    found: dict[tuple[str, str], Members] = {}
+    units: dict[tuple[str, str], Members] = {}
     root: dict[str, str] = {}
 
     def find(path: str) -> str:
@@ -97,14 +97,14 @@ def members(plan: Plan, recipe: Recipe) -> list[Members]:
             home = find(path_of(site.consumers[0], group))
             shared = tuple(sorted(p for p in root if find(p) == home))
             pinned = any(_ruled(recipe, p, "abits") for p in shared) or origin(site.value).op == "placeholder"
-            unit = found.setdefault((ACTIVATIONS, home), Members(ACTIVATIONS, shared, site.bits, False))
+            unit = units.setdefault((ACTIVATIONS, home), Members(ACTIVATIONS, shared, site.bits, False))
             unit.sites.append(site)
             unit.pinned = unit.pinned or pinned
         for consumer in group.consumers if group.kind != "matmul" else ():
             path = path_of(consumer, group)
-            found.setdefault((WEIGHTS, path), Members(WEIGHTS, (path,), group.plans[consumer].wbits, _ruled(recipe, path, "wbits"))
+            units.setdefault((WEIGHTS, path), Members(WEIGHTS, (path,), group.plans[consumer].wbits, _ruled(recipe, path, "wbits"))
                              ).consumers.append(consumer)
-    return list(found.values())
+    return list(units.values())
 
 
 def path_of(consumer: Node, group: Group) -> str:
