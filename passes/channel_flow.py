@@ -6,6 +6,8 @@ labelled value and has no rule is a *reader*: a Linear can undo the factor in it
 
 `x -> x / factor` passes more operators than `x -> (x - shift) / factor` does. Norms are rewritten with both, so for them an
 operator that carries the factor alone is a reader like any other (`affine=True`).
+
+Long because the analysis is its rules, one per kind of operator, and each is judged against the others.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Capture: a module or an ExportedProgram becomes an ATen-level GraphModule in which attention is MatMul, Softmax, MatMul.
 
-torch.export keeps norms, linears, convolutions and softmax whole; only scaled_dot_product_attention is decomposed, by our own
-rule. torch's math decomposition is wrong with boolean masks on this path, and its default table would break Linear apart.
+torch.export keeps norms, linears, convolutions and softmax whole; only scaled_dot_product_attention is decomposed (see
+`attention`).
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
-from torch.overrides import TorchFunctionMode
 
 from repquant_fx.errors import CaptureError, RepQuantWarning
+from repquant_fx.frontends.attention import VisibleAttention, decomposed
 from repquant_fx.torch_private import pytree, suggested_shapes
 
-aten = torch.ops.aten
 AXES = "dynamic_axes"  # in the meta of an input: axis to name
 
 
@@ -50,43 +49,6 @@ class Captured:
     output_names: list[str]
     eager_difference: float
     dynamic_batch: bool
-
-
-def decompose_attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-    is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
-) -> Tensor:
-    """`softmax(q k^T * scale + mask) v` out of visible operators.
-
-    Masked logits become `finfo.min`, not -inf: a row that is masked whole (left padding) stays finite.
-    """
-    factor = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
-    if enable_gqa:
-        groups = query.shape[-3] // key.shape[-3]
-        if groups > 1:
-            key = key.repeat_interleave(groups, -3)
-            value = value.repeat_interleave(groups, -3)
-    logits = torch.matmul(query * factor, key.transpose(-2, -1))
-    lowest = torch.finfo(logits.dtype).min
-    if is_causal:
-        rows = torch.arange(query.shape[-2], device=query.device)[:, None]
-        cols = torch.arange(key.shape[-2], device=query.device)[None, :]
-        logits = logits.masked_fill(cols > rows, lowest)
-    if attn_mask is not None:
-        logits = logits.masked_fill(~attn_mask, lowest) if attn_mask.dtype == torch.bool else logits + attn_mask
-    return torch.matmul(torch.softmax(logits, -1), value)
-
-
-class _VisibleAttention(TorchFunctionMode):
-    """Runs a model with `decompose_attention`: it differs from torch's in rows that are masked whole, which is padding.
-
-    There torch gives zeros, the decomposition a mean; nothing reads either. The graph is judged on everything else.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            return decompose_attention(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
 
 
 def capture(
@@ -124,8 +86,7 @@ def capture(
         program, axes = _export(reference, args, kwargs, _wanted_axes(inputs, dynamic_axes, dynamic_batch))
     _check_names(program)
     try:
-        unlifted = program.run_decompositions({aten.scaled_dot_product_attention.default: decompose_attention}).module(
-            check_guards=False)
+        unlifted = decomposed(program)
     except Exception as error:
         raise CaptureError(f"cannot decompose the attention of the captured model: {_first_line(error)}") from error
     # its own graph, but the caller's tensors: passes replace constants and never write into them
@@ -139,7 +100,7 @@ def capture(
     for node, named in zip(_placeholders(graph_module), axes, strict=True):
         node.meta[AXES] = dict(named)
     try:
-        with torch.no_grad(), _VisibleAttention():
+        with torch.no_grad(), VisibleAttention():
             result = reference(*args, **kwargs)
     except Exception as error:
         raise CaptureError(f"the model does not run on its example inputs: {_first_line(error)}{_user_line(error)}") from error
@@ -148,13 +109,23 @@ def capture(
         kept = _select(labels, outputs)
         _keep_outputs(graph_module, kept)
         expected, labels = [expected[i] for i in kept], [labels[i] for i in kept]
+    difference = _check_equal(graph_module, inputs, expected)
+    return Captured(graph_module, names, labels, difference, any(0 in named for named in axes))
+
+
+def _check_equal(graph_module: GraphModule, inputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest relative difference of the graph's outputs from the model's.
+
+    Raises:
+        CaptureError: it is beyond float rounding.
+    """
     with torch.no_grad():
-        found = tensors_in(graph_module(*inputs))
-    difference = max((_difference(e, f) for e, f in zip(expected, found, strict=True)), default=0.0)
+        outputs = tensors_in(graph_module(*inputs))
+    difference = max((_difference(e, o) for e, o in zip(expected, outputs, strict=True)), default=0.0)
     if not difference < 1e-3:
         raise CaptureError(f"the captured graph does not equal the model: relative difference {difference:.3g}; "
                            "the model may be in training mode, draw random numbers or depend on input values")
-    return Captured(graph_module, names, labels, difference, any(0 in named for named in axes))
+    return difference
 
 
 def tensors_in(result: Any) -> list[Tensor]:

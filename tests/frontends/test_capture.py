@@ -11,7 +11,8 @@ from helpers import Block, Encoder, count, images, output, redraw, relative, seq
 from torch import Tensor, nn
 
 from repquant_fx.errors import CaptureError, RepQuantWarning
-from repquant_fx.frontends.capture import AXES, capture, decompose_attention
+from repquant_fx.frontends.attention import decompose_attention
+from repquant_fx.frontends.capture import AXES, capture
 from repquant_fx.passes.normal_form import normalize
 
 aten = torch.ops.aten
