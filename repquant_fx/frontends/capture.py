@@ -117,10 +117,13 @@ def _check_equal(graph_module: GraphModule, inputs: Sequence[Tensor], expected: 
     """The largest relative difference of the graph's outputs from the model's.
 
     Raises:
-        CaptureError: it is beyond float rounding.
+        CaptureError: it is beyond float rounding, or the graph does not run.
     """
-    with torch.no_grad():
-        outputs = tensors_in(graph_module(*inputs))
+    try:
+        with torch.no_grad():
+            outputs = tensors_in(graph_module(*inputs))
+    except Exception as error:
+        raise CaptureError(f"the captured graph does not run on the example inputs: {_first_line(error)}") from error
     difference = max((_difference(e, o) for e, o in zip(expected, outputs, strict=True)), default=0.0)
     if not difference < 1e-3:
         raise CaptureError(f"the captured graph does not equal the model: relative difference {difference:.3g}; "

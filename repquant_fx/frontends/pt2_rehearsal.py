@@ -253,12 +253,22 @@ def _attention(bound: Bound) -> None:
 
 
 def _interpolation(bound: Bound) -> None:
+    """Kernels compute from the scale where they read, some without looking where the input ends."""
     given = [value for name, value in bound.items() if name.startswith("scale") and value is not None]
     scales = [scale for value in given for scale in (value if isinstance(value, (list, tuple)) else [value])]
     _need(
-        all(isinstance(s, torch.SymFloat) or _SCALES[0] <= s <= _SCALES[1] for s in scales),
+        all(isinstance(scale, (int, float)) and _SCALES[0] <= scale <= _SCALES[1] for scale in scales),
         "its scale is not between 0.001 and 1000",
     )
+    sizes = bound.get("output_size")
+    before = bound["input" if "input" in bound else "self"].shape[2:]
+    if sizes is not None and scales:
+        named = [bound[name] for name in ("scales", "scales_d", "scales_h", "scales_w") if name in bound]
+        _need(
+            len(named) == len(sizes) == len(before)
+            and all(s is None or abs(old * s - new) <= 1 for old, s, new in zip(before, named, sizes)),
+            "its scale is not that of its sizes",
+        )
 
 
 def _grid(bound: Bound) -> None:

@@ -114,6 +114,10 @@ def hostile(kind: str) -> bytes:
         ),
         "attention": lambda: with_shape(attends, 1, [1, 2, 1, 4]),
         "mode": lambda: edited(samples, _set("interpolation_mode", {"as_int": 77})),
+        "scale of other sizes": lambda: edited(resizes, _set("scales_h", {"as_float": 0.01})),
+        "scale of an antialiased resize": lambda: program(
+            lambda x, z: x.sum() + aten._upsample_bilinear2d_aa(z, [64, 64], False, 0.001, 0.001), torch.ones(1, 1, 4, 4)
+        ),
         "scale": lambda: edited(resizes, _set("scales_h", {"as_float": 1e-300})),
         "full": lambda: edited(
             program(lambda x: x + aten.full([2, 4], 1.0)), _set("size", {"as_ints": [1 << 40, 4]}, 0)
@@ -259,6 +263,8 @@ HOSTILE = {
     "view of half of a number": "of no tensor|negative",
     "attention": "do not fit each other",
     "mode": "mode is none",
+    "scale of other sizes": "scale is not that of its sizes",
+    "scale of an antialiased resize": "scale is not that of its sizes",
     "scale": "scale is not",
     "full": "takes .* and this machine",
     "arange": "takes .* and this machine",
