@@ -26,7 +26,7 @@ from repquant_fx.frontends.rebuilt import is_transformers_model, rebuild
 from repquant_fx.frontends.rehearsal import rehearse
 from repquant_fx.frontends.state import activation_functions, check_state, check_tensors
 from repquant_fx.security.guard import guarded
-from repquant_fx.security.names import check_module_names, modules_in
+from repquant_fx.security.names import check_calls, check_module_names, modules_in
 from repquant_fx.torch_private import allowed_globals
 
 # Only modules that match may be imported because a file names them: they define layers, models and configurations.
@@ -277,6 +277,7 @@ def _settled_module(module: nn.Module, where: str) -> nn.Module:
     """
     try:
         check_module_names(module, where)
+        check_calls(module, where)
         _check_module(module, where)
         settled = _settle(module, where, "", {})
         check_tensors([*settled.named_parameters(), *settled.named_buffers()], where)

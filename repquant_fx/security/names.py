@@ -11,6 +11,7 @@ from repquant_fx.errors import ModelFileError
 
 _LONGEST = 1_000  # characters; the names of deep models have about a hundred
 _SHOWN = 80
+_MOST_WAYS = 100_000  # to the layers of a module, those of a shared one counted for each who shares it
 _SLOTS = ("_modules", "_parameters", "_buffers")
 
 
@@ -68,6 +69,25 @@ def modules_in(module: nn.Module, where: str) -> Iterator[nn.Module]:
                 raise ModelFileError(f"{where} is not whole: {type(found).__name__} without a plain dict {slot}")
         waiting.extend(child for child in vars(found)["_modules"].values() if isinstance(child, nn.Module))
         yield found
+
+
+def check_calls(module: nn.Module, where: str) -> None:
+    """Refuse a module whose layers share others so that running it does not end: each level twice the one below.
+
+    Raises:
+        ModelFileError: it reaches its layers on more ways than any model does, or holds itself.
+    """
+    ways: dict[int, int] = {}
+
+    def count(found: nn.Module) -> int:
+        if id(found) not in ways:
+            ways[id(found)] = _MOST_WAYS  # while it is counted; who meets it again is inside of it
+            children = (child for child in vars(found)["_modules"].values() if isinstance(child, nn.Module))
+            ways[id(found)] = 1 + sum(count(child) for child in children)
+        return ways[id(found)]
+
+    if count(module) >= _MOST_WAYS:
+        raise ModelFileError(f"{where} holds a module inside itself, or its layers on more than {_MOST_WAYS} ways")
 
 
 def _is_part(part: str) -> bool:

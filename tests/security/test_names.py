@@ -12,7 +12,7 @@ from torch import nn
 
 from repquant_fx.errors import ModelFileError
 from repquant_fx.frontends.loading import load_model
-from repquant_fx.security.names import check_module_names, check_names
+from repquant_fx.security.names import check_calls, check_module_names, check_names
 
 CODE = '"+str(getattr(__import__("os"),"system")("touch RAN"))+"'
 
@@ -122,3 +122,18 @@ def test_names_of_a_pickled_module(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(ModelFileError, match="is not a name"):
         load_model("m.pt", input_shape=(3, 8, 8))
     assert not Path("RAN").exists()
+
+
+def test_layers_that_double_at_each_level_and_a_module_inside_itself() -> None:
+    model: nn.Module = nn.ReLU()
+    for _ in range(10):
+        model = nn.Sequential(model, model)
+    check_calls(model, "m.pt")  # a model may use a layer often
+    for _ in range(10):
+        model = nn.Sequential(model, model)
+    with pytest.raises(ModelFileError, match="on more than 100000 ways"):
+        check_calls(model, "m.pt")
+    loop = nn.Sequential(nn.ReLU())
+    loop._modules["1"] = loop
+    with pytest.raises(ModelFileError, match="inside itself"):
+        check_calls(loop, "m.pt")
