@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import re
 from collections.abc import Collection, Mapping
@@ -11,22 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from repquant_fx.errors import InputError, RecipeError
+from repquant_fx.recipe_settings import bits, nearest, setting, settings_of
 
-CHOICES = {
-    "norm": ("reparameterize", "layerwise", "channelwise", "smooth"),
-    "softmax": ("log", "log_sqrt2", "log2", "uniform"),
-    "softmax_scale": ("output", "percentile"),
-    "clipping": ("search", "adam", "none"),
-    "activations": ("mse", "percentile", "minmax"),
-    "weights": ("mse", "minmax"),
-    "container": ("int8", "int4"),
-}
 _MOST_BYTES = 1 << 18  # of a file; a rule for each of a thousand layers takes a third of it
 _DEEPEST = 8
 _DOTTED = re.compile(rf'(?<![\w"-])([\w"-]+[ \t]*\.[ \t]*){{{_DEEPEST}}}')
-ABSORB = ("values", "query_key", "linear")
-BITS = (2, 8)
-NUMBERS = {"percentile": (50.0, 100.0), "gptq_damping": (0.0, 10.0)}
 
 
 @dataclass(frozen=True)
@@ -42,10 +30,10 @@ class LayerRule:
     """
 
     match: str
-    wbits: int | None = None
-    abits: int | None = None
-    gptq: bool | None = None
-    skip: bool | None = None
+    wbits: int | None = bits()
+    abits: int | None = bits()
+    gptq: bool | None = setting(None, bool)
+    skip: bool | None = setting(None, bool)
 
 
 @dataclass(frozen=True)
@@ -63,8 +51,8 @@ class Recipe:
     """A whole quantization recipe. The defaults are RepQuant at W8A8.
 
     Attributes:
-        wbits: bits of weights, 2 to 8.
-        abits: bits of activations, 2 to 8.
+        wbits: bits of weights.
+        abits: bits of activations.
         input_bits: bits of the model input where a layer reads it directly (the patch embedding), 8 in the paper's code.
         norm: norm activations per channel and reparameterized (the method), `layerwise` (one scale, no rewriting),
             `channelwise` (per-channel scales kept in the file: a reference, slow) or `smooth` (SmoothQuant's factors instead).
@@ -74,13 +62,13 @@ class Recipe:
             over three percentiles.
         clipping: per-channel dual clipping of norm activations by exact `search`, by the paper's `adam`, or `none` (min-max).
         activations: bounds of all other activations: `mse`, `percentile`, `minmax`.
-        percentile: the percentile used where asked for, 50 to 100.
+        percentile: the percentile used where asked for.
         weights: weight range by `mse` search or `minmax`.
         correction: least-squares correction of weights and biases towards the float model's outputs (beyond the paper).
         absorb: where else per-channel scales move into constants, exactly (beyond the paper): `values` of attention, `linear` to linear
             through ReLU or a gate, and `query_key`, which gained nothing on the models measured and is off. Empty for none.
         gptq: error-compensating rounding; else round to nearest.
-        gptq_damping: share of the mean diagonal that is added to the Hessian, 0 to 10.
+        gptq_damping: share of the mean diagonal that is added to the Hessian.
         gptq_block: columns that are updated at once.
         gptq_activation_order: columns in the order of decreasing input energy.
         container: how the file holds codes of up to 4 bits: `int8` (activations in bytes, weights packed and unpacked when a session is
@@ -96,51 +84,33 @@ class Recipe:
           - {match: "blocks.*.mlp.fc2", abits: 6}
     """
 
-    wbits: int = 8
-    abits: int = 8
-    input_bits: int = 8
-    norm: str = "reparameterize"
-    softmax: str = "log"
-    softmax_scale: str = "output"
-    clipping: str = "search"
-    activations: str = "mse"
-    percentile: float = 99.99
-    weights: str = "mse"
-    correction: bool = True
-    absorb: tuple[str, ...] = ("values", "linear")
-    gptq: bool = True
-    gptq_damping: float = 0.01
-    gptq_block: int = 128
-    gptq_activation_order: bool = True
-    container: str = "int8"
+    wbits: int = bits(8)
+    abits: int = bits(8)
+    input_bits: int = bits(8)
+    norm: str = setting("reparameterize", choices=("reparameterize", "layerwise", "channelwise", "smooth"))
+    softmax: str = setting("log", choices=("log", "log_sqrt2", "log2", "uniform"))
+    softmax_scale: str = setting("output", choices=("output", "percentile"))
+    clipping: str = setting("search", choices=("search", "adam", "none"))
+    activations: str = setting("mse", choices=("mse", "percentile", "minmax"))
+    percentile: float = setting(99.99, low=50.0, high=100.0)
+    weights: str = setting("mse", choices=("mse", "minmax"))
+    correction: bool = setting(True)
+    absorb: tuple[str, ...] = setting(("values", "linear"), choices=("values", "query_key", "linear"))
+    gptq: bool = setting(True)
+    gptq_damping: float = setting(0.01, low=0.0, high=10.0)
+    gptq_block: int = setting(128, low=1)
+    gptq_activation_order: bool = setting(True)
+    container: str = setting("int8", choices=("int8", "int4"))
     layers: tuple[LayerRule, ...] = field(default=())
 
     def __post_init__(self) -> None:
-        for name in ("wbits", "abits", "input_bits"):
-            _check_bits(name, getattr(self, name))
-        for name, allowed in CHOICES.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                raise RecipeError(f"{name} must be one of {', '.join(allowed)}; found {value!r}{_nearest(value, allowed)}")
-        if not isinstance(self.absorb, (list, tuple)) or not all(kind in ABSORB for kind in self.absorb):
-            raise RecipeError(f"absorb must be a list of {', '.join(ABSORB)}, or empty; found {self.absorb!r}")
+        for name, limits in settings_of(Recipe).items():
+            limits.check(name, getattr(self, name))
         object.__setattr__(self, "absorb", tuple(self.absorb))
-        for name in ("correction", "gptq", "gptq_activation_order"):
-            if not isinstance(getattr(self, name), bool):
-                raise RecipeError(f"{name} must be true or false; found {getattr(self, name)!r}")
-        for name, (low, high) in NUMBERS.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-                raise RecipeError(f"{name} must be a number from {low:g} to {high:g}; found {value!r}")
-        if isinstance(self.gptq_block, bool) or not isinstance(self.gptq_block, int) or self.gptq_block < 1:
-            raise RecipeError(f"gptq_block must be a positive integer; found {self.gptq_block!r}")
         for index, rule in enumerate(self.layers):
-            for name in ("wbits", "abits"):
+            for name, limits in settings_of(LayerRule).items():
                 if getattr(rule, name) is not None:
-                    _check_bits(f"layers[{index}].{name}", getattr(rule, name))
-            for name in ("gptq", "skip"):
-                if not isinstance(getattr(rule, name), (bool, type(None))):
-                    raise RecipeError(f"layers[{index}].{name} must be true or false; found {getattr(rule, name)!r}")
+                    limits.check(f"layers[{index}].{name}", getattr(rule, name))
 
     def layer(self, path: str) -> LayerPlan:
         """Effective settings of the layer at module path `path`."""
@@ -206,7 +176,7 @@ class Recipe:
         found = []
         for index, rule in enumerate(self.layers):
             if not any(fnmatch.fnmatchcase(path, rule.match) for path in paths):
-                found.append(f"layers[{index}]: {rule.match!r} matches no layer{_nearest(rule.match, paths)}")
+                found.append(f"layers[{index}]: {rule.match!r} matches no layer{nearest(rule.match, paths)}")
         return found
 
     @classmethod
@@ -241,6 +211,10 @@ class Recipe:
         if not isinstance(parsed, dict):
             raise RecipeError(f"recipe {path} must be a table of settings, not a {type(parsed).__name__}")
         return cls.from_dict(parsed, f"recipe {path}")
+
+
+CHOICES = {name: limits.choices for name, limits in settings_of(Recipe).items() if limits.kind is str}
+ABSORB = settings_of(Recipe)["absorb"].choices
 
 
 def repq_vit(wbits: int, abits: int, **changes: Any) -> Recipe:
@@ -334,15 +308,4 @@ def _check_keys(data: Any, target: type, where: str) -> None:
         raise RecipeError(f"{where} must be a table, found {type(data).__name__}")
     for key in data:
         if key not in known:
-            raise RecipeError(f"{where}: unknown setting {key!r}{_nearest(key, known)}")
-
-
-def _nearest(value: Any, known: Any) -> str:
-    by_case = {str(name).lower(): name for name in known}
-    close = difflib.get_close_matches(str(value).lower(), list(by_case), n=1, cutoff=0.5)
-    return f"; did you mean {by_case[close[0]]!r}?" if close else ""
-
-
-def _check_bits(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not BITS[0] <= value <= BITS[1]:
-        raise RecipeError(f"{name} must be an integer from {BITS[0]} to {BITS[1]}; found {value!r}")
+            raise RecipeError(f"{where}: unknown setting {key!r}{nearest(key, known)}")

@@ -6,11 +6,11 @@ import inspect
 import json
 import re
 import textwrap
-import typing
 from dataclasses import MISSING, fields
 from typing import Any
 
-from repquant_fx.recipe import ABSORB, BITS, CHOICES, NUMBERS, LayerRule, Recipe
+from repquant_fx.recipe import LayerRule, Recipe
+from repquant_fx.recipe_settings import settings_of
 
 FORMATS = ("yaml", "toml")
 WIDTH = 100  # of comments
@@ -57,8 +57,8 @@ def descriptions(cls: type) -> dict[str, str]:
 
 
 def _object(cls: Any) -> dict[str, Any]:
-    words, types = descriptions(cls), typing.get_type_hints(cls)
-    properties = {f.name: {**_property(f.name, types[f.name], cls), "description": words[f.name]} for f in fields(cls)}
+    words = descriptions(cls)
+    properties = {f.name: {**_property(f.name, cls, f.default), "description": words[f.name]} for f in fields(cls)}
     required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
     for f in fields(cls):
         if f.default is not MISSING and f.default is not None:
@@ -66,25 +66,18 @@ def _object(cls: Any) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "additionalProperties": False, **({"required": required} if required else {})}
 
 
-def _property(name: str, annotation: Any, cls: type) -> dict[str, Any]:
-    kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)] or [annotation]
-    if name == "layers":
-        return {"type": "array", "items": _object(LayerRule)}
-    if name == "absorb":
-        return {"type": "array", "items": {"enum": list(ABSORB)}}
-    if name in CHOICES:
-        return {"enum": list(CHOICES[name])}
-    kind = {int: "integer", float: "number", bool: "boolean", str: "string"}[kinds[0]]
-    optional = cls is LayerRule and len(kinds) < len(typing.get_args(annotation))
-    limits = {"minimum": BITS[0], "maximum": BITS[1]} if name.endswith("bits") else \
-        dict(zip(("minimum", "maximum"), NUMBERS[name])) if name in NUMBERS else {"minimum": 1} if kind == "integer" else {}
-    return {"type": [kind, "null"] if optional else kind, **limits}
+def _property(name: str, cls: Any, default: Any) -> dict[str, Any]:
+    """A property beyond its description; a setting of a rule may be null, which leaves it out."""
+    limits = settings_of(cls).get(name)
+    if limits is None:
+        return {"type": "array", "items": _object(LayerRule)} if name == "layers" else {"type": "string"}
+    found = limits.schema()
+    return {**found, "type": [found["type"], "null"]} if default is None else found
 
 
 def _allowed(name: str) -> str:
-    if name in CHOICES:
-        return f" One of: {', '.join(CHOICES[name])}."
-    return f" Any of: {', '.join(ABSORB)}." if name == "absorb" else ""
+    limits = settings_of(Recipe).get(name)
+    return f" {limits.allowed()}".rstrip() if limits is not None else ""
 
 
 def _comment(text: str) -> list[str]:

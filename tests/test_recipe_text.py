@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from repquant_fx.errors import RecipeError
 from repquant_fx.recipe import ABSORB, CHOICES, PRESETS, LayerRule, Recipe
+from repquant_fx.recipe_settings import settings_of
 from repquant_fx.recipe_text import FORMATS, descriptions, schema, write
 
 BITS = st.integers(2, 8)
@@ -67,3 +68,23 @@ def test_the_schema_accepts_what_the_parser_accepts(data: dict[str, Any]) -> Non
         assert not accepted or whole, data
     else:
         assert accepted, data
+
+
+def test_one_field_tells_all_what_a_setting_may_be(capsys: pytest.CaptureFixture[str]) -> None:
+    """The check, the schema, the comments and the help of the command line."""
+    from repquant_fx.cli import main
+
+    with pytest.raises(SystemExit):
+        main(["compile", "--help"])
+    told = "".join(capsys.readouterr().out.split())  # without the breaks of lines, which fall at hyphens, too
+    for name, limits in settings_of(Recipe).items():
+        above = write(Recipe()).partition(f"\n{name}:")[0].rpartition("\n\n")[2]
+        written = " ".join(line.removeprefix("#").strip() for line in above.splitlines())
+        assert written.endswith(limits.allowed()) and limits.schema().items() <= schema()["properties"][name].items()
+        switch = told.partition(f"--{name.replace('_', '-')}")[2]
+        assert "".join(descriptions(Recipe)[name].replace("`", "").split()) in switch
+    for name, value, reason in (("wbits", 9, "wbits must be an integer from 2 to 8; found 9"), ("gptq_block", 0, "an integer of at least 1"),
+                                ("norm", "layerwize", "did you mean 'layerwise'"), ("absorb", ["x"], "a list of values, query_key, linear, or"),
+                                ("gptq_damping", 11, "a number from 0 to 10"), ("correction", 1, "correction must be true or false")):
+        with pytest.raises(RecipeError, match=reason):
+            Recipe(**{name: value})

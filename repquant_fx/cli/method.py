@@ -7,34 +7,33 @@ from pathlib import Path
 from typing import Any
 
 from repquant_fx.errors import RecipeError
+from repquant_fx.recipe_settings import Setting, settings_of
 
 
 def add_method(command: argparse.ArgumentParser) -> None:
     """The options of the method."""
-    from repquant_fx.recipe import CHOICES, PRESETS
+    from repquant_fx.recipe import PRESETS, Recipe
+    from repquant_fx.recipe_text import descriptions
 
     method = command.add_argument_group("quantization (overrides the recipe)")
     method.add_argument("--recipe", type=Path, help="YAML or TOML file, or an exported .onnx to take its recipe")
     method.add_argument("--preset", choices=tuple(PRESETS), help="start from a published method (default repquant)")
-    method.add_argument("--wbits", type=int, help="bits of weights, 2 to 8 (default 8)")
-    method.add_argument("--abits", type=int, help="bits of activations, 2 to 8 (default 8)")
-    method.add_argument("--input-bits", type=int, help="bits of the model's input (default 8)")
+    words = descriptions(Recipe)
+    for name, limits in settings_of(Recipe).items():
+        default = getattr(Recipe(), name)
+        said = "on" if default is True else "off" if default is False else ",".join(default) if limits.kind is tuple else default
+        allowed = "" if limits.kind is str else f" {limits.allowed()}"  # argparse shows choices itself
+        text = f"{words.get(name, '')}{allowed}".replace("`", "").replace("%", "%%").strip()
+        method.add_argument(f"--{name.replace('_', '-')}", help=f"{text} (default {said})", **_form(limits))
 
-    words = {"norm": "scales of norm activations", "softmax": "grid of softmax activations", "softmax_scale": "how its scale is chosen",
-             "clipping": "per-channel dual clipping of norm activations", "activations": "range of all other activations",
-             "weights": "range of weights", "container": "how the file holds codes of up to 4 bits"}
-    for name, choices in CHOICES.items():
-        method.add_argument(f"--{name.replace('_', '-')}", choices=choices, help=f"{words[name]} (default {choices[0]})")
-    method.add_argument("--percentile", type=float, help="for --activations percentile (default 99.99)")
-    method.add_argument("--correction", action=argparse.BooleanOptionalAction, default=None,
-                        help="least-squares correction towards the float model's outputs (default on)")
-    method.add_argument("--absorb", type=_kinds, metavar="KIND,...", help="where else channel scales move into constants: values, query_key, "
-                        "linear, or none (default: values,linear)")
-    method.add_argument("--gptq", action=argparse.BooleanOptionalAction, default=None, help="error-compensating weight rounding (default on)")
-    method.add_argument("--gptq-damping", type=float, help="share of the mean diagonal added to the Hessian (default 0.01)")
-    method.add_argument("--gptq-block", type=int, help="columns updated at once (default 128)")
-    method.add_argument("--gptq-activation-order", action=argparse.BooleanOptionalAction, default=None,
-                        help="sweep columns by decreasing input energy (default on)")
+
+def _form(limits: Setting) -> dict[str, Any]:
+    """How argparse reads a setting. Numbers are checked with the whole recipe."""
+    if limits.kind is bool:
+        return {"action": argparse.BooleanOptionalAction, "default": None}
+    if limits.kind is tuple:
+        return {"type": _kinds, "metavar": "KIND,... or none"}
+    return {"choices": limits.choices} if limits.kind is str else {"type": limits.kind}
 
 
 def recipe_from(options: argparse.Namespace) -> Any:
