@@ -6,7 +6,10 @@ import configparser
 import contextlib
 import re
 import shutil
+import sys
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from repquant_fx.cli import main, parser
 LANGUAGES = {"python", "sh", "yaml", "toml", "json", "text"}
 ELSEWHERE = {"docker", "eval", "source", "netron", "pip", "make", "python", "torchrun", "jq"}  # known commands that are never run
 CLI = "repquant-fx"
+FILE = re.compile(r"# (?:tests/)?passes/(\w+)\.py\n")  # first line of a block that is a whole file
 
 
 @pytest.fixture
@@ -33,7 +37,7 @@ def name_of(page: Path) -> str:
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if any(b.language in ("python", "sh") for b in blocks(p))], ids=name_of)
-def test_samples(page: Path, folder: Path, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_samples(page: Path, folder: Path, world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with_labels = TensorDataset(images(), torch.arange(len(images())) % 5)
     namespace = {"__name__": "sample", "module": model(), "images": images(), "loader": DataLoader(with_labels, batch_size=32)}
     for block in blocks(page):
@@ -42,12 +46,23 @@ def test_samples(page: Path, folder: Path, world: Path, capsys: pytest.CaptureFi
             code = compile("\n" * (block.line - 1) + block.code, name_of(page), "exec")
             if block.why is None:
                 exec(code, namespace)
+                if file := FILE.match(block.code):
+                    install(f"repquant_fx.passes.{file[1]}", namespace, monkeypatch)
         elif block.language == "sh":
             for command in commands(block.code):
                 try:
                     check(command, block, capsys)
                 except Exception as error:
                     raise AssertionError(f"{where}: {' '.join(command.words)}: {error}") from error
+
+
+def install(name: str, namespace: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make what a block defines importable as a module, and run its tests."""
+    module = types.ModuleType(name)
+    vars(module).update(namespace)
+    monkeypatch.setitem(sys.modules, name, module)
+    for test in [each for each in namespace if each.startswith("test_")]:
+        namespace.pop(test)()
 
 
 def check(command: Command, block: Block, capsys: pytest.CaptureFixture[str]) -> None:
