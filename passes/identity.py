@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.utils._pytree import tree_leaves
 
 from repquant_fx.errors import PassError
 from repquant_fx.recorder import Recorder
+from repquant_fx.torch_private import pytree
 
 # the values that a rewriting must leave as they are, by a name, in graph order
 Probe = Callable[[GraphModule], Mapping[str, Any]]
@@ -64,4 +64,4 @@ def values(graph_module: GraphModule, nodes: Mapping[str, Node], inputs: Sequenc
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]

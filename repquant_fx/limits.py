@@ -7,7 +7,7 @@ import math
 import os
 import re
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -20,6 +20,7 @@ from repquant_fx.errors import InputError
 from repquant_fx.torch_private import TorchDispatchMode, watched_registration
 
 _MOST_MODULES = 30_000  # the largest public transformers have a few thousand
+_SPARE = 1 << 24  # elements that a model may have beyond its files: new heads, tables, tied weights under two names
 _BOMB_BYTES, _BOMB_RATIO = 1 << 30, 20
 _CGROUP = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
@@ -132,6 +133,32 @@ def rehearsal(what: str) -> Iterator[None]:
     """
     with torch.device("meta"), bounded_modules(what), _Sizes(what):
         yield
+
+
+def check_amount(skeleton: nn.Module | None, tensors: Mapping[Any, Any], what: str) -> None:
+    """Refuse a description that asks for far more memory than there are weights, before the memory is taken.
+
+    Args:
+        skeleton: the model on the meta device, if it can be built so.
+        tensors: those of the files, or slices of them.
+        what: for the message.
+
+    Raises:
+        InputError: the model has more than twice the elements of the files.
+    """
+    if skeleton is None:
+        return
+    wanted = sum({id(tensor): tensor.numel() for tensor in [*skeleton.parameters(), *skeleton.buffers()]}.values())
+    given = sum(math.prod(_shape_of(tensor)) for tensor in tensors.values())
+    if wanted > 2 * given + _SPARE:
+        raise InputError(
+            f"{what} of {wanted:,} weights, but its files hold {given:,}: they belong to another model, or weights "
+            "are missing"
+        )
+
+
+def _shape_of(tensor: Any) -> Sequence[int]:
+    return tuple(tensor.shape) if isinstance(tensor, Tensor) else tuple(tensor.get_shape())
 
 
 def unpacks_to(data: bytes | Path) -> int | None:

@@ -21,7 +21,7 @@ from torch import nn
 from repquant_fx import limits
 from repquant_fx.errors import InputError, ModelFileError, RepQuantWarning, first_line, is_out_of_memory
 from repquant_fx.frontends.directory import CONFIG, DESCRIPTIONS, WEIGHTS, ModelDirectory, find_files, listed, staged
-from repquant_fx.frontends.directory_weights import check_amount, open_weights
+from repquant_fx.frontends.directory_weights import open_weights
 from repquant_fx.frontends.mapped import map_directory
 from repquant_fx.frontends.offline import library, quiet_offline
 from repquant_fx.frontends.screening import screen
@@ -97,7 +97,7 @@ def load_directory(folder: Path | ModelDirectory, task: str | None = None, offlo
         except Exception as error:
             raise ModelFileError(f"the weights of {files.path} cannot be loaded into {cls.__name__}: {first_line(error)}") from error
         check_names(tensors, str(files.path))
-        check_amount(skeleton, tensors, f"{files.path / CONFIG} describes a {cls.__name__}")
+        limits.check_amount(skeleton, tensors, f"{files.path / CONFIG} describes a {cls.__name__}")
         model, found = _read(cls, config, files.path, tensors)
         pooling = "add_pooling_layer"  # a headless model drawn from one with a head: its pooler is nobody's output
         if found["missing_keys"] and pooling in inspect.signature(cls.__init__).parameters:

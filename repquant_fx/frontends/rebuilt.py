@@ -99,8 +99,6 @@ def _check_amounts(module: nn.Module, arguments: dict[str, Any], where: str) -> 
         ModelFileError: lists or tables beyond measure.
         InputError: weights beyond those of the file, or beyond the memory.
     """
-    from repquant_fx.frontends.directory_weights import check_amount
-
     described, place = _settings(arguments), f"{where}, configuration"
     check_numbers(described, place)
     check_tables(type(module), described, place)
@@ -115,7 +113,7 @@ def _check_amounts(module: nn.Module, arguments: dict[str, Any], where: str) -> 
         pass
     slots = [vars(child)[slot] for child in modules_in(module, where) for slot in ("_parameters", "_buffers")]
     held = [tensor for slot in slots for tensor in slot.values() if isinstance(tensor, Tensor)]
-    check_amount(skeleton, dict(enumerate(held)), f"{place} describes a {type(module).__name__}")
+    limits.check_amount(skeleton, dict(enumerate(held)), f"{place} describes a {type(module).__name__}")
 
 
 def _settings(arguments: dict[str, Any]) -> dict[str, Any]:
