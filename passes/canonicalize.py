@@ -22,6 +22,7 @@ IDENTITIES = {
     aten.dropout.default, aten.lift_fresh_copy.default, aten.feature_dropout.default,
 }
 POOLS = {aten.adaptive_avg_pool1d.default: [-1], aten.adaptive_avg_pool2d.default: [-2, -1]}  # to one value: a mean over these axes
+CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default}
 VIEWS = {aten.view.default, aten._unsafe_view.default}
 
 
@@ -54,6 +55,8 @@ class Canonicalize(Pass):
             self._to_linear(graph_module, node, _n(node.args[0]), _n(node.args[1]), None)
         elif target is aten.addmm.default and not node.kwargs and is_constant(node.args[2]) and _is_bias(node.args[0], node):
             self._to_linear(graph_module, node, _n(node.args[1]), _n(node.args[2]), _n(node.args[0]))
+        elif target in CONVOLUTIONS and len(shape_of(_n(node.args[0]))) < len(shape_of(_n(node.args[1]))):
+            self._add_batch_axis(graph_module, node)
         elif target is aten.conv2d.default and _tiles(node):
             self._patches_to_linear(graph_module, node)
         elif target in (aten.addmm.default, aten.baddbmm.default) and not node.kwargs:
@@ -108,6 +111,16 @@ class Canonicalize(Pass):
         node.replace_all_uses_with(total)
         graph_module.graph.erase_node(node)
         self._rewrite(graph_module, product)  # with a constant it is a Linear
+
+    def _add_batch_axis(self, graph_module: GraphModule, node: Node) -> None:
+        """A convolution of one sample is one of a batch of one."""
+        graph = graph_module.graph
+        with graph.inserting_before(node):
+            batch = copy_meta(node, graph.call_function(aten.unsqueeze.default, (node.args[0], 0)))
+        node.update_arg(0, batch)
+        with graph.inserting_after(node):
+            sample = copy_meta(node, graph.call_function(aten.squeeze.dim, (node, 0)), node.meta["val"])
+        node.replace_all_uses_with(sample, delete_user_cb=lambda user: user is not sample)
 
     def _patches_to_linear(self, graph_module: GraphModule, node: Node) -> None:
         graph = graph_module.graph
