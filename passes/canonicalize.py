@@ -15,7 +15,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from repquant_fx.errors import PassError
 from repquant_fx.naming import PATCHES, TRANSPOSED
 from repquant_fx.passes.base import Pass, aten, attribute, constant_node, copy_meta, is_constant, is_tensor, shape_of
-from repquant_fx.passes.operators import IDENTITIES, VIEWS
+from repquant_fx.passes.operators import CONVOLUTIONS, IDENTITIES, VIEWS
 from repquant_fx.passes.spec import CANONICAL
 from repquant_fx.torch_private import fake_mode, propagating
 
@@ -52,6 +52,8 @@ class Canonicalize(Pass):
             self._to_linear(graph_module, node, _n(node.args[0]), _n(node.args[1]), None)
         elif target is aten.addmm.default and not node.kwargs and is_constant(node.args[2]) and _is_bias(node.args[0], node):
             self._to_linear(graph_module, node, _n(node.args[1]), _n(node.args[2]), _n(node.args[0]))
+        elif target in CONVOLUTIONS and len(shape_of(_n(node.args[0]))) < len(shape_of(_n(node.args[1]))):
+            self._add_batch_axis(graph_module, node)
         elif target is aten.conv2d.default and _tiles(node):
             self._patches_to_linear(graph_module, node)
         elif target in (aten.addmm.default, aten.baddbmm.default) and not node.kwargs:
@@ -106,6 +108,16 @@ class Canonicalize(Pass):
         node.replace_all_uses_with(total)
         graph_module.graph.erase_node(node)
         self._rewrite(graph_module, product)  # with a constant it is a Linear
+
+    def _add_batch_axis(self, graph_module: GraphModule, node: Node) -> None:
+        """A convolution of one sample is one of a batch of one."""
+        graph = graph_module.graph
+        with graph.inserting_before(node):
+            batch = copy_meta(node, graph.call_function(aten.unsqueeze.default, (node.args[0], 0)))
+        node.update_arg(0, batch)
+        with graph.inserting_after(node):
+            sample = copy_meta(node, graph.call_function(aten.squeeze.dim, (node, 0)), node.meta["val"])
+        node.replace_all_uses_with(sample, delete_user_cb=lambda user: user is not sample)
 
     def _patches_to_linear(self, graph_module: GraphModule, node: Node) -> None:
         graph = graph_module.graph

@@ -109,7 +109,9 @@ def test_infinite_outputs_agree() -> None:
 
 def test_an_rms_norm_of_a_number() -> None:
     """Written out, of a value without axes: no norm, but no failure."""
-    assert compiled(Around(lambda m, x: (lambda y: y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6))(m.fc(x).mean()))).parity
+    assert compiled(
+        Around(lambda m, x: (lambda y: y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6))(m.fc(x).mean()))
+    ).parity
 
 
 def test_a_layer_that_only_a_check_reads() -> None:
@@ -121,3 +123,13 @@ def test_a_layer_that_only_a_check_reads() -> None:
 def test_a_result_of_unknown_size_still_has_its_check() -> None:
     result = compiled(Around(lambda m, x: (m.fc(x), (x > 0).nonzero())))
     assert [o.name for o in result.proto.graph.output] == ["output_0", "output_1"]
+
+
+@pytest.mark.parametrize(
+    "layer, shape",
+    [(nn.Conv2d(3, 4, 2), (3, 8, 8)), (nn.Conv2d(3, 4, 3, padding=1), (3, 8, 8)), (nn.Conv1d(3, 4, 2), (3, 8))],
+)
+def test_a_convolution_without_a_batch(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    result = compile(layer, [(x,)], example_inputs=[x])
+    assert result.parity is not None and len(result.report["layers"]) == 1
