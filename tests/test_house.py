@@ -1,4 +1,4 @@
-"""How long a function or a file may be: what is longer says why, in a sentence of its docstring that begins "Long because"."""
+"""How long a function or a file may be: what is longer says why, in a sentence that begins "Long because"."""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ RENAMED = {"data": "calibration"}
 
 def test_every_option_is_an_argument_with_the_same_default() -> None:
     arguments = inspect.signature(compile).parameters
-    named = [(RENAMED.get(field.name, field.name), field) for each in (Source, Calibration, Run) for field in fields(each)]
+    options = [field for each in (Source, Calibration, Run) for field in fields(each)]
+    named = [(RENAMED.get(field.name, field.name), field) for field in options]
     assert sorted([*(name for name, _ in named), "recipe"]) == sorted(arguments)  # and each has one place
     for name, field in named:
         assert name == "model" or arguments[name].default == field.default, name
@@ -36,7 +37,8 @@ def test_flat_arguments_arrive_where_they_belong(monkeypatch: pytest.MonkeyPatch
     source, calibration, recipe, run = given
     assert recipe == "the recipe"
     for each in (source, calibration, run):
-        assert vars(each) == {field.name: f"the {RENAMED.get(field.name, field.name)}" for field in fields(each)}  # type: ignore[arg-type]
+        for name, value in vars(each).items():
+            assert value == f"the {RENAMED.get(name, name)}"
 
 
 def test_keywords_are_told_apart() -> None:
