@@ -10,9 +10,8 @@ from torch.fx import GraphModule, Node
 
 from repquant_fx.errors import PassError
 from repquant_fx.passes.match_sites import Site
+from repquant_fx.passes.spec import SITE
 from repquant_fx.quantizers.observers import Observer
-
-SITE = "site"  # key in the meta data of a slot's node
 
 
 def mark(slot: Node, site: Site) -> None:

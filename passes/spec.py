@@ -28,12 +28,11 @@ from repquant_fx.passes.operators import (
     QUANTIZE,
     VIEWS,
 )
-from repquant_fx.quantizers.observers import LogQuantizer, Observer, Passthrough, UniformQuantizer
 
 aten = torch.ops.aten
 SPELLED_OTHERWISE = frozenset(IDENTITIES | VIEWS | {aten._assert_tensor_metadata.default})  # in every stage
 
-SLOTS = (Observer, UniformQuantizer, LogQuantizer, Passthrough)
+SITE = "site"  # key in the meta data of a slot's node: the name of its site
 FLOAT, CODES = frozenset({torch.float32}), frozenset({torch.uint8})
 CONSTANT_CODES = frozenset({torch.uint8, torch.int8, torch.int32})
 # dtypes of the tensors each takes, in order, and of what it gives
@@ -67,14 +66,13 @@ class Stage:
         """
         codes: set[Node] = set()
         for node in graph_module.graph.nodes:
-            why = self._wrong(graph_module, node) or _wrong_types(node) or _wrong_reader(node, codes, self.readers)
+            why = self._wrong(node) or _wrong_types(node) or _wrong_reader(node, codes, self.readers)
             if why:
                 raise PassError(f"the graph is not {self.name}: {node.name} ({node.target}) {why}")
 
-    def _wrong(self, graph_module: GraphModule, node: Node) -> str | None:
+    def _wrong(self, node: Node) -> str | None:
         if node.op == "call_module":
-            slot = self.slots and isinstance(graph_module.get_submodule(str(node.target)), SLOTS)
-            return None if slot else "calls a module"
+            return None if self.slots and SITE in node.meta else "calls a module"
         if node.op == "call_method":
             return "calls a method"
         if node.op != "call_function":

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from repquant_fx.passes.match_sites import Group, Plan
-from repquant_fx.passes.slots import SITE
+from repquant_fx.passes.spec import SITE
 
 WIDEST_CUT = 6.0  # a cut may hold this many times the smallest cut nearby; larger ones merge two segments
 NEIGHBOURS = 6
