@@ -1,9 +1,10 @@
 """The model-local functions of the domain `repquant_fx`: logarithmic quantization out of standard ONNX operators.
 
-They travel inside the file, so that stock ONNX Runtime runs it with nothing installed beside it (a runtime with a kernel of the
-same domain and name takes that instead). Log2 quantization is uniform quantization of the logarithm: the scale is a whole number m of
-steps, `s = 2^(m / steps)`, so QuantizeLinear of `ln A` with step `ln 2 / steps` and zero point `2^bits - 1 - m` gives `top - q`. The
-reserved code of exact zero (`q = top`) is the integer 0, and saturation below is what an attention mask needs.
+They travel inside the file, so that stock ONNX Runtime runs it with nothing installed beside it (a runtime with a
+kernel of the same domain and name takes that instead). Log2 quantization is uniform quantization of the logarithm: the
+scale is a whole number m of steps, `s = 2^(m / steps)`, so QuantizeLinear of `ln A` with step `ln 2 / steps` and zero
+point `2^bits - 1 - m` gives `top - q`. The reserved code of exact zero (`q = top`) is the integer 0, and saturation
+below is what an attention mask needs.
 
 | attribute | meaning |
 |---|---|
@@ -12,7 +13,8 @@ reserved code of exact zero (`q = top`) is the integer 0, and saturation below i
 | `steps` | codes an octave: 2 for the reparameterized log-sqrt2 quantizer (RepQuant Eq. 15-17), 1 for log2 |
 | `threshold` | between the level of the zero code and the smallest level that counts |
 
-Inputs: logits (or non-negative values), any shape, float32; `scale`, float32 scalar. Output: float32 of the same shape, the value
+Inputs: logits (or non-negative values), any shape, float32; `scale`, float32 scalar. Output: float32 of the same shape,
+    the value
 `scale * 2^(-q / steps)` of each code q and exactly 0 for the zero code.
 """
 
@@ -46,8 +48,14 @@ def log2_softmax() -> FunctionProto:
     """`Log2Softmax(logits, scale) <axis, bits, steps, threshold>`: Softmax, log-quantized."""
     log = helper.make_node("LogSoftmax", ["logits"], ["log_a"])
     _reference(log, "axis", "INT")
-    return _function("Log2Softmax", ["logits", "scale"], ["axis", "bits", "steps", "threshold"], [log],
-                     "Softmax whose values are stored as `bits`-bit logarithmic codes: a shift of the scale by code / steps octaves.")
+    return _function(
+        "Log2Softmax",
+        ["logits", "scale"],
+        ["axis", "bits", "steps", "threshold"],
+        [log],
+        "Softmax whose values are stored as `bits`-bit logarithmic codes: a shift of the scale by code / steps "
+        "octaves.",
+    )
 
 
 def log2_quantize() -> FunctionProto:
@@ -70,10 +78,13 @@ def _function(name: str, inputs: list[str], attributes: list[str], head: list, d
     _reference(rectify, "threshold", "FLOAT", "alpha")
     nodes = [
         # constants of the quantizer, folded when a session is created
-        attribute("bits_int", "bits"), attribute("steps_int", "steps"),
+        attribute("bits_int", "bits"),
+        attribute("steps_int", "steps"),
         helper.make_node("Cast", ["bits_int"], ["bits_float"], to=TensorProto.FLOAT),
         helper.make_node("Cast", ["steps_int"], ["steps_float"], to=TensorProto.FLOAT),
-        constant("two", 2.0, TensorProto.FLOAT), constant("one", 1.0, TensorProto.FLOAT), constant("ln2", math.log(2), TensorProto.FLOAT),
+        constant("two", 2.0, TensorProto.FLOAT),
+        constant("one", 1.0, TensorProto.FLOAT),
+        constant("ln2", math.log(2), TensorProto.FLOAT),
         helper.make_node("Pow", ["two", "bits_float"], ["codes"]),
         helper.make_node("Sub", ["codes", "one"], ["top_float"]),
         helper.make_node("Cast", ["top_float"], ["top"], to=TensorProto.UINT8),

@@ -17,12 +17,15 @@ PARAMETERS = {
     "Pad": ["data", "pads", "value", "axes"], "Squeeze": ["data", "axes"], "Unsqueeze": ["data", "axes"],
 }
 SCOPES = "pkg.torch.onnx.name_scopes"
-INVENTED = re.compile(r"(val|val_shape|anonymous|tmp|_?scalar|_?inlined|const)_?\d*(_.*)?")  # what the exporter calls constants
+# what the exporter calls constants
+INVENTED = re.compile(r"(val|val_shape|anonymous|tmp|_?scalar|_?inlined|const)_?\d*(_.*)?")
 OWN = "own:"  # before the names of inputs, outputs and parameters, until everything else is named
 
 
 def set_apart(model: ir.Model) -> None:
-    """Mark the names of inputs, outputs and parameters: a parameter may be called `val_0`, as what the exporter invents is."""
+    """Mark the names of inputs, outputs and parameters: a parameter may be called `val_0`, as what the exporter invents
+    is.
+    """
     graph = model.graph
     for value in dict.fromkeys([*graph.inputs, *graph.outputs, *graph.initializers.values()]):
         _rename(value, OWN + str(value.name))
@@ -43,9 +46,11 @@ def separate_outputs(model: ir.Model, names: Sequence[str]) -> None:
 
 
 def name_by_module(model: ir.Model) -> None:
-    """Rename nodes to `module.path/Operator` and their values after them; quantized values take the name of their scale.
+    """Rename nodes to `module.path/Operator` and their values after them; quantized values take the name of their
+    scale.
 
-    What `set_apart` marked keeps the name it had; constants whose names the exporter made up are named after the node that reads them.
+    What `set_apart` marked keeps the name it had; constants whose names the exporter made up are named after the node
+    that reads them.
     """
     graph = model.graph
     outputs = set(graph.outputs)
@@ -54,7 +59,8 @@ def name_by_module(model: ir.Model) -> None:
     for value in dict.fromkeys([*graph.inputs, *graph.outputs, *graph.initializers.values()]):
         if value not in invented:
             name = str(value.name).removeprefix(OWN)
-            _rename(value, OWN)  # even to the same name in the end: a renamed initializer goes last, and they keep their order
+            # even to the same name in the end: a renamed initializer goes last, and they keep their order
+            _rename(value, OWN)
             _rename(value, values.unique(name))
     for node in graph:
         path = scope(node)
@@ -71,15 +77,24 @@ def name_by_module(model: ir.Model) -> None:
 
 
 def name_axes(model: ir.Model, names: Sequence[Mapping[int, str]]) -> None:
-    """Call the symbolic axes of the inputs by `names`, one mapping from axis to name an input, and their symbols so everywhere."""
+    """Call the symbolic axes of the inputs by `names`, one mapping from axis to name an input, and their symbols so
+    everywhere.
+    """
     graph = model.graph
-    known = {dim.value: wanted[axis] for value, wanted in zip(graph.inputs, names) if value.shape is not None
-             for axis, dim in enumerate(value.shape) if isinstance(dim, ir.SymbolicDim) and dim.value and axis in wanted}
+    known = {
+        dim.value: wanted[axis]
+        for value, wanted in zip(graph.inputs, names)
+        if value.shape is not None
+        for axis, dim in enumerate(value.shape)
+        if isinstance(dim, ir.SymbolicDim) and dim.value and axis in wanted
+    }
     values = [*graph.inputs, *graph.outputs, *(output for node in graph for output in node.outputs)]
     for value in dict.fromkeys(values):
         for axis, dim in enumerate(value.shape or ()):
             if isinstance(dim, ir.SymbolicDim) and dim.value and value.shape is not None:
-                value.shape[axis] = re.sub(r"[A-Za-z_]\w*", lambda symbol: known.get(symbol.group(), symbol.group()), dim.value)
+                value.shape[axis] = re.sub(
+                    r"[A-Za-z_]\w*", lambda symbol: known.get(symbol.group(), symbol.group()), dim.value
+                )
 
 
 def scope(node: ir.Node) -> str:

@@ -1,8 +1,9 @@
 """Write codes of up to 4 bits in the types UINT4 and INT4 alone (`container: int4`).
 
-The form that tool chains of accelerators read: `QuantizeLinear -> DequantizeLinear` on UINT4 activations and INT4 weights, with neither
-the Min that saturates codes in a byte nor the Cast that unpacks weights. ONNX Runtime's CPU computes it in float, so it is no default.
-Below 4 bits a float Min saturates instead. Values are those of the byte-wide form.
+The form that tool chains of accelerators read: `QuantizeLinear -> DequantizeLinear` on UINT4 activations and INT4
+    weights, with neither
+the Min that saturates codes in a byte nor the Cast that unpacks weights. ONNX Runtime's CPU computes it in float, so it
+is no default. Below 4 bits a float Min saturates instead. Values are those of the byte-wide form.
 """
 
 from __future__ import annotations
@@ -36,12 +37,18 @@ def _narrow_activation(graph: ir.Graph, saturate: ir.Node) -> bool:
         return False
     value, scale, zero_point = quantize.inputs[0], _array(quantize.inputs[1]), _array(quantize.inputs[2])
     readers = [use.node for use in saturate.outputs[0].uses()]
-    if scale is None or zero_point is None or value is None or any(reader.op_type != "DequantizeLinear" for reader in readers):
+    if (
+        scale is None
+        or zero_point is None
+        or value is None
+        or any(reader.op_type != "DequantizeLinear" for reader in readers)
+    ):
         return False
     if int(top) < TOP:
         if scale.size > 1:
             return False  # one bound for all channels would not do
-        # the highest code's own value: what rounds up to it does so still. No Clip: ONNX Runtime's fusion of it fails on UINT4.
+        # the highest code's own value: what rounds up to it does so still. No Clip: ONNX Runtime's fusion of it fails
+        # on UINT4.
         high = np.float32((int(top) - float(zero_point)) * float(scale))
         bounded = ir.Node("", "Min", [value, _constant(graph, f"{quantize.name}.highest", ir.tensor(high))])
         bounded.name = bounded.outputs[0].name = f"{quantize.name}/Min"
@@ -63,14 +70,18 @@ def _narrow_weight(graph: ir.Graph, cast: ir.Node) -> bool:
     """INT4 -> Cast -> DequantizeLinear loses the Cast, and the zero point where it is 0."""
     readers = [use.node for use in cast.outputs[0].uses()]
     zero_points = [_array(reader.inputs[2]) if len(reader.inputs) > 2 else None for reader in readers]
-    if any(reader.op_type != "DequantizeLinear" for reader in readers) or any(z is not None and (abs(z + 0.5) > 8).any() for z in zero_points):
+    if any(reader.op_type != "DequantizeLinear" for reader in readers) or any(
+        z is not None and (abs(z + 0.5) > 8).any() for z in zero_points
+    ):
         return False
     for reader, zero_point in zip(readers, zero_points):
         reader.replace_input_with(0, cast.inputs[0])
         if zero_point is None:
             continue
         if zero_point.any():
-            reader.replace_input_with(2, _constant(graph, ZERO_POINT_INT4.of(_stem(reader)), _four_bit(zero_point, signed=True)))
+            reader.replace_input_with(
+                2, _constant(graph, ZERO_POINT_INT4.of(_stem(reader)), _four_bit(zero_point, signed=True))
+            )
         else:
             reader.resize_inputs(2)
     graph.remove(cast, safe=True)
@@ -87,7 +98,9 @@ def _four_bit(values: np.ndarray, signed: bool) -> ir.Tensor:
 def _constant(graph: ir.Graph, name: str, tensor: Any) -> ir.Value:
     if name not in graph.initializers:
         tensor.name = name
-        graph.register_initializer(ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor))
+        graph.register_initializer(
+            ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        )
     return graph.initializers[name]
 
 

@@ -33,8 +33,14 @@ class ExportError(RepQuantError):
 
 
 def export_onnx(
-    graph_module: GraphModule, example_inputs: Sequence[Tensor], *, input_names: Sequence[str], output_names: Sequence[str],
-    dynamic_shapes: object = None, metadata: Mapping[str, str] | None = None, container: str = "int8",
+    graph_module: GraphModule,
+    example_inputs: Sequence[Tensor],
+    *,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    dynamic_shapes: object = None,
+    metadata: Mapping[str, str] | None = None,
+    container: str = "int8",
 ) -> onnx.ModelProto:
     """An ONNX model, opset 21, that computes what the lowered graph computes.
 
@@ -108,12 +114,18 @@ def narrow_weights(graph_module: GraphModule) -> set[str]:
     return names
 
 
-def _translate(graph_module: GraphModule, inputs: tuple[Tensor, ...], input_names: Sequence[str], output_names: Sequence[str],
-               dynamic_shapes: object) -> ir.Model:
+def _translate(
+    graph_module: GraphModule,
+    inputs: tuple[Tensor, ...],
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    dynamic_shapes: object,
+) -> ir.Model:
     try:
         with warnings.catch_warnings(), torch.no_grad(), quiet_torch():
             warnings.simplefilter("ignore")
-            exported = torch.export.export(graph_module, inputs, dynamic_shapes=dynamic_shapes, strict=False)  # type: ignore[arg-type]
+            # type: ignore[arg-type]
+            exported = torch.export.export(graph_module, inputs, dynamic_shapes=dynamic_shapes, strict=False)
             program = torch.onnx.export(exported, (), dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
                                         custom_translation_table=translation_table(),
                                         input_names=list(input_names), output_names=list(output_names))

@@ -247,8 +247,9 @@ class _Screen:
                 most, bytes_, deepest = (max(each) for each in zip(*inside))
                 self.sizes[called] = most, bytes_, deepest
             if called not in self.sizes or (deep := 1 + self.sizes[called][2]) > _DEEPEST_CALLS:
-                raise ModelFileError(f"{self.source}: functions call each other more than {_DEEPEST_CALLS} levels deep, "
-                                     f"at {called[1]!r}")
+                raise ModelFileError(
+                    f"{self.source}: functions call each other more than {_DEEPEST_CALLS} levels deep, at {called[1]!r}"
+                )
             total, copied = total + self.sizes[called][0], copied + self.sizes[called][1]
             levels = max(levels, deep)
         return total, copied, levels

@@ -1,4 +1,6 @@
-"""Clean-up of the exporter's raw graph: small constants folded, sizes static wherever ONNX can infer them. Q/DQ and weights stay."""
+"""Clean-up of the exporter's raw graph: small constants folded, sizes static wherever ONNX can infer them. Q/DQ and
+weights stay.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,20 @@ def simplify(model: ir.Model) -> None:
     fold_constants(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     infer_reshapes(model.graph)
-    for each in (common.IdentityEliminationPass(), common.CommonSubexpressionEliminationPass(), common.RemoveUnusedNodesPass(),
-                 common.RemoveUnusedFunctionsPass(), common.RemoveUnusedOpsetsPass()):
+    for each in (
+        common.IdentityEliminationPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedOpsetsPass(),
+    ):
         each(model)
 
 
 def infer_reshapes(graph: ir.Graph) -> int:
-    """A Reshape to sizes of which one is computed infers that one (-1), so that its shape is a constant; returns how many."""
+    """A Reshape to sizes of which one is computed infers that one (-1), so that its shape is a constant; returns how
+    many.
+    """
     changed = 0
     for node in graph:
         shape = node.inputs[1] if node.op_type == "Reshape" and node.domain == "" else None

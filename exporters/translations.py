@@ -16,11 +16,16 @@ from repquant_fx.exporters.functions import DOMAIN, VERSION
 def _local(name: str, value: str, attributes: list[str]) -> Op:
     """An operator of our own domain, as the exporter's recorder knows operators: by a schema."""
     schema = onnx.defs.OpSchema(
-        name, DOMAIN, VERSION,
+        name,
+        DOMAIN,
+        VERSION,
         inputs=[onnx.defs.OpSchema.FormalParameter(n, "tensor(float)") for n in (value, "scale")],
         outputs=[onnx.defs.OpSchema.FormalParameter("output", "tensor(float)")],
-        attributes=[*(onnx.defs.OpSchema.Attribute(a, onnx.defs.OpSchema.AttrType.INT, required=True) for a in attributes),
-                    onnx.defs.OpSchema.Attribute("threshold", onnx.defs.OpSchema.AttrType.FLOAT, required=True)])
+        attributes=[
+            *(onnx.defs.OpSchema.Attribute(a, onnx.defs.OpSchema.AttrType.INT, required=True) for a in attributes),
+            onnx.defs.OpSchema.Attribute("threshold", onnx.defs.OpSchema.AttrType.FLOAT, required=True),
+        ],
+    )
     return Op(Opset(DOMAIN, VERSION), name, schema)
 
 
@@ -29,8 +34,8 @@ LOG2_QUANTIZE = _local("Log2Quantize", "values", ["bits", "steps"])
 
 
 def quantize(x: Any, scale: Any, zero_point: Any, bits: int, axis: int) -> Any:
-    """QuantizeLinear-21 to uint8. Below 8 bits the codes saturate by Min on the uint8 tensor, which keeps ONNX Runtime's fusions
-    (a float Clip before it would not)."""
+    """QuantizeLinear-21 to uint8. Below 8 bits the codes saturate by Min on the uint8 tensor, which keeps ONNX
+    Runtime's fusions (a float Clip before it would not)."""
     codes = op.QuantizeLinear(x, scale, zero_point) if axis < 0 else op.QuantizeLinear(x, scale, zero_point, axis=axis)
     if bits == 8:
         return codes
@@ -44,7 +49,8 @@ def dequantize(codes: Any, scale: Any, zero_point: Any, bits: int, axis: int) ->
 
 
 def log2_softmax(logits: Any, scale: Any, dim: int, bits: int, steps: int) -> Any:
-    return LOG2_SOFTMAX(logits, scale, axis=dim, bits=bits, steps=steps, threshold=0.0)  # see `functions.set_thresholds`
+    # see `functions.set_thresholds`
+    return LOG2_SOFTMAX(logits, scale, axis=dim, bits=bits, steps=steps, threshold=0.0)
 
 
 def log2_quantize(a: Any, scale: Any, bits: int, steps: int) -> Any:
@@ -52,11 +58,16 @@ def log2_quantize(a: Any, scale: Any, bits: int, steps: int) -> Any:
 
 
 def rms_norm(x: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Any:
-    """In the one spelling that ONNX Runtime recognises and runs as one kernel (a division by the root, the weight last)."""
+    """In the one spelling that ONNX Runtime recognises and runs as one kernel (a division by the root, the weight
+    last).
+    """
     square = op.Pow(x, op.Constant(value=onnx.helper.make_tensor("two", onnx.TensorProto.FLOAT, [], [2.0])))
     axes = op.Constant(value_ints=list(range(-len(normalized_shape), 0)))
     smallest = float(torch.finfo(torch.float32).eps) if eps is None else eps
-    mean = op.Add(op.ReduceMean(square, axes, keepdims=1), op.Constant(value=onnx.helper.make_tensor("eps", onnx.TensorProto.FLOAT, [], [smallest])))
+    mean = op.Add(
+        op.ReduceMean(square, axes, keepdims=1),
+        op.Constant(value=onnx.helper.make_tensor("eps", onnx.TensorProto.FLOAT, [], [smallest])),
+    )
     normalized = op.Div(x, op.Sqrt(mean))
     return normalized if weight is None else op.Mul(normalized, weight)
 

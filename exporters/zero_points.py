@@ -1,7 +1,7 @@
 """Write the zero points of symmetric weights out.
 
-ONNX takes an absent zero point for 0, but ONNX Runtime turns `DequantizeLinear -> Gemm` into an integer kernel only where the
-weight's is written: without it every Linear runs in float.
+ONNX takes an absent zero point for 0, but ONNX Runtime turns `DequantizeLinear -> Gemm` into an integer kernel only
+where the weight's is written: without it every Linear runs in float.
 """
 
 from __future__ import annotations
@@ -20,12 +20,20 @@ def add_zero_points(model: ir.Model) -> int:
         if node.op_type != "DequantizeLinear" or (len(node.inputs) > 2 and node.inputs[2] is not None):
             continue
         codes, scale = node.inputs[0], node.inputs[1]
-        if codes is None or scale is None or scale.const_value is None or codes.const_value is None or codes.dtype != ir.DataType.INT8:
+        if (
+            codes is None
+            or scale is None
+            or scale.const_value is None
+            or codes.const_value is None
+            or codes.dtype != ir.DataType.INT8
+        ):
             continue
         if scale not in zero_points:
             name = names.unique(ZERO_POINT.of(SCALE.stem(str(scale.name)) or str(scale.name)))
             zeros = ir.tensor(np.zeros(scale.const_value.numpy().shape, np.int8), name=name)
-            zero_points[scale] = ir.Value(name=name, shape=zeros.shape, type=ir.TensorType(zeros.dtype), const_value=zeros)
+            zero_points[scale] = ir.Value(
+                name=name, shape=zeros.shape, type=ir.TensorType(zeros.dtype), const_value=zeros
+            )
             graph.register_initializer(zero_points[scale])
         node.resize_inputs(3)
         node.replace_input_with(2, zero_points[scale])

@@ -1,14 +1,16 @@
-"""Absorb per-channel scales (and shifts) past the norm: into the rows of one layer and, undone, the columns of the next.
+"""Absorb per-channel scales (and shifts) past the norm: into the rows of one layer and, undone, the columns of the
+next.
 
-An exact rewriting of the float model, done before anything is quantized, so that one scale per tensor fits all channels:
+An exact rewriting of the float model, done before anything is quantized, so that one scale per tensor fits all
+channels:
 
-- the values of attention: rows of the value projection, undone in the columns of the output projection. Rows of a Softmax
-  sum to 1, so a shift passes too, into the output projection's bias;
+- the values of attention: rows of the value projection, undone in the columns of the output projection. Rows of a
+  Softmax sum to 1, so a shift passes too, into the output projection's bias;
 - queries and keys: opposite factors, and the keys' mean, which a Softmax cannot see;
 - a layer that reads another one's output through ReLU or as one factor of a gated product (`act(gate) * up`).
 
-Which constants can take part follows from `channel_flow`, whatever the model; with rotary embedding, for instance, it finds that
-the two channels of a rotated pair must share a factor.
+Which constants can take part follows from `channel_flow`, whatever the model; with rotary embedding, for instance, it
+finds that the two channels of a rotated pair must share a factor.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ class Absorbable:
     Attributes:
         rows: label of each output channel, by the Linear or norm that makes it.
         columns: label of each input channel, by the Linear that reads it.
-        sites: label of each element of a site's value, by the site's name; one entry along axes where they do not change.
+        sites: label of each element of a site's value, by the site's name; one entry along axes where they do not
+            change.
         signed: (label, sign): a label's factor is that of its representative to the power of the sign; by label.
         shiftable: labels whose shift can be absorbed too.
     """
@@ -52,7 +55,9 @@ class Absorbable:
 
 
 def find_absorbable(graph_module: GraphModule, plan: Plan, kinds: tuple[str, ...] = ABSORB) -> Absorbable:
-    """Follow every layer's output channels to what reads them, and keep the factors that everything they meet allows."""
+    """Follow every layer's output channels to what reads them, and keep the factors that everything they meet
+    allows.
+    """
     matched = {group.norm for group in plan.groups}
     found, sources, start = Absorbable(), {}, 1
     for node in graph_module.graph.nodes:
@@ -65,13 +70,23 @@ def find_absorbable(graph_module: GraphModule, plan: Plan, kinds: tuple[str, ...
     kind_of: dict[int, str] = dict.fromkeys(flow.averaged, "values")
     unshifted: set[int] = set()
     for product in flow.products:
-        keys = torch.unique(product.right).tolist() if product.shifted and leads_to_softmax(graph_module, product.node) else []
-        kind_of.update(dict.fromkeys(torch.unique(product.left).tolist() + torch.unique(product.right).tolist(), "query_key"))
+        keys = (
+            torch.unique(product.right).tolist()
+            if product.shifted and leads_to_softmax(graph_module, product.node)
+            else []
+        )
+        kind_of.update(
+            dict.fromkeys(torch.unique(product.left).tolist() + torch.unique(product.right).tolist(), "query_key")
+        )
         unshifted.update(set(torch.unique(torch.stack([product.left, product.right])).tolist()) - set(keys))
         unshifted.update(torch.unique(product.left).tolist())
     for reader in flow.readers:
         columns = reader.columns
-        linear = reader.node.target is aten.linear.default and reader.node.args[0] is reader.value and is_constant(reader.node.args[1])
+        linear = (
+            reader.node.target is aten.linear.default
+            and reader.node.args[0] is reader.value
+            and is_constant(reader.node.args[1])
+        )
         if not linear or columns is None:
             flow.ties.fix(reader.labels)
             continue
@@ -100,7 +115,9 @@ def _keep_what_is_free(found: Absorbable, flow: ChannelFlow, sources: Mapping[No
         return torch.where(torch.isin(labels, free), labels, torch.zeros_like(labels))
 
     found.rows = {n: only_free(labels) for n, labels in sources.items() if bool(torch.isin(labels, free).any())}
-    found.columns = {n: only_free(labels) for n, labels in found.columns.items() if bool(torch.isin(labels, free).any())}
+    found.columns = {
+        n: only_free(labels) for n, labels in found.columns.items() if bool(torch.isin(labels, free).any())
+    }
     for group in plan.groups:
         for site in group.sites:
             pattern = flow.pattern(site.value) if site.role == "value" else None
@@ -110,7 +127,8 @@ def _keep_what_is_free(found: Absorbable, flow: ChannelFlow, sources: Mapping[No
 
 
 def _without_batch(pattern: Tensor, value: Node) -> Tensor | None:
-    """The pattern, cut to one period along an axis of symbolic size: a batch merged with heads repeats the heads' labels.
+    """The pattern, cut to one period along an axis of symbolic size: a batch merged with heads repeats the heads'
+    labels.
 
     None where the labels do not repeat, so that other sizes would have none.
     """
@@ -118,8 +136,15 @@ def _without_batch(pattern: Tensor, value: Node) -> Tensor | None:
         count = pattern.shape[axis]
         if isinstance(size, int) or count == 1:
             continue
-        periods = [p for p in range(1, count) if count % p == 0 and torch.equal(pattern, pattern.narrow(axis, 0, p).repeat(
-            [count // p if a == axis else 1 for a in range(pattern.ndim)]))]
+        periods = [
+            p
+            for p in range(1, count)
+            if count % p == 0
+            and torch.equal(
+                pattern,
+                pattern.narrow(axis, 0, p).repeat([count // p if a == axis else 1 for a in range(pattern.ndim)]),
+            )
+        ]
         if not periods:
             return None
         pattern = pattern.narrow(axis, 0, periods[0])
@@ -146,14 +171,22 @@ def channel_rows(value: Tensor, pattern: Tensor) -> Tensor:
 
 
 def describe(plan: Plan, absorbable: Absorbable) -> Plan:
-    """A plan that says what was equalized: a norm whose channels were levelled was not left alone for want of a Linear."""
+    """A plan that says what was equalized: a norm whose channels were levelled was not left alone for want of a
+    Linear.
+    """
     groups = []
     for group in plan.groups:
         levelled = [site_operand(site.name) for site in group.sites if site.name in absorbable.sites]
         note = f"channels of {' and '.join(levelled)} levelled into the constants around"
         groups.append(replace(group, notes=(*group.notes, note)) if levelled else group)
     norms = {module_path(n) or n.name for n in absorbable.rows if n.target in NORMS}
-    return Plan(tuple(groups), tuple(replace(item, reason=f"{LEVELLED}; {item.reason}") if item.path in norms else item for item in plan.left_alone))
+    return Plan(
+        tuple(groups),
+        tuple(
+            replace(item, reason=f"{LEVELLED}; {item.reason}") if item.path in norms else item
+            for item in plan.left_alone
+        ),
+    )
 
 
 class AbsorbScales(Pass):
@@ -187,7 +220,9 @@ class AbsorbScales(Pass):
         assert isinstance(weight_node, Node)
         name, weight = str(weight_node.target), attribute(graph_module, weight_node).double()
         factor, shift = self._of(labels, weight.device)
-        replace_constant(graph_module, node, at, (weight / (factor[:, None] if weight.ndim == 2 else factor)).float(), name)
+        replace_constant(
+            graph_module, node, at, (weight / (factor[:, None] if weight.ndim == 2 else factor)).float(), name
+        )
         if node.target is aten.rms_norm.default:
             return
         bias_node = node.args[bias_at] if len(node.args) > bias_at else None

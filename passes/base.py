@@ -304,7 +304,9 @@ def _forget(graph_module: GraphModule, node: Node) -> None:
 
 
 def shared_copy(graph_module: GraphModule) -> GraphModule:
-    """A copy with its own graph and attributes but the same tensors: passes replace constants and never write into them."""
+    """A copy with its own graph and attributes but the same tensors: passes replace constants and never write into
+    them.
+    """
     memo: dict[int, Any] = {id(t): t for t in [*graph_module.parameters(), *graph_module.buffers()]}
     return copy.deepcopy(graph_module, memo)
 

@@ -1,8 +1,8 @@
 """Canonicalize: one spelling for each operation, so that matchers need to know one.
 
-Identities left behind by export disappear; views become reshapes; a matrix product with a parameter becomes a Linear, other ways
-to write a product a MatMul; a convolution whose windows tile its input (a patch embedding) becomes a Linear over unfolded patches,
-which is what it is.
+Identities left behind by export disappear; views become reshapes; a matrix product with a parameter becomes a Linear,
+other ways to write a product a MatMul; a convolution whose windows tile its input (a patch embedding) becomes a Linear
+over unfolded patches, which is what it is.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from repquant_fx.passes.operators import CONVOLUTIONS, IDENTITIES, VIEWS
 from repquant_fx.passes.spec import CANONICAL
 from repquant_fx.torch_private import fake_mode, propagating
 
-POOLS = {aten.adaptive_avg_pool1d.default: [-1], aten.adaptive_avg_pool2d.default: [-2, -1]}  # to one value: a mean over these axes
+# to one value: a mean over these axes
+POOLS = {aten.adaptive_avg_pool1d.default: [-1], aten.adaptive_avg_pool2d.default: [-2, -1]}
 
 
 class Canonicalize(Pass):
@@ -48,9 +49,18 @@ class Canonicalize(Pass):
         elif target in VIEWS or (target is aten.reshape.default and _one_symbol(node.args[1]) is not None):
             node.target = aten.reshape.default
             self._infer_symbol(node)
-        elif target in (aten.mm.default, aten.matmul.default) and is_constant(node.args[1]) and len(shape_of(_n(node.args[1]))) == 2:
+        elif (
+            target in (aten.mm.default, aten.matmul.default)
+            and is_constant(node.args[1])
+            and len(shape_of(_n(node.args[1]))) == 2
+        ):
             self._to_linear(graph_module, node, _n(node.args[0]), _n(node.args[1]), None)
-        elif target is aten.addmm.default and not node.kwargs and is_constant(node.args[2]) and _is_bias(node.args[0], node):
+        elif (
+            target is aten.addmm.default
+            and not node.kwargs
+            and is_constant(node.args[2])
+            and _is_bias(node.args[0], node)
+        ):
             self._to_linear(graph_module, node, _n(node.args[1]), _n(node.args[2]), _n(node.args[0]))
         elif target in CONVOLUTIONS and len(shape_of(_n(node.args[0]))) < len(shape_of(_n(node.args[1]))):
             self._add_batch_axis(graph_module, node)
@@ -71,7 +81,12 @@ class Canonicalize(Pass):
         if not node.args or not is_tensor(node.args[0]) or not is_tensor(node):
             return False
         source = _n(node.args[0])
-        if node.target is aten._to_copy.default or node.target in (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.type_as.default):
+        if node.target is aten._to_copy.default or node.target in (
+            aten.to.dtype,
+            aten.to.dtype_layout,
+            aten.to.device,
+            aten.type_as.default,
+        ):
             return source.meta["val"].dtype == node.meta["val"].dtype
         if node.target in (aten.pad.default, aten.constant_pad_nd.default):
             return all(isinstance(p, int) and p == 0 for p in node.args[1])  # type: ignore[union-attr]
@@ -92,7 +107,9 @@ class Canonicalize(Pass):
             node.update_arg(1, sizes)
 
     def _to_linear(self, graph_module: GraphModule, node: Node, x: Node, weight: Node, bias: Node | None) -> None:
-        transposed = constant_node(graph_module, TRANSPOSED.of(str(weight.target)), attribute(graph_module, weight).T.contiguous(), node)
+        transposed = constant_node(
+            graph_module, TRANSPOSED.of(str(weight.target)), attribute(graph_module, weight).T.contiguous(), node
+        )
         with graph_module.graph.inserting_before(node):
             linear = graph_module.graph.call_function(aten.linear.default, (x, transposed, bias))
         copy_meta(node, linear, node.meta["val"])
@@ -133,7 +150,9 @@ class Canonicalize(Pass):
                 batch = -1  # inferred, as everywhere else
             tiles = graph.call_function(aten.reshape.default, (x, [batch, channels, height // p, p, width // q, q]))
             order = graph.call_function(aten.permute.default, (tiles, [0, 2, 4, 1, 3, 5]))
-            rows = graph.call_function(aten.reshape.default, (order, [batch, height // p, width // q, channels * p * q]))
+            rows = graph.call_function(
+                aten.reshape.default, (order, [batch, height // p, width // q, channels * p * q])
+            )
             linear = graph.call_function(aten.linear.default, (rows, flat, bias))
             result = graph.call_function(aten.permute.default, (linear, [0, 3, 1, 2]))
         for new in (tiles, order, rows, linear, result):
@@ -150,12 +169,22 @@ def _einsum_to_matmul(graph_module: GraphModule, node: Node) -> bool:
     equation = str(node.args[0]).replace(" ", "")
     inputs, _, output = equation.partition("->")
     terms, tensors = inputs.split(","), node.args[1]
-    if len(terms) != 2 or not equation.isascii() or "." in equation or not output or any(len(set(t)) < len(t) for t in (*terms, output)):
+    if (
+        len(terms) != 2
+        or not equation.isascii()
+        or "." in equation
+        or not output
+        or any(len(set(t)) < len(t) for t in (*terms, output))
+    ):
         return False
     summed = [i for i in terms[0] if i in terms[1] and i not in output]
     shared = [i for i in output if i in terms[0] and i in terms[1]]
     own = [[i for i in output if i in term and i not in shared] for term in terms]
-    if len(summed) != 1 or len(shared) + 1 + len(own[0]) != len(terms[0]) or len(shared) + 1 + len(own[1]) != len(terms[1]):
+    if (
+        len(summed) != 1
+        or len(shared) + 1 + len(own[0]) != len(terms[0])
+        or len(shared) + 1 + len(own[1]) != len(terms[1])
+    ):
         return False
     (left, rows), (right, columns) = zip(tensors, own, strict=True)  # type: ignore[arg-type]
     names = list(terms)
@@ -166,7 +195,9 @@ def _einsum_to_matmul(graph_module: GraphModule, node: Node) -> bool:
     graph = graph_module.graph
     with graph.inserting_before(node):
         a = graph.call_function(aten.permute.default, (left, [names[0].index(i) for i in (*shared, *rows, *summed)]))
-        b = graph.call_function(aten.permute.default, (right, [names[1].index(i) for i in (*shared, *summed, *columns)]))
+        b = graph.call_function(
+            aten.permute.default, (right, [names[1].index(i) for i in (*shared, *summed, *columns)])
+        )
         new = [a, b]
         for _ in rows[1:]:
             new.append(graph.call_function(aten.unsqueeze.default, (new[-1], len(shared))))
@@ -198,7 +229,9 @@ def _is_bias(added: Any, node: Node) -> bool:
 
 
 def _one_symbol(sizes: Any) -> int | None:
-    """Position of the only size that is not a plain number; None where there is not exactly one, or one is inferred already."""
+    """Position of the only size that is not a plain number; None where there is not exactly one, or one is inferred
+    already.
+    """
     symbols = [i for i, size in enumerate(sizes) if isinstance(size, Node)]
     known = [size for size in sizes if isinstance(size, int)]
     return symbols[0] if len(symbols) == 1 and -1 not in known and 0 not in known else None
@@ -219,7 +252,11 @@ def _tiles(node: Node) -> bool:
     kernel = shape_of(_n(weight))[2:]
     size = shape_of(_n(x))[2:]
     pair = [s if len(s) == 2 else [s[0], s[0]] for s in (stride, padding, dilation)]
-    return (len(size) == 2 and list(pair[0]) == list(kernel) and list(pair[1]) == [0, 0] and list(pair[2]) == [1, 1]
-            and groups == 1 and all(isinstance(s, int) and isinstance(k, int) and s % k == 0 for s, k in zip(size, kernel)))
-
-
+    return (
+        len(size) == 2
+        and list(pair[0]) == list(kernel)
+        and list(pair[1]) == [0, 0]
+        and list(pair[2]) == [1, 1]
+        and groups == 1
+        and all(isinstance(s, int) and isinstance(k, int) and s % k == 0 for s, k in zip(size, kernel))
+    )

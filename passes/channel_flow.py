@@ -1,11 +1,14 @@
-"""Where per-channel factors and shifts go: one dataflow analysis for every affine that a graph's constants could absorb.
+"""Where per-channel factors and shifts go: one dataflow analysis for every affine that a graph's constants could
+absorb.
 
-Each element of an activation carries a *label*: the channel of the source (a norm, a Linear) whose factor it has. Operators that
-only move elements are run on the labels themselves; the few others that commute with a factor have a rule each. What reads a
-labelled value and has no rule is a *reader*: a Linear can undo the factor in its columns, anything else forbids it.
+Each element of an activation carries a *label*: the channel of the source (a norm, a Linear) whose factor it has.
+    Operators that
+only move elements are run on the labels themselves; the few others that commute with a factor have a rule each. What
+reads a labelled value and has no rule is a *reader*: a Linear can undo the factor in its columns, anything else forbids
+    it.
 
-`x -> x / factor` passes more operators than `x -> (x - shift) / factor` does. Norms are rewritten with both, so for them an
-operator that carries the factor alone is a reader like any other (`affine=True`).
+`x -> x / factor` passes more operators than `x -> (x - shift) / factor` does. Norms are rewritten with both, so for
+them an operator that carries the factor alone is a reader like any other (`affine=True`).
 
 Long because the analysis is its rules, one per kind of operator, and each is judged against the others.
 """
@@ -33,11 +36,33 @@ SOFTMAX = {aten.softmax.int, aten._softmax.default}
 MATMULS = {aten.matmul.default, aten.bmm.default}
 CASTS = {aten._to_copy.default, aten.to.dtype, aten.clone.default}
 MOVES = {
-    aten.reshape.default, aten.permute.default, aten.transpose.int, aten.t.default, aten.expand.default, aten.unsqueeze.default,
-    aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.slice.Tensor, aten.select.int, aten.flatten.using_ints,
-    aten.unflatten.int, aten.roll.default, aten.flip.default, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default,
-    aten.unbind.int, aten.cat.default, aten.stack.default, aten.repeat.default, aten.repeat_interleave.self_int, aten.movedim.int,
-    aten.pixel_unshuffle.default, aten.pixel_shuffle.default, operator.getitem,
+    aten.reshape.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+    aten.expand.default,
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.roll.default,
+    aten.flip.default,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.chunk.default,
+    aten.unbind.int,
+    aten.cat.default,
+    aten.stack.default,
+    aten.repeat.default,
+    aten.repeat_interleave.self_int,
+    aten.movedim.int,
+    aten.pixel_unshuffle.default,
+    aten.pixel_shuffle.default,
+    operator.getitem,
 }
 REDUCTIONS = {aten.mean.dim: True, aten.amax.default: True, aten.sum.dim_IntList: False}  # whether a shift passes too
 POOLS = {aten.adaptive_avg_pool2d.default, aten.avg_pool2d.default, aten.max_pool2d.default}
@@ -149,7 +174,8 @@ class ChannelFlow:
 
     def __init__(self, graph_module: GraphModule, sources: Mapping[Node, Tensor], *, affine: bool = False) -> None:
         self.graph_module, self.affine = graph_module, affine
-        self._patterns: dict[Node, Any] = {}  # labels, with one entry along axes where they do not change; a tuple for several results
+        # labels, with one entry along axes where they do not change; a tuple for several results
+        self._patterns: dict[Node, Any] = {}
         self.readers: list[Reader] = []
         self.products: list[Product] = []
         self.ties = Ties()
@@ -171,7 +197,11 @@ class ChannelFlow:
     def pattern(self, node: Node) -> Tensor | None:
         """Labels of a value with a single entry along each axis on which they do not change."""
         pattern = self._patterns.get(node)
-        return pattern.reshape((1,) * (len(shape_of(node)) - pattern.ndim) + pattern.shape) if isinstance(pattern, Tensor) else None
+        return (
+            pattern.reshape((1,) * (len(shape_of(node)) - pattern.ndim) + pattern.shape)
+            if isinstance(pattern, Tensor)
+            else None
+        )
 
     def _visit(self, node: Node, carriers: list[Node]) -> None:
         result, shifted = None, False
@@ -248,7 +278,9 @@ class ChannelFlow:
         return torch.constant_pad_nd(self._only(node), list(widths), PADDING)
 
     def _index(self, node: Node) -> Tensor | None:
-        """Constant indices select labels; computed ones may select anything, so the labels must not depend on what they select."""
+        """Constant indices select labels; computed ones may select anything, so the labels must not depend on what they
+        select.
+        """
         labels = self._only(node)
         if node.target is aten.index_select.default:
             dims, indices = [int(cast(int, node.args[1])) % labels.ndim], [node.args[2]]
@@ -261,7 +293,10 @@ class ChannelFlow:
         if not all(known):
             if self._padded(node.args[0]):
                 return None  # what is selected may be a zero put in, or not
-            if any(i is not None and _node(i).meta["val"].dtype == torch.bool for i in indices) or constant_over(labels, dims) is None:
+            if (
+                any(i is not None and _node(i).meta["val"].dtype == torch.bool for i in indices)
+                or constant_over(labels, dims) is None
+            ):
                 return None
         real = [None if i is None else attribute(self.graph_module, _node(i)) if ok else
                 torch.zeros(hinted(_node(i)), dtype=torch.int64) for i, ok in zip(indices, known)]
@@ -394,7 +429,9 @@ def softmax_behind(value: Node) -> Node | None:
         if value.target in SOFTMAX:
             return value if int(cast(int, value.args[1])) % len(shape_of(value)) == len(shape_of(value)) - 1 else None
         source = value.args[0] if value.args else None
-        if value.target not in (aten.reshape.default, aten.expand.default, aten.unsqueeze.default) or not is_tensor(source):
+        if value.target not in (aten.reshape.default, aten.expand.default, aten.unsqueeze.default) or not is_tensor(
+            source
+        ):
             return None
         if shape_of(_node(source))[-1] != shape_of(value)[-1]:
             return None
@@ -403,9 +440,11 @@ def softmax_behind(value: Node) -> Node | None:
 
 
 def leads_to_softmax(graph_module: GraphModule, product: Node) -> bool:
-    """Whether all that reads a MatMul is a Softmax over its last axis, through scaling, masks and layout that keep its rows apart.
+    """Whether all that reads a MatMul is a Softmax over its last axis, through scaling, masks and layout that keep its
+    rows apart.
 
-    What is added to a whole row of logits then changes nothing; a mask that fills some of them must fill in what vanishes in a Softmax.
+    What is added to a whole row of logits then changes nothing; a mask that fills some of them must fill in what
+    vanishes in a Softmax.
     """
     pending, found = [product], False
     while pending:
@@ -417,8 +456,11 @@ def leads_to_softmax(graph_module: GraphModule, product: Node) -> bool:
                 found = True
             elif user.target in MASKS and not _vanishes(graph_module, user, node):
                 return False
-            elif user.target in ROW_WISE and (user.args[0] is node or user.target in (aten.add.Tensor, aten.where.self)) \
-                    and shape_of(user)[-1] == shape_of(node)[-1]:
+            elif (
+                user.target in ROW_WISE
+                and (user.args[0] is node or user.target in (aten.add.Tensor, aten.where.self))
+                and shape_of(user)[-1] == shape_of(node)[-1]
+            ):
                 pending.append(user)
             elif user.target in (aten.mul.Tensor, aten.div.Tensor) and user.args[0] is node \
                     and not (is_tensor(user.args[1]) and shape_of(_node(user.args[1]))[-1:] not in ([], [1])):
@@ -448,7 +490,13 @@ def is_empty(node: object) -> bool:
 def describe_reader(reader: Reader) -> str:
     """The reader in words, for reports."""
     node = reader.node
-    name = "the output" if node.op == "output" else str(node.target).split(".")[1] if "." in str(node.target) else node.name
+    name = (
+        "the output"
+        if node.op == "output"
+        else str(node.target).split(".")[1]
+        if "." in str(node.target)
+        else node.name
+    )
     path = module_path(node)
     return f"{name} in {path}" if path else name
 

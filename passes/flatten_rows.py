@@ -1,8 +1,9 @@
 """Keep token matrices flat between Linears.
 
-A Linear runs on a matrix, so lowering flattens its input and gives its output the leading axes back. What stands between two Linears
-mostly works on each row alone (norms over the last axis, activation functions, residual additions, quantizers) and does so just as
-well on the flat matrix. Here the restoring reshape moves down past such operators until it meets the next flattening and both vanish.
+A Linear runs on a matrix, so lowering flattens its input and gives its output the leading axes back. What stands
+between two Linears mostly works on each row alone (norms over the last axis, activation functions, residual additions,
+quantizers) and does so just as well on the flat matrix. Here the restoring reshape moves down past such operators until
+it meets the next flattening and both vanish.
 """
 
 from __future__ import annotations
@@ -17,9 +18,22 @@ from repquant_fx.passes.canonicalize import refresh_metadata
 from repquant_fx.passes.spec import RUNTIME
 
 ELEMENT_WISE = {
-    aten.gelu.default, aten.relu.default, aten.relu_.default, aten.silu.default, aten.sigmoid.default, aten.tanh.default, aten.neg.default,
-    aten.hardswish.default, aten.leaky_relu.default, aten.exp.default, aten.mul.Tensor, aten.mul.Scalar, aten.add.Tensor, aten.add.Scalar,
-    aten.sub.Tensor, aten.div.Tensor,
+    aten.gelu.default,
+    aten.relu.default,
+    aten.relu_.default,
+    aten.silu.default,
+    aten.sigmoid.default,
+    aten.tanh.default,
+    aten.neg.default,
+    aten.hardswish.default,
+    aten.leaky_relu.default,
+    aten.exp.default,
+    aten.mul.Tensor,
+    aten.mul.Scalar,
+    aten.add.Tensor,
+    aten.add.Scalar,
+    aten.sub.Tensor,
+    aten.div.Tensor,
 }
 NORMS = {aten.layer_norm.default, aten.rms_norm.default}
 
@@ -27,7 +41,10 @@ NORMS = {aten.layer_norm.default, aten.rms_norm.default}
 class FlattenRows(Pass):
     name = "flatten rows"
     needs = "a graph lowered to Q/DQ, with tensor metadata"
-    guarantees = "row-wise operators between flattened Linears work on the matrix; every value is the same up to its leading axes"
+    guarantees = (
+        "row-wise operators between flattened Linears work on the matrix; every value is the same up to its leading "
+        "axes"
+    )
     takes = gives = RUNTIME
 
     def run(self, graph_module: GraphModule) -> bool:
@@ -72,7 +89,8 @@ class FlattenRows(Pass):
         if any(not _equal(shape_of(cast(Node, t)), shape) for t in tensors):
             return False
         graph, first = node.graph, restored[0]
-        matrix = cast(Node, _flat(first)).meta["val"]  # all of them have its shape; types are brought up to date at the end
+        # all of them have its shape; types are brought up to date at the end
+        matrix = cast(Node, _flat(first)).meta["val"]
 
         def flatten(argument: Any) -> Any:
             if argument not in tensors:
@@ -80,13 +98,17 @@ class FlattenRows(Pass):
             flat = _flat(argument)
             if flat is None:
                 with graph.inserting_before(node):
-                    flat = copy_meta(node, graph.call_function(aten.reshape.default, (argument, [-1, shape[-1]])), matrix)
+                    flat = copy_meta(
+                        node, graph.call_function(aten.reshape.default, (argument, [-1, shape[-1]])), matrix
+                    )
             return flat
 
         args = tuple(flatten(a) for a in node.args)
         with graph.inserting_before(node):
             moved = copy_meta(node, graph.call_function(cast(Any, node.target), args, node.kwargs), matrix)
-            result = copy_meta(node, graph.call_function(aten.reshape.default, (moved, first.args[1])), node.meta["val"])
+            result = copy_meta(
+                node, graph.call_function(aten.reshape.default, (moved, first.args[1])), node.meta["val"]
+            )
         node.replace_all_uses_with(result)
         graph.erase_node(node)
         return True
@@ -108,7 +130,9 @@ def _row_wise(node: Node) -> bool:
 
 
 def _read_sizes_from_inputs(graph_module: GraphModule) -> bool:
-    """Sizes that an input has are read from that input, so that no value between is kept for its shape; whether any were not."""
+    """Sizes that an input has are read from that input, so that no value between is kept for its shape; whether any
+    were not.
+    """
     sources: dict[Any, tuple[Node, int]] = {}
     last = None
     for node in graph_module.graph.find_nodes(op="placeholder"):

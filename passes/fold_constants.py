@@ -1,6 +1,7 @@
 """Fold: what is computed from parameters and buffers alone becomes a constant, so that matchers see constants.
 
-A bias put together from parts (BEiT's q and v biases around zeros), `1 + weight` of an RMS norm, a relative position bias looked up
+A bias put together from parts (BEiT's q and v biases around zeros), `1 + weight` of an RMS norm, a relative position
+bias looked up
 in its table: each is one tensor afterwards, under the name of what it came from where that is one tensor.
 """
 
@@ -24,12 +25,18 @@ SMALL = 1 << 16  # ...or this many elements
 class FoldConstants(Pass):
     name = "fold constants"
     needs = "an ATen graph whose constants nothing writes into"
-    guarantees = "no operator reads constants alone, but for some that would make much larger ones; the outputs are unchanged"
+    guarantees = (
+        "no operator reads constants alone, but for some that would make much larger ones; the outputs are unchanged"
+    )
 
     def run(self, graph_module: GraphModule) -> bool:
         constant = {n for n in graph_module.graph.nodes if n.op == "get_attr" and _is_tensor_at(graph_module, n)}
         for node in graph_module.graph.nodes:
-            if _pure(node) and all(p in constant for p in node.all_input_nodes) and not any(_writes(u) for u in node.users):
+            if (
+                _pure(node)
+                and all(p in constant for p in node.all_input_nodes)
+                and not any(_writes(u) for u in node.users)
+            ):
                 constant.add(node)
         frontier = [n for n in constant if n.op != "get_attr" and any(u not in constant for u in n.users)]
         order = {node: index for index, node in enumerate(graph_module.graph.nodes)}

@@ -1,15 +1,15 @@
 """Let a Linear write the integer codes of the attention operands that read it.
 
-`Linear -> reshape, split, permute, times 1/sqrt(d) -> quantize` runs, as written, as an integer product with a float result that is
-moved about and quantized afterwards, once an operand. Layout operators commute with quantization, and so does a constant factor. The
-operands' scales and zero points go into the Linear instead: row r of the weight's scale is divided by the scale of the operand that
-row feeds. Then *one* quantization with scale 1 right behind the Linear gives every operand's codes, ONNX Runtime fuses it into the integer
-product, and a quarter of the bytes is moved about.
+`Linear -> reshape, split, permute, times 1/sqrt(d) -> quantize` runs, as written, as an integer product with a float
+result that is moved about and quantized afterwards, once an operand. Layout operators commute with quantization, and so
+does a constant factor. The operands' scales and zero points go into the Linear instead: row r of the weight's scale is
+divided by the scale of the operand that row feeds. Then *one* quantization with scale 1 right behind the Linear gives
+every operand's codes, ONNX Runtime fuses it into the integer product, and a quarter of the bytes is moved about.
 
-That quantization has one zero point, the first operand's. Where another operand's differs, the difference goes into the bias, which is an
-integer in steps of the product's accumulator: the value that is rounded moves by up to half such a step. A code can change by one, and
-only where its value lay nearer to the midpoint of two codes than that; a Linear whose accumulator is so coarse that this could exceed
-`SLACK` of a code stays as it is.
+That quantization has one zero point, the first operand's. Where another operand's differs, the difference goes into the
+bias, which is an integer in steps of the product's accumulator: the value that is rounded moves by up to half such a
+step. A code can change by one, and only where its value lay nearer to the midpoint of two codes than that; a Linear
+whose accumulator is so coarse that this could exceed `SLACK` of a code stays as it is.
 """
 
 from __future__ import annotations
@@ -23,7 +23,16 @@ from torch import Tensor
 from torch.fx import GraphModule, Node, map_arg
 
 from repquant_fx.naming import QUANTIZED, SCALE, ZERO_POINT, beside
-from repquant_fx.passes.base import Pass, aten, attribute, constant_node, copy_meta, free_stem, is_constant, replace_constant
+from repquant_fx.passes.base import (
+    Pass,
+    aten,
+    attribute,
+    constant_node,
+    copy_meta,
+    free_stem,
+    is_constant,
+    replace_constant,
+)
 from repquant_fx.passes.canonicalize import refresh_metadata
 from repquant_fx.passes.channel_flow import hint, hinted
 from repquant_fx.passes.lower_to_qdq import BIAS_LIMIT
@@ -54,13 +63,16 @@ class Codes:
 
 
 class FuseRequantization(Pass):
-    """Attributes: `quantizers`, the node that produces each site's codes, by site name, as `LowerToQDQ` left it and brought up to date;
-    `codes`, the Linears that write codes, by name."""
+    """Attributes: `quantizers`, the node that produces each site's codes, by site name, as `LowerToQDQ` left it and
+    brought up to date; `codes`, the Linears that write codes, by name."""
 
     name = "fuse requantization"
     needs = "a graph lowered to Q/DQ"
-    guarantees = ("Linears that only quantized operands read write codes; on the same inputs every code is the same, or the other one of the two "
-                  "that its value lay between, no further than SLACK from their midpoint")
+    guarantees = (
+        "Linears that only quantized operands read write codes; on the same inputs every code is the same, or the "
+        "other one of the two "
+        "that its value lay between, no further than SLACK from their midpoint"
+    )
     takes, gives = LOWERED, RUNTIME
 
     def __init__(self, quantizers: dict[str, Node]) -> None:
@@ -81,7 +93,9 @@ class FuseRequantization(Pass):
         return modified
 
     def _fuse(self, graph_module: GraphModule, linear: Node) -> str | None:
-        """Fuse one Linear. '' where that was done, the reason where it was not, None where no operand of a product reads it."""
+        """Fuse one Linear. '' where that was done, the reason where it was not, None where no operand of a product
+        reads it.
+        """
         source, weight, bias = (*linear.args, None)[:3]
         found = list(_branches(graph_module, linear, 1.0))
         branches = [branch for branch in found if branch is not None]
@@ -89,7 +103,9 @@ class FuseRequantization(Pass):
             return None  # in the second case it writes codes already
         if len(branches) != len(found):
             return "not only quantized operands read it"
-        if not (_constant_codes(weight) and (bias is None or _constant_codes(bias)) and _per_tensor(graph_module, source)):
+        if not (
+            _constant_codes(weight) and (bias is None or _constant_codes(bias)) and _per_tensor(graph_module, source)
+        ):
             return "its input, weight and bias are not all integer codes of its own"
         rows = _rows(linear, branches)
         if rows is None or len({b.quantize.args[3] for b in branches}) != 1 or any(b.factor <= 0 for b in branches):
@@ -104,7 +120,9 @@ class FuseRequantization(Pass):
         bias_scale = attribute(graph_module, _argument(source, 1)) * weight_scale
         offset = torch.round(zero_point / bias_scale.double())
         codes = offset + (attribute(graph_module, _argument(bias, 0)).double() if isinstance(bias, Node) else 0)
-        if not bool((weight_scale > 0).all() and torch.isfinite(weight_scale).all() and (codes.abs() < BIAS_LIMIT).all()):
+        if not bool(
+            (weight_scale > 0).all() and torch.isfinite(weight_scale).all() and (codes.abs() < BIAS_LIMIT).all()
+        ):
             return "its scales or its bias leave the range of float32 or int32"
         apart = float((offset * bias_scale.double() - zero_point).abs().max())
         if apart > SLACK:
@@ -126,13 +144,17 @@ class FuseRequantization(Pass):
         self._move_quantizer(graph_module, linear, branches, beside(weight_name, "output"), shared)
         return ""
 
-    def _move_quantizer(self, graph_module: GraphModule, linear: Node, branches: Sequence[Branch], name: str, zero_point: Tensor) -> None:
+    def _move_quantizer(
+        self, graph_module: GraphModule, linear: Node, branches: Sequence[Branch], name: str, zero_point: Tensor
+    ) -> None:
         """One quantizer behind the Linear; the operands read its codes through the layout operators that were there."""
         graph, after, stem = graph_module.graph, linear.next, free_stem(graph_module, name)
         one = constant_node(graph_module, SCALE.of(stem), torch.tensor(1.0), after)
         zero = constant_node(graph_module, ZERO_POINT.of(stem), zero_point, after)
         with graph.inserting_before(after):
-            quantize = copy_meta(linear, graph.call_function(QUANTIZE, (linear, one, zero, branches[0].quantize.args[3], -1)))
+            quantize = copy_meta(
+                linear, graph.call_function(QUANTIZE, (linear, one, zero, branches[0].quantize.args[3], -1))
+            )
         linear.replace_all_uses_with(quantize, delete_user_cb=lambda user: user is not quantize)
         for branch in branches:
             codes = cast(Node, branch.quantize.args[0])
@@ -148,7 +170,9 @@ class FuseRequantization(Pass):
 
 
 def _branches(graph_module: GraphModule, node: Node, factor: float) -> Iterator[Branch | None]:
-    """The quantized operands that `node` feeds through layout operators and constant factors; None for any other reader."""
+    """The quantized operands that `node` feeds through layout operators and constant factors; None for any other
+    reader.
+    """
     for user in node.users:
         if user.target is QUANTIZE and user.args[0] is node and attribute(graph_module, _argument(user, 1)).ndim == 0:
             yield Branch(user, factor)
@@ -196,7 +220,11 @@ def _root(node: Node) -> Node:
 
 def _factor(node: Node) -> float | None:
     """The number that a node multiplies its one tensor by."""
-    if node.target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar) and not node.kwargs and isinstance(node.args[0], Node):
+    if (
+        node.target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
+        and not node.kwargs
+        and isinstance(node.args[0], Node)
+    ):
         number = node.args[1]
         if isinstance(number, (int, float)) and not isinstance(number, bool) and number != 0:
             return float(number) if node.target in (aten.mul.Tensor, aten.mul.Scalar) else 1 / float(number)
@@ -209,7 +237,9 @@ def _constant_codes(node: object) -> bool:
 
 
 def _per_tensor(graph_module: GraphModule, node: object) -> bool:
-    return isinstance(node, Node) and node.target is DEQUANTIZE and attribute(graph_module, _argument(node, 1)).ndim == 0
+    return (
+        isinstance(node, Node) and node.target is DEQUANTIZE and attribute(graph_module, _argument(node, 1)).ndim == 0
+    )
 
 
 def _argument(node: object, index: int) -> Node:

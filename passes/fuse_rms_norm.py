@@ -42,7 +42,8 @@ def _match(node: Node) -> tuple[Node, Node, Node | None, float] | None:
     if len(node.users) == 1:
         (user,) = node.users
         others = [a for a in user.args if a is not node] if user.target is aten.mul.Tensor else []
-        if len(others) == 1 and is_constant(others[0]) and is_tensor(others[0]) and shape_of(others[0]) == [channels]:  # type: ignore[arg-type]
+        # type: ignore[arg-type]
+        if len(others) == 1 and is_constant(others[0]) and is_tensor(others[0]) and shape_of(others[0]) == [channels]:
             return user, x, others[0], eps  # type: ignore[return-value]
     return node, x, None, eps
 

@@ -17,7 +17,8 @@ from repquant_fx.quantizers.observers import Observer
 CHANNEL_SAMPLE = 4096  # tokens kept per norm group
 TENSOR_SAMPLE = 1 << 17  # values kept per per-tensor site
 WHOLE_ELEMENTS = 1 << 19  # attention probabilities kept per site, to calibrate their scale by the product's output
-SLOTS = "quantizers"  # the submodule that holds observers, then quantizers; numbered where the model has one of this name
+# the submodule that holds observers, then quantizers; numbered where the model has one of this name
+SLOTS = "quantizers"
 
 
 class InsertObservers(Pass):

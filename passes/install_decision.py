@@ -18,13 +18,16 @@ from repquant_fx.quantizers.weight import ChosenWeight
 class InstallDecision(Pass):
     """Installs what the decision speaks of.
 
-    A weight of shape (out, in, ...) becomes int8 codes of the same shape and float32 scales of shape (out,), read through
-    `dequantize`; its bias float32 of shape (out,).
+    A weight of shape (out, in, ...) becomes int8 codes of the same shape and float32 scales of shape (out,), read
+    through `dequantize`; its bias float32 of shape (out,).
     """
 
     name = "install decision"
     needs = "a slot at each site, and a float weight at each consumer, that the decision speaks of"
-    guarantees = "these sites hold quantizers; these consumers read the dequantized value of integer codes, and their float weights are gone"
+    guarantees = (
+        "these sites hold quantizers; these consumers read the dequantized value of integer codes, and their float "
+        "weights are gone"
+    )
     takes = gives = OBSERVED
 
     def __init__(self, group: Group, decision: Decision) -> None:

@@ -1,7 +1,9 @@
 """Lower to Q/DQ: every quantizer becomes operators that each have one ONNX counterpart (`repquant_fx.ops`).
 
-Placement is what ONNX Runtime fuses: quantize and dequantize stand only on the operands of matrix products and convolutions; a
-Linear runs on a matrix (so that it becomes Gemm) with an integer weight and an int32 bias whose scale is the product of both.
+Placement is what ONNX Runtime fuses: quantize and dequantize stand only on the operands of matrix products and
+    convolutions; a
+Linear runs on a matrix (so that it becomes Gemm) with an integer weight and an int32 bias whose scale is the product of
+both.
 """
 
 from __future__ import annotations
@@ -27,12 +29,14 @@ BIAS_LIMIT = 2.0**31 - 1024  # float32 cannot hold the largest int32
 
 
 class LowerToQDQ(Pass):
-    """Attributes: `quantizers`, the node that produces each site's codes (or log-quantized values), by site name; `constants`, the
-    names of each site's scale and, by the consumer's node name, of each weight's codes."""
+    """Attributes: `quantizers`, the node that produces each site's codes (or log-quantized values), by site name;
+    `constants`, the names of each site's scale and, by the consumer's node name, of each weight's codes."""
 
     name = "lower to Q/DQ"
     needs = "a quantizer at every site and the integer codes of every quantized weight"
-    guarantees = "quantizers are `repquant_fx` operators, weights integer codes and biases int32 where their scale is known"
+    guarantees = (
+        "quantizers are `repquant_fx` operators, weights integer codes and biases int32 where their scale is known"
+    )
     takes, gives = OBSERVED, LOWERED
 
     def __init__(self, plan: Plan, weights: dict[Node, QuantizedWeight]) -> None:
@@ -42,7 +46,11 @@ class LowerToQDQ(Pass):
         self.constants: dict[str, str] = {}
 
     def run(self, graph_module: GraphModule) -> bool:
-        slots = {str(slot_of(graph_module, site).target).partition(".")[0] for group in self.plan.groups for site in group.sites}
+        slots = {
+            str(slot_of(graph_module, site).target).partition(".")[0]
+            for group in self.plan.groups
+            for site in group.sites
+        }
         for group in self.plan.groups:
             for site in group.sites:
                 self._lower_site(graph_module, site)
@@ -100,7 +108,9 @@ class LowerToQDQ(Pass):
             if len(shape) != 2:
                 _restore_shape(graph_module, linear, source)
 
-    def _quantize(self, graph_module: GraphModule, site: Site, source: Node, quantizer: UniformQuantizer, before: Node) -> Node:
+    def _quantize(
+        self, graph_module: GraphModule, site: Site, source: Node, quantizer: UniformQuantizer, before: Node
+    ) -> Node:
         stem, bits, graph = free_stem(graph_module, site_stem(site.name)), quantizer.bits, graph_module.graph
         axis, shift = -1, None
         scale, zero_point = quantizer.scale, quantizer.zero_point
@@ -128,7 +138,9 @@ class LowerToQDQ(Pass):
         graph, source = graph_module.graph, cast(Node, slot.args[0])
         softmax = _sole_softmax(slot)
         before = slot if softmax is None else softmax
-        scale = constant_node(graph_module, SCALE.of(free_stem(graph_module, site_stem(site.name))), quantizer.scale, before)
+        scale = constant_node(
+            graph_module, SCALE.of(free_stem(graph_module, site_stem(site.name))), quantizer.scale, before
+        )
         if softmax is None:
             with graph.inserting_before(before):
                 result = graph.call_function(LOG2_QUANTIZE, (source, scale, quantizer.bits, quantizer.steps))
@@ -149,8 +161,15 @@ class LowerToQDQ(Pass):
         if not isinstance(bias, Node):
             return
         if bias.op != "get_attr" or quantizer.axis is not None:
-            self.leave(consumer, "its bias stays in float: " + ("it is no constant" if bias.op != "get_attr" else
-                                                                "its input has one scale per channel, so the product has no one scale"))
+            self.leave(
+                consumer,
+                "its bias stays in float: "
+                + (
+                    "it is no constant"
+                    if bias.op != "get_attr"
+                    else "its input has one scale per channel, so the product has no one scale"
+                ),
+            )
             return
         bias_scale = quantizer.scale * scale
         bias_codes = torch.round(attribute(graph_module, bias).double() / bias_scale.double())

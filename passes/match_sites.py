@@ -1,7 +1,8 @@
-"""Match: find every activation and weight to quantize, and say why each norm or softmax that is not rewritten was left alone.
+"""Match: find every activation and weight to quantize, and say why each norm or softmax that is not rewritten was left
+alone.
 
-A *site* is one activation value that a matrix product or convolution reads. A *group* is what is calibrated together: a norm with
-all Linears that read it, the two operands of a MatMul, the Linears that share an input.
+A *site* is one activation value that a matrix product or convolution reads. A *group* is what is calibrated together: a
+norm with all Linears that read it, the two operands of a MatMul, the Linears that share an input.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Site:
     Attributes:
         name: unique; module path and operand, e.g. `blocks.0.attn/probabilities`.
         role: `norm` (per channel while calibrating), `softmax` (logarithmic) or `value` (uniform, per tensor).
-        value: the node that produces it in the matched graph; later passes may put others between it and the site's slot.
+        value: the node that produces it in the matched graph; later passes may put others between it and the site's
+            slot.
         consumers: the nodes that read it.
     """
 
@@ -103,7 +105,10 @@ class MatchSites(Pass[Plan]):
             if node.op == "call_function" and node.target in NORMS:
                 self._match_norm(graph_module, node, claimed)
             elif node.op == "call_function" and node.target in OTHER_NORMS:
-                self._leave(node, "it normalises over more than the channel axis, so no per-channel affine follows from it alone")
+                self._leave(
+                    node,
+                    "it normalises over more than the channel axis, so no per-channel affine follows from it alone",
+                )
         by_value: dict[Node, list[Node]] = {}
         for node in nodes:
             if node.op != "call_function" or node in claimed:
@@ -132,7 +137,8 @@ class MatchSites(Pass[Plan]):
 
     def _match_norm(self, graph_module: GraphModule, norm: Node, claimed: dict[Node, Group]) -> None:
         if len(norm.args[1]) != 1:  # type: ignore[arg-type]
-            self._leave(norm, f"it normalises over {len(norm.args[1])} axes, not over channels alone")  # type: ignore[arg-type]
+            # type: ignore[arg-type]
+            self._leave(norm, f"it normalises over {len(norm.args[1])} axes, not over channels alone")
             return
         size = shape_of(norm)[-1]
         if not isinstance(size, int):
@@ -161,8 +167,10 @@ class MatchSites(Pass[Plan]):
         for reader in readers:
             values.setdefault(reader.value, []).append(reader.node)
         bits = max(plans[r.node].abits for r in readers)  # one scale serves them all
-        sites = tuple(self._site(naming.site(module_path(consumers[0]) or path, "input"), "norm", value, consumers, bits)
-                      for value, consumers in values.items())
+        sites = tuple(
+            self._site(naming.site(module_path(consumers[0]) or path, "input"), "norm", value, consumers, bits)
+            for value, consumers in values.items()
+        )
         consumers = tuple(r.node for r in readers)
         others = [r for r in flow.readers if r.node not in consumers]
         padded, notes = any(r.padded for r in readers), []
@@ -171,8 +179,17 @@ class MatchSites(Pass[Plan]):
                          + ": these keep the original norm")
         if padded:
             notes.append("zeros are padded in after the norm: its shift is added after them")
-        group = Group("norm_linear", path, sites, consumers, {c: plans[c] for c in consumers}, norm=norm, shared_norm=bool(others),
-                      padded=padded, notes=tuple(notes))
+        group = Group(
+            "norm_linear",
+            path,
+            sites,
+            consumers,
+            {c: plans[c] for c in consumers},
+            norm=norm,
+            shared_norm=bool(others),
+            padded=padded,
+            notes=tuple(notes),
+        )
         self._groups.append(group)
         for consumer in consumers:
             claimed[consumer] = group
@@ -207,7 +224,11 @@ class MatchSites(Pass[Plan]):
             return
         path = module_path(consumers[0]) or consumers[0].name
         from_input = origin(value).op == "placeholder"
-        bits = self.recipe.input_bits if from_input and not self._overridden(path) else max(plans[c].abits for c in consumers)
+        bits = (
+            self.recipe.input_bits
+            if from_input and not self._overridden(path)
+            else max(plans[c].abits for c in consumers)
+        )
         site = self._site(naming.site(path, "input"), "value", value, consumers, bits)
         self._groups.append(Group(kind, path, (site,), tuple(consumers), {c: plans[c] for c in consumers}))
 
@@ -221,7 +242,9 @@ class MatchSites(Pass[Plan]):
 
     def _leave(self, node: Node, reason: str) -> None:
         self._left.add(node)
-        self._left_alone.append(LeftAlone(module_path(node) or node.name, str(node.target).split(".")[1], reason, self.name))
+        self._left_alone.append(
+            LeftAlone(module_path(node) or node.name, str(node.target).split(".")[1], reason, self.name)
+        )
 
 
 def _geometry(consumer: Node) -> object:
@@ -236,11 +259,17 @@ def _unsuitable(*values: object) -> str | None:
     if any(is_empty(value) for value in values):
         return "it has no elements"
     kinds = {value.meta["val"].dtype for value in values if is_tensor(value)}  # type: ignore[attr-defined]
-    return None if kinds <= {torch.float32} else f"it computes in {', '.join(sorted(str(k).removeprefix('torch.') for k in kinds))}, not float32"
+    return (
+        None
+        if kinds <= {torch.float32}
+        else f"it computes in {', '.join(sorted(str(k).removeprefix('torch.') for k in kinds))}, not float32"
+    )
 
 
 def data_dependent(graph_module: GraphModule) -> set[Node]:
-    """Nodes whose values depend on the data of the model's floating-point computation, not on sizes or positions alone."""
+    """Nodes whose values depend on the data of the model's floating-point computation, not on sizes or positions
+    alone.
+    """
     live: set[Node] = set()
     for node in graph_module.graph.nodes:
         if node.op == "placeholder":

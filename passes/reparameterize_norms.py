@@ -1,7 +1,8 @@
-"""Scale reparameterization of norms (RepQuant Eq. 10-14): per-channel scales move into the norm and the Linears that read it.
+"""Scale reparameterization of norms (RepQuant Eq. 10-14): per-channel scales move into the norm and the Linears that
+read it.
 
-Afterwards the site has one scale and the same integer codes. Where the norm has other readers it is split: they keep the original
-norm, the Linears read a rewritten copy.
+Afterwards the site has one scale and the same integer codes. Where the norm has other readers it is split: they keep
+the original norm, the Linears read a rewritten copy.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ class ReparameterizeNorms(Pass[str | None]):
         if layer_norm and not self.group.padded:
             replace_constant(graph_module, norm, 3, new_bias.float(), bias_name)
             return
-        # an RMS norm has no bias, and zeros padded in after a norm must be shifted too: the shift is added where it is needed
+        # an RMS norm has no bias, and zeros padded in after a norm must be shifted too: the shift is added where it is
+        # needed
         shift = affine.shift / affine.ratio
         if layer_norm and bias is not None:
             replace_constant(graph_module, norm, 3, (new_bias - shift).float(), bias_name)

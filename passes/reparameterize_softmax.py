@@ -1,4 +1,6 @@
-"""Scale reparameterization of Softmax quantizers (RepQuant Eq. 15-17): log-sqrt2 while calibrating, a shift at inference."""
+"""Scale reparameterization of Softmax quantizers (RepQuant Eq. 15-17): log-sqrt2 while calibrating, a shift at
+inference.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Mask attention by an addition instead of a choice.
 
-`where(mask, scores, lowest)` looks at every score of every head. A number as low as those that models fill in swallows any score that
-it is added to, so `scores + where(mask, 0, lowest)` is the same, bit for bit, and the second factor is small (it has no heads) and equal
+`where(mask, scores, lowest)` looks at every score of every head. A number as low as those that models fill in swallows
+any score that it is added to, so `scores + where(mask, 0, lowest)` is the same, bit for bit, and the second factor is
+small (it has no heads) and equal
 in all layers: the exporter writes it once.
 """
 
@@ -25,7 +26,10 @@ SWALLOWS = -1e30  # float32 has 24 bits of precision: scores up to 1e22 vanish
 class ShareMasks(Pass):
     name = "share masks"
     needs = "tensor metadata"
-    guarantees = "a mask that fills a Softmax's input with a very low number is added; the outputs are unchanged for scores below 1e22"
+    guarantees = (
+        "a mask that fills a Softmax's input with a very low number is added; the outputs are unchanged for scores "
+        "below 1e22"
+    )
     takes = gives = RUNTIME
 
     def run(self, graph_module: GraphModule) -> bool:
@@ -41,7 +45,9 @@ class ShareMasks(Pass):
         def constant(value: float) -> Node:
             if value not in constants:
                 first = next(iter(graph_module.graph.nodes))
-                constants[value] = constant_node(graph_module, "mask_open" if value == 0 else "mask_closed", torch.tensor(value), first)
+                constants[value] = constant_node(
+                    graph_module, "mask_open" if value == 0 else "mask_closed", torch.tensor(value), first
+                )
             return constants[value]
 
         for node, scores, mask, when_true, lowest in found:
@@ -57,7 +63,8 @@ class ShareMasks(Pass):
 
 
 def _match(graph_module: GraphModule, node: Node) -> tuple[Node, Node, bool, float] | str | None:
-    """(scores, mask, whether a true mask fills, the low number) of a filling that a Softmax alone reads, and that repeats its mask.
+    """(scores, mask, whether a true mask fills, the low number) of a filling that a Softmax alone reads, and that
+    repeats its mask.
 
     None for what no Softmax reads; the reason, in words, for another filling before one.
     """
@@ -75,12 +82,20 @@ def _match(graph_module: GraphModule, node: Node) -> tuple[Node, Node, bool, flo
         return None
     lowest = _number(graph_module, fill)
     if lowest is None or lowest > SWALLOWS:
-        return "what it fills in is no constant" if lowest is None else f"{lowest:g} is not low enough to swallow any score it is added to"
+        return (
+            "what it fills in is no constant"
+            if lowest is None
+            else f"{lowest:g} is not low enough to swallow any score it is added to"
+        )
     if not all(softmaxes):
         return "not only a Softmax reads the masked scores"
     if not isinstance(scores, Node) or not isinstance(mask, Node) or not is_tensor(scores) or not is_tensor(mask):
         return "scores or mask are no tensor"
-    if scores.meta["val"].dtype != torch.float32 or mask.meta["val"].dtype != torch.bool or len(shape_of(scores)) != len(shape_of(node)):
+    if (
+        scores.meta["val"].dtype != torch.float32
+        or mask.meta["val"].dtype != torch.bool
+        or len(shape_of(scores)) != len(shape_of(node))
+    ):
         return "scores are not float32 of the result's rank, or the mask is not boolean"
     smaller = math.prod(hinted(mask)) < math.prod(hinted(node)) and hinted(scores) == hinted(node)
     return (scores, mask, when_true, lowest) if smaller else "the mask is as large as the scores"

@@ -1,6 +1,7 @@
 """Post-training quantization of transformers by scale reparameterization: torch.fx in, ONNX QDQ out.
 
-The public API: `compile`, `CompiledModel`, `Recipe`, `LayerRule`, `repq_vit`, `smoothquant`, `rtn`, the errors, and `session` to run a file.
+The public API: `compile`, `CompiledModel`, `Recipe`, `LayerRule`, `repq_vit`, `smoothquant`, `rtn`, the errors, and
+    `session` to run a file.
 """
 
 from __future__ import annotations
@@ -16,8 +17,20 @@ if TYPE_CHECKING:
     from repquant_fx.recipe import LayerRule, Recipe, repq_vit, rtn, smoothquant
     from repquant_fx.runtime import session
 
-__all__ = ["CompiledModel", "InputError", "LayerRule", "ParityError", "Recipe", "RepQuantError", "__version__", "compile", "repq_vit",
-           "rtn", "session", "smoothquant"]
+__all__ = [
+    "CompiledModel",
+    "InputError",
+    "LayerRule",
+    "ParityError",
+    "Recipe",
+    "RepQuantError",
+    "__version__",
+    "compile",
+    "repq_vit",
+    "rtn",
+    "session",
+    "smoothquant",
+]
 
 _HOMES = {
     "compile": "compiler", "CompiledModel": "compiled", "Recipe": "recipe", "LayerRule": "recipe", "repq_vit": "recipe",

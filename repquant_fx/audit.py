@@ -1,7 +1,8 @@
-"""Which quantized products of a file ONNX Runtime really executes with integers: read from the graph it optimizes for itself.
+"""Which quantized products of a file ONNX Runtime really executes with integers: read from the graph it optimizes for
+itself.
 
-A quantized file says what is computed; the runtime decides how. Where it cannot match the Q/DQ pattern around a product, it
-dequantizes both operands and multiplies in float, which is slower than the float model.
+A quantized file says what is computed; the runtime decides how. Where it cannot match the Q/DQ pattern around a
+product, it dequantizes both operands and multiplies in float, which is slower than the float model.
 """
 
 from __future__ import annotations
@@ -19,8 +20,29 @@ from repquant_fx.files import scratch
 from repquant_fx.runtime import session_options
 
 PRODUCTS = ("MatMul", "Gemm", "Conv")
-INTEGER = {"QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger", "DynamicQuantizeMatMul", "QLinearConv", "ConvInteger", "QAttention"}
-LAYOUT = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Split", "Expand", "Identity", "Gather", "Concat"}
+INTEGER = {
+    "QGemm",
+    "QLinearMatMul",
+    "MatMulIntegerToFloat",
+    "MatMulInteger",
+    "DynamicQuantizeMatMul",
+    "QLinearConv",
+    "ConvInteger",
+    "QAttention",
+}
+LAYOUT = {
+    "Reshape",
+    "Transpose",
+    "Squeeze",
+    "Unsqueeze",
+    "Flatten",
+    "Slice",
+    "Split",
+    "Expand",
+    "Identity",
+    "Gather",
+    "Concat",
+}
 LOGARITHMIC = {"Log2Softmax", "Log2Quantize"}
 
 
@@ -63,7 +85,9 @@ def audit(model: str | Path | bytes | onnx.ModelProto) -> list[Product]:
         proto, data = file.model, file.data
     kernels = {node.name: node.op_type for node in _optimized(data).graph.node}
     producers = {name: node for node in proto.graph.node for name in node.output}
-    four_bit = {t.name for t in proto.graph.initializer if t.data_type in (onnx.TensorProto.UINT4, onnx.TensorProto.INT4)}
+    four_bit = {
+        t.name for t in proto.graph.initializer if t.data_type in (onnx.TensorProto.UINT4, onnx.TensorProto.INT4)
+    }
     products = []
     for node in proto.graph.node:
         if node.op_type not in PRODUCTS:
@@ -73,7 +97,8 @@ def audit(model: str | Path | bytes | onnx.ModelProto) -> list[Product]:
             continue  # an operand is float on purpose
         kernel = kernels.get(node.name, "")
         integer = kernel in INTEGER
-        reason = "" if integer else _reason(node.op_type, origins, kernel, _narrow(origins, four_bit))  # type: ignore[arg-type]
+        # type: ignore[arg-type]
+        reason = "" if integer else _reason(node.op_type, origins, kernel, _narrow(origins, four_bit))
         products.append(Product(node.name.rsplit("/", 1)[0], node.name, node.op_type, kernel, integer, reason))
     return products
 
@@ -85,7 +110,8 @@ def summary(products: Iterable[Product]) -> str:
     for product in products:
         if not product.integer:
             lost[product.reason] = lost.get(product.reason, 0) + 1
-    text = f"{sum(p.integer for p in products)} of {len(products)} quantized products run as integer kernels under ONNX Runtime"
+    integer = sum(p.integer for p in products)
+    text = f"{integer} of {len(products)} quantized products run as integer kernels under ONNX Runtime"
     return text + "".join(f"; {count} in float: {reason}" for reason, count in lost.items())
 
 
@@ -97,7 +123,9 @@ def _optimized(data: bytes) -> onnx.ModelProto:
         try:
             onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            raise ModelFileError(f"ONNX Runtime cannot load the model: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
+            raise ModelFileError(
+                f"ONNX Runtime cannot load the model: {(str(error).splitlines() or [type(error).__name__])[0]}"
+            ) from error
         return onnx.load(str(path), load_external_data=False)
 
 

@@ -35,7 +35,9 @@ class Decision:
         tensors: dict[str, Tensor] = {}
         for index, site in enumerate(group.sites):
             if site.name in self.quantizers:
-                tensors |= {f"site.{index}.{key}": t for key, t in _quantizer_to_tensors(self.quantizers[site.name]).items()}
+                tensors |= {
+                    f"site.{index}.{key}": t for key, t in _quantizer_to_tensors(self.quantizers[site.name]).items()
+                }
         for index, consumer in enumerate(group.consumers):
             if consumer in self.weights:
                 tensors |= {f"weight.{index}.{key}": t for key, t in _weight_to_tensors(self.weights[consumer]).items()}
@@ -48,14 +50,19 @@ class Decision:
         Raises:
             KeyError, ValueError: the tensors are of another group.
         """
-        quantizers = {site.name: _quantizer_from_tensors(_under(f"site.{index}.", tensors)) for index, site in enumerate(group.sites)}
+        quantizers = {
+            site.name: _quantizer_from_tensors(_under(f"site.{index}.", tensors))
+            for index, site in enumerate(group.sites)
+        }
         parts = [(consumer, _under(f"weight.{index}.", tensors)) for index, consumer in enumerate(group.consumers)]
         return cls(quantizers, {consumer: _weight_from_tensors(consumer, part) for consumer, part in parts if part})
 
     def is_complete(self, group: Group) -> bool:
         """Whether it says what becomes of every activation and weight of the group."""
         weighted = group.consumers if group.kind != "matmul" else ()
-        return all(site.name in self.quantizers for site in group.sites) and all(consumer in self.weights for consumer in weighted)
+        return all(site.name in self.quantizers for site in group.sites) and all(
+            consumer in self.weights for consumer in weighted
+        )
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

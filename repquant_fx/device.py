@@ -25,12 +25,16 @@ def usable(name: str | torch.device) -> torch.device:
         probe.sum().item()
     except Exception as error:  # torch raises several kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"cannot compute on device {str(name)!r}: {reason}; use --device cpu, or a build of torch for it") from error
+        raise InputError(
+            f"cannot compute on device {str(name)!r}: {reason}; use --device cpu, or a build of torch for it"
+        ) from error
     return probe.device
 
 
 def move(graph_module: GraphModule, device: torch.device) -> None:
-    """Move a graph's constants, and make the operators that create tensors create them there. Who shares the constants keeps them."""
+    """Move a graph's constants, and make the operators that create tensors create them there. Who shares the constants
+    keeps them.
+    """
     if all(tensor.device == device for tensor in [*graph_module.parameters(), *graph_module.buffers()]):
         return
     before = torch.__future__.get_overwrite_module_params_on_conversion()
@@ -55,7 +59,9 @@ def move_batches(batches: Sequence[tuple[Tensor, ...]], device: torch.device) ->
 
 @contextmanager
 def without_autocast() -> Iterator[None]:
-    """Within the block no operator runs in another precision than its operands': codes must not depend on who called."""
+    """Within the block no operator runs in another precision than its operands': codes must not depend on who
+    called.
+    """
     with ExitStack() as stack:
         for kind in ("cpu", "cuda", "mps", "xpu"):
             if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):

@@ -1,8 +1,9 @@
 """Data-parallel calibration: the processes that torchrun started, and what they exchange.
 
-Every rank loads the model and all calibration data, and runs its share of the batches. Observed values are gathered in the order
-of the batches, sums over tokens are added up, and rank 0's decision holds wherever one is made, so that all ranks rewrite their
-graphs alike. What travels are tensors in the safetensors format, never pickles. One process alone is a world of size 1.
+Every rank loads the model and all calibration data, and runs its share of the batches. Observed values are gathered in
+the order of the batches, sums over tokens are added up, and rank 0's decision holds wherever one is made, so that all
+ranks rewrite their graphs alike. What travels are tensors in the safetensors format, never pickles. One process alone
+is a world of size 1.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that calibrate together; all communicate over the default process group (gloo or nccl)."""
+    """This process among those that calibrate together; all communicate over the default process group (gloo or
+    nccl).
+    """
 
     rank: int = 0
     size: int = 1
@@ -37,7 +40,10 @@ class World:
             InputError: there is none.
         """
         if not (dist.is_available() and dist.is_initialized()):
-            raise InputError("distributed calibration needs a process group: start with torchrun and call torch.distributed.init_process_group first")
+            raise InputError(
+                "distributed calibration needs a process group: start with torchrun and call "
+                "torch.distributed.init_process_group first"
+            )
         return cls(dist.get_rank(), dist.get_world_size())
 
     def shard(self, count: int) -> range:
@@ -93,8 +99,11 @@ class World:
         """
         digests = self.all_gather({"digest": torch.tensor(list(digest.encode()), dtype=torch.uint8)})
         if any(not torch.equal(f["digest"], digests[0]["digest"]) for f in digests):
-            raise InputError("the processes were given different models, calibration data or recipes; data that a callable makes must be the "
-                             "same in each, for instance by seeding its random numbers")
+            raise InputError(
+                "the processes were given different models, calibration data or recipes; data that a callable makes "
+                "must be the "
+                "same in each, for instance by seeding its random numbers"
+            )
 
 
 def under_torchrun() -> bool:
@@ -104,7 +113,9 @@ def under_torchrun() -> bool:
 
 @contextmanager
 def joined() -> Iterator[World]:
-    """A process group over gloo for as long as the block runs where torchrun started this process; else a world of size 1."""
+    """A process group over gloo for as long as the block runs where torchrun started this process; else a world of size
+    1.
+    """
     if not under_torchrun():
         yield World()
         return

@@ -1,6 +1,8 @@
-"""Errors that a user can act on. Each says what was wrong, where, and what to do; the CLI prints them without a traceback.
+"""Errors that a user can act on. Each says what was wrong, where, and what to do; the CLI prints them without a
+traceback.
 
-Exit codes of the CLI: 0 success, 1 internal error (a bug), 2 bad input (`InputError`), 3 the exported file disagrees with the
+Exit codes of the CLI: 0 success, 1 internal error (a bug), 2 bad input (`InputError`), 3 the exported file disagrees
+    with the
 FX reference (`ParityError`), 130 interrupted (SIGINT), 143 terminated (SIGTERM), 129 hung up (SIGHUP).
 """
 
@@ -59,7 +61,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_failure(error: BaseException) -> bool:
-    """Whether an error is the failure of a library: any Exception, and the panic of one written in Rust, which is none."""
+    """Whether an error is the failure of a library: any Exception, and the panic of one written in Rust, which is
+    none.
+    """
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 

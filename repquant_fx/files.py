@@ -26,14 +26,21 @@ def irregular(path: Path) -> str | None:
         mode = path.stat().st_mode
     except (OSError, ValueError):  # whoever opens it says why
         return None
-    return None if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device or a socket"
+    return (
+        None
+        if stat.S_ISREG(mode) or stat.S_ISDIR(mode)
+        else "a pipe"
+        if stat.S_ISFIFO(mode)
+        else "a device or a socket"
+    )
 
 
 def check_writable(path: str | Path, force: bool) -> Path:
     """Refuse early what would fail late.
 
     Raises:
-        OutputError: the folder is missing or cannot be written, the path is a folder, or the file exists and `force` is not set.
+        OutputError: the folder is missing or cannot be written, the path is a folder, or the file exists and `force` is
+            not set.
     """
     path = _possible(path)
     if path.is_dir():
@@ -58,7 +65,8 @@ def check_folder(path: str | Path) -> Path:
     """Refuse early a folder that cannot be written, or made.
 
     Raises:
-        OutputError: the path is a file, or the folder (its first existing parent, where it is yet to be made) cannot be written.
+        OutputError: the path is a file, or the folder (its first existing parent, where it is yet to be made) cannot be
+            written.
     """
     path = _possible(path)
     existing = next((p for p in [path, *path.absolute().parents] if p.exists()), path)
@@ -87,10 +95,11 @@ def write_atomically(path: str | Path, data: bytes) -> None:
 
 
 def write_together(files: Mapping[str | Path, bytes] | Mapping[Path, bytes]) -> None:
-    """Write beside, then rename: a reader sees the old file or the new one, never a part. None is renamed before all are written.
+    """Write beside, then rename: a reader sees the old file or the new one, never a part. None is renamed before all
+    are written.
 
-    A signal comes before the first is renamed or after the last. A process that is killed outright may leave the hidden file
-    `.NAME.xxxxxxxx` behind, never a part under the name itself.
+    A signal comes before the first is renamed or after the last. A process that is killed outright may leave the hidden
+    file `.NAME.xxxxxxxx` behind, never a part under the name itself.
 
     Raises:
         OutputError: the disk is full, or a path cannot be written.
@@ -143,17 +152,22 @@ def scratch() -> Iterator[Path]:
     """A temporary folder for the block.
 
     Raises:
-        OutputError: it cannot be made; or the block failed, whatever it says of it, and the disk of temporary files is full.
+        OutputError: it cannot be made; or the block failed, whatever it says of it, and the disk of temporary files is
+            full.
     """
     try:
         folder = tempfile.mkdtemp()
     except OSError as error:
-        raise OutputError(f"cannot make a temporary folder: {error.strerror or error}; set TMPDIR to a folder that can be written") from error
+        raise OutputError(
+            f"cannot make a temporary folder: {error.strerror or error}; set TMPDIR to a folder that can be written"
+        ) from error
     try:
         yield Path(folder)
     except Exception as error:
         if _is_full(Path(folder)):
-            raise OutputError(f"the disk of temporary files is full ({tempfile.gettempdir()}); free space there or set TMPDIR") from error
+            raise OutputError(
+                f"the disk of temporary files is full ({tempfile.gettempdir()}); free space there or set TMPDIR"
+            ) from error
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -173,7 +187,8 @@ def is_directory(path: str | Path) -> bool:
 
 
 def check_directory(path: str | Path, names: Iterable[str], force: bool) -> Path:
-    """Refuse early a directory that cannot be written, or that holds one of `names` while `force` is not set. Others in it do no harm.
+    """Refuse early a directory that cannot be written, or that holds one of `names` while `force` is not set. Others in
+    it do no harm.
 
     Raises:
         OutputError: the path is a file, its folder is missing or cannot be written, or a file exists.
@@ -181,7 +196,9 @@ def check_directory(path: str | Path, names: Iterable[str], force: bool) -> Path
     path = _possible(path)
     if not path.is_dir():
         if path.exists():
-            raise OutputError(f"cannot write {path}: it is a file; a name that does not end in .onnx stands for a directory")
+            raise OutputError(
+                f"cannot write {path}: it is a file; a name that does not end in .onnx stands for a directory"
+            )
         return check_writable(path, force)
     for name in names:
         check_writable(path / name, force)
@@ -189,10 +206,11 @@ def check_directory(path: str | Path, names: Iterable[str], force: bool) -> Path
 
 
 def write_directory(path: str | Path, files: Mapping[str, bytes], beside: Mapping[Path, bytes] | None = None) -> None:
-    """Write files into a directory, and others beside it: all of them or none. A directory that exists keeps its other files.
+    """Write files into a directory, and others beside it: all of them or none. A directory that exists keeps its other
+    files.
 
-    Everything is written under other names first, so a full disk changes nothing. A new directory then appears as a whole; in an old
-    one the files are replaced one after the other, the last of `files` last.
+    Everything is written under other names first, so a full disk changes nothing. A new directory then appears as a
+    whole; in an old one the files are replaced one after the other, the last of `files` last.
 
     Raises:
         OutputError: the disk is full, or a path cannot be written.

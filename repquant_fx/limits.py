@@ -26,7 +26,9 @@ _CGROUP = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory
 
 
 def memory() -> int:
-    """Bytes that this process may use: memory with swap, or the limit of its control group or of its resources where that is lower."""
+    """Bytes that this process may use: memory with swap, or the limit of its control group or of its resources where
+    that is lower.
+    """
     limits = [_physical_memory()]
     try:
         import resource
@@ -69,7 +71,9 @@ def check_size(shape: Iterable[int], what: str, itemsize: int = 4) -> None:
         raise InputError(f"{what} has the shape {_short(shape)}")
     size = math.prod(shape) * itemsize
     if size > memory():
-        raise InputError(f"{what} of shape {_short(shape)} takes {readable(size)}, and this machine has {readable(memory())}")
+        raise InputError(
+            f"{what} of shape {_short(shape)} takes {readable(size)}, and this machine has {readable(memory())}"
+        )
 
 
 @contextmanager
@@ -94,7 +98,9 @@ def bounded_modules(what: str) -> Iterator[None]:
         total += size - sizes.get(key, 0)
         sizes[key] = size
         if total > most:
-            raise InputError(f"{what} is too large: its weights take more than the {readable(most)} that this machine has")
+            raise InputError(
+                f"{what} is too large: its weights take more than the {readable(most)} that this machine has"
+            )
 
     def child(module: nn.Module, name: str, value: nn.Module | None) -> None:
         nonlocal modules
@@ -118,15 +124,18 @@ class _Sizes(TorchDispatchMode):
         made = func(*args, **(kwargs or {}))
         for tensor in made if isinstance(made, (tuple, list)) else (made,):
             if isinstance(tensor, Tensor) and tensor.numel() * tensor.element_size() > self.most:
-                raise InputError(f"{self.what} is too large: a table of {readable(tensor.numel() * tensor.element_size())} on the way, and this "
-                                 f"machine has {readable(self.most)}")
+                raise InputError(
+                    f"{self.what} is too large: a table of {readable(tensor.numel() * tensor.element_size())} on the "
+                    "way, and this "
+                    f"machine has {readable(self.most)}"
+                )
         return made
 
 
 @contextmanager
 def rehearsal(what: str) -> Iterator[None]:
-    """What is built in the block is built on the meta device, and refused where its modules (`bounded_modules`) or any tensor on the way
-    are too large.
+    """What is built in the block is built on the meta device, and refused where its modules (`bounded_modules`) or any
+    tensor on the way are too large.
 
     Raises:
         InputError: too large.
@@ -162,7 +171,9 @@ def _shape_of(tensor: Any) -> Sequence[int]:
 
 
 def unpacks_to(data: bytes | Path) -> int | None:
-    """Bytes that a zip archive declares, where these are over 1 GiB and over 20 times its own size; None for any other data."""
+    """Bytes that a zip archive declares, where these are over 1 GiB and over 20 times its own size; None for any other
+    data.
+    """
     try:
         with zipfile.ZipFile(io.BytesIO(data) if isinstance(data, bytes) else data) as archive:
             declared = sum(entry.file_size for entry in archive.infolist())

@@ -1,8 +1,11 @@
-"""What a long run says while it works: stages, warnings and the result, for people or as one JSON object a line, on stderr.
+"""What a long run says while it works: stages, warnings and the result, for people or as one JSON object a line, on
+stderr.
 
-A message is one line, whatever names from a file it quotes: for people it is escaped (`security.escape`), in JSON it is a string of ASCII.
+A message is one line, whatever names from a file it quotes: for people it is escaped (`security.escape`), in JSON it is
+    a string of ASCII.
 
-The compiler calls `stage(name)` where a new stage begins; nothing is said unless `using` chose a form. stdout belongs to results.
+The compiler calls `stage(name)` where a new stage begins; nothing is said unless `using` chose a form. stdout belongs
+to results.
 
 | event | fields beside `event` and `time` (UTC, ISO 8601) | level |
 |---|---|---|
@@ -12,8 +15,9 @@ The compiler calls `stage(name)` where a new stage begins; nothing is said unles
 | `result` | what the command prints with `--json`, without its long lists | INFO |
 | `error` | `message`, `kind` (class of the error), `exit_code` | ERROR |
 
-Whatever the form, and where a library says nothing, each event is a record of the standard library's logger `repquant_fx`, whose
-attributes `event` and `fields` hold the same; a program that configures `logging` sees them. What `--verbose` adds is logged as DEBUG.
+Whatever the form, and where a library says nothing, each event is a record of the standard library's logger
+`repquant_fx`, whose attributes `event` and `fields` hold the same; a program that configures `logging` sees them. What
+`--verbose` adds is logged as DEBUG.
 """
 
 from __future__ import annotations
@@ -84,7 +88,12 @@ def part(name: str) -> Iterator[None]:
 def spent() -> dict[str, float]:
     """Seconds of every stage and part since `start`; parts follow their stage."""
     stages = [name for name in _Log.seconds if name in _Log.peaks]
-    return {key: round(_Log.seconds[key], 3) for stage in stages for key in _Log.seconds if key == stage or key.startswith(f"{stage}/")}
+    return {
+        key: round(_Log.seconds[key], 3)
+        for stage in stages
+        for key in _Log.seconds
+        if key == stage or key.startswith(f"{stage}/")
+    }
 
 
 def peaks() -> dict[str, float | None]:
@@ -156,7 +165,11 @@ def error(message: str, kind: str, exit_code: int, advice: str = "") -> None:
 def _event(level: int, event: str, text: str, /, **fields: Any) -> None:
     _record(level, event, text, fields)
     if _Log.form == JSON:
-        _say(json.dumps({"event": event, "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), **fields}))
+        _say(
+            json.dumps(
+                {"event": event, "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), **fields}
+            )
+        )
 
 
 def _record(level: int, event: str, text: str, fields: Mapping[str, Any]) -> None:

@@ -6,7 +6,8 @@
     blocks.0.attn.qkv.weight_quantized  a weight's codes: the stem of a weight is its own name
     blocks.0.attn.qkv.bias              what belongs beside the weight
 
-A number that keeps two names apart goes to the stem (`fc.weight_2_scale`), so that a suffix can always be taken off again.
+A number that keeps two names apart goes to the stem (`fc.weight_2_scale`), so that a suffix can always be taken off
+again.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ DERIVED = (SCALE, ZERO_POINT, SHIFT, QUANTIZED, ROUNDED, DEQUANTIZED, ZERO_POINT
 
 
 def site(path: str, operand: str) -> str:
-    """Name of an activation: the module path of the layer that reads it (or a node's name), and which operand it is there."""
+    """Name of an activation: the module path of the layer that reads it (or a node's name), and which operand it is
+    there.
+    """
     return f"{path}/{operand}"
 
 
@@ -63,7 +66,9 @@ def attribute_name(name: str) -> str:
 
 
 def beside(weight: str, what: str) -> str:
-    """What belongs beside a weight: `fc.bias` for `fc.weight` or `fc.weight_t`, `q_bias` for `q_weight`, `w_bias` for `w`."""
+    """What belongs beside a weight: `fc.bias` for `fc.weight` or `fc.weight_t`, `q_bias` for `q_weight`, `w_bias` for
+    `w`.
+    """
     path, dot, leaf = weight.rpartition(".")
     head, found, _ = leaf.rpartition("weight")
     return f"{path}{dot}{head}{what}" if found else f"{weight}_{what}"

@@ -49,8 +49,8 @@ class _View:
 class OffloadedCuts(Cuts):
     """One set of values a batch, in a temporary file without a name: nothing is left of it, however the process ends.
 
-    Whole storages are written and read back, so that a tensor returns with its strides and the same kernels run on it. What the
-    caller holds anyway (the batches given) stays in memory.
+    Whole storages are written and read back, so that a tensor returns with its strides and the same kernels run on it.
+    What the caller holds anyway (the batches given) stays in memory.
 
     Raises:
         OutputError: the folder cannot be written, or the disk is full.
@@ -116,7 +116,9 @@ def _write(file: IO[bytes], values: Values) -> tuple[Values, list[tuple[int, int
             known[storage.data_ptr()] = len(places)
             places.append((file.tell(), storage.nbytes()))
             file.write(memoryview(torch.empty(0, dtype=torch.uint8).set_(storage).numpy()))  # type: ignore[arg-type]
-        kept[node] = _View(known[storage.data_ptr()], int(value.storage_offset()), value.dtype, tuple(value.shape), value.stride())
+        kept[node] = _View(
+            known[storage.data_ptr()], int(value.storage_offset()), value.dtype, tuple(value.shape), value.stride()
+        )
     return kept, places
 
 

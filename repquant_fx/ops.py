@@ -1,4 +1,5 @@
-"""The operators of a lowered graph, registered with torch so that the FX reference runs and torch.export keeps them whole.
+"""The operators of a lowered graph, registered with torch so that the FX reference runs and torch.export keeps them
+whole.
 
 Each has exactly one ONNX counterpart (see `exporters.translations`), and computes with the same rounding:
 
@@ -20,7 +21,9 @@ from repquant_fx.quantizers import logarithmic, uniform
 
 @torch.library.custom_op("repquant_fx::quantize", mutates_args=())
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int) -> Tensor:
-    """uint8 codes of `x`. `axis = -1` with a 0-d scale is per tensor; else `scale`, `zero_point` hold one value a channel."""
+    """uint8 codes of `x`. `axis = -1` with a 0-d scale is per tensor; else `scale`, `zero_point` hold one value a
+    channel.
+    """
     return uniform.quantize(x, scale, zero_point.to(x.dtype), bits, axis if scale.ndim else None).to(torch.uint8)
 
 

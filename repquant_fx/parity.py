@@ -1,8 +1,10 @@
 """Does ONNX Runtime compute what the FX reference computes? Compared code for code, at every quantizer.
 
-Two questions are kept apart. *Free running*: both execute the whole model; a code on a rounding boundary may flip by one and what
-follows then differs too, so this is reported, not judged. *Step by step*: the FX graph is fed ONNX Runtime's own codes at every
-quantizer, so that each step is compared on equal inputs: codes may differ by at most one, rarely, and the output only by float
+Two questions are kept apart. *Free running*: both execute the whole model; a code on a rounding boundary may flip by
+one and what follows then differs too, so this is reported, not judged. *Step by step*: the FX graph is fed ONNX
+Runtime's own codes at every
+quantizer, so that each step is compared on equal inputs: codes may differ by at most one, rarely, and the output only
+    by float
 rounding. This is judged.
 """
 
@@ -26,15 +28,17 @@ from repquant_fx.passes.lower_to_qdq import DEQUANTIZE, LOG2_QUANTIZE, LOG2_SOFT
 from repquant_fx.quantizers.logarithmic import zero_code
 from repquant_fx.runtime import run, session
 
-TIE = 1e-3  # of a step: this near to the midpoint of two codes either is right; products of quantized values often lie exactly there
+# of a step: this near to the midpoint of two codes either is right; products of quantized values often lie exactly
+# there
+TIE = 1e-3
 SHARE_LIMIT = 0.005  # of codes that may flip by one at one quantizer, on equal inputs
 OUTPUT_LIMIT = 1e-3  # of the largest output, on equal codes
 
 
 @dataclass(frozen=True)
 class CodeDifference:
-    """Codes of one quantizer: `share` that differ in a free run; on equal inputs, `share_step` that differ where the value is no tie, and
-    `largest_step` anywhere."""
+    """Codes of one quantizer: `share` that differ in a free run; on equal inputs, `share_step` that differ where the
+    value is no tie, and `largest_step` anywhere."""
 
     share: float
     share_step: float
@@ -79,7 +83,9 @@ class Parity:
         found = self.problems()
         if found:
             more = f" (and {len(found) - 5} more)" if len(found) > 5 else ""
-            raise ParityError("ONNX Runtime and the FX reference disagree beyond float rounding: " + "; ".join(found[:5]) + more)
+            raise ParityError(
+                "ONNX Runtime and the FX reference disagree beyond float rounding: " + "; ".join(found[:5]) + more
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "mean_share": self.share, "agrees": not self.problems()}
@@ -144,7 +150,8 @@ def sqnr(approximation: Tensor, reference: Tensor) -> float:
 def value_name(node: Node) -> str:
     """Name of a quantizer's value in the exported file (see `exporters.naming`)."""
     named = node
-    if node.target is not QUANTIZE and not _logarithmic(node):  # codes that were moved about: what reads them knows the scale
+    # codes that were moved about: what reads them knows the scale
+    if node.target is not QUANTIZE and not _logarithmic(node):
         named = next(user for user in node.users if user.target is DEQUANTIZE)
     scale = named.args[1]
     assert isinstance(scale, Node)
@@ -160,7 +167,9 @@ def expose(proto: onnx.ModelProto, values: Sequence[tuple[str, bool]]) -> onnx.M
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
     narrow = {tensor.name for tensor in proto.graph.initializer if tensor.data_type == onnx.TensorProto.UINT4}
-    narrow = {node.output[0] for node in proto.graph.node if node.op_type == "QuantizeLinear" and node.input[2] in narrow}
+    narrow = {
+        node.output[0] for node in proto.graph.node if node.op_type == "QuantizeLinear" and node.input[2] in narrow
+    }
     for name, integer in values:
         if name in narrow:
             copy.graph.node.append(onnx.helper.make_node("Cast", [name], [UINT8.of(name)], to=onnx.TensorProto.UINT8))
@@ -210,5 +219,9 @@ class _Recorder(Interpreter):
     def _ties(self, node: Node) -> Tensor:
         """Where the value to quantize lies midway between two codes."""
         (x, scale), axis = self.fetch_args_kwargs_from_env(node)[0][:2], node.args[4]
-        steps = x.double() / (scale.double() if scale.ndim == 0 else scale.double().reshape([-1 if a == axis else 1 for a in range(x.ndim)]))
+        steps = x.double() / (
+            scale.double()
+            if scale.ndim == 0
+            else scale.double().reshape([-1 if a == axis else 1 for a in range(x.ndim)])
+        )
         return (steps - steps.floor() - 0.5).abs() <= TIE

@@ -1,4 +1,6 @@
-"""What to quantize, with how many bits, by which method. Read strictly from YAML or TOML; every field has a CLI switch."""
+"""What to quantize, with how many bits, by which method. Read strictly from YAML or TOML; every field has a CLI
+switch.
+"""
 
 from __future__ import annotations
 
@@ -53,26 +55,32 @@ class Recipe:
     Attributes:
         wbits: bits of weights.
         abits: bits of activations.
-        input_bits: bits of the model input where a layer reads it directly (the patch embedding), 8 in the paper's code.
+        input_bits: bits of the model input where a layer reads it directly (the patch embedding), 8 in the paper's
+            code.
         norm: norm activations per channel and reparameterized (the method), `layerwise` (one scale, no rewriting),
-            `channelwise` (per-channel scales kept in the file: a reference, slow) or `smooth` (SmoothQuant's factors instead).
-        softmax: logarithmic, reparameterized to shifts: `log_sqrt2` with two codes an octave is the published method, `log` (the
-            default) chooses 1, 2, 4 or 8 by the error; plain `log2`; or `uniform`.
+            `channelwise` (per-channel scales kept in the file: a reference, slow) or `smooth` (SmoothQuant's factors
+            instead).
+        softmax: logarithmic, reparameterized to shifts: `log_sqrt2` with two codes an octave is the published method,
+            `log` (the default) chooses 1, 2, 4 or 8 by the error; plain `log2`; or `uniform`.
         softmax_scale: `output` minimises the error of the MatMul's result on a sample, `percentile` that of the values
             over three percentiles.
-        clipping: per-channel dual clipping of norm activations by exact `search`, by the paper's `adam`, or `none` (min-max).
+        clipping: per-channel dual clipping of norm activations by exact `search`, by the paper's `adam`, or `none`
+            (min-max).
         activations: bounds of all other activations: `mse`, `percentile`, `minmax`.
         percentile: the percentile used where asked for.
         weights: weight range by `mse` search or `minmax`.
         correction: least-squares correction of weights and biases towards the float model's outputs (beyond the paper).
-        absorb: where else per-channel scales move into constants, exactly (beyond the paper): `values` of attention, `linear` to linear
-            through ReLU or a gate, and `query_key`, which gained nothing on the models measured and is off. Empty for none.
+        absorb: where else per-channel scales move into constants, exactly (beyond the paper): `values` of attention,
+            `linear` to linear through ReLU or a gate, and `query_key`, which gained nothing on the models measured and
+            is off. Empty for none.
         gptq: error-compensating rounding; else round to nearest.
         gptq_damping: share of the mean diagonal that is added to the Hessian.
         gptq_block: columns that are updated at once.
         gptq_activation_order: columns in the order of decreasing input energy.
-        container: how the file holds codes of up to 4 bits: `int8` (activations in bytes, weights packed and unpacked when a session is
-            created: what ONNX Runtime runs fast on a CPU) or `int4` (UINT4 and INT4 Q/DQ for tool chains of accelerators).
+        container: how the file holds codes of up to 4 bits: `int8` (activations in bytes, weights packed and unpacked
+            when a session is
+            created: what ONNX Runtime runs fast on a CPU) or `int4` (UINT4 and INT4 Q/DQ for tool chains of
+                accelerators).
         layers: overrides by module path.
 
     Example (YAML)::
@@ -204,8 +212,10 @@ class Recipe:
         except RecipeError:
             raise
         except Exception as error:
-            raise RecipeError(f"recipe {path} is not valid {path.suffix[1:].upper()}: {(str(error).splitlines() or [type(error).__name__])[0]}"
-                              ) from error
+            raise RecipeError(
+                f"recipe {path} is not valid {path.suffix[1:].upper()}: "
+                f"{(str(error).splitlines() or [type(error).__name__])[0]}"
+            ) from error
         if parsed is None:
             parsed = {}
         if not isinstance(parsed, dict):
@@ -218,21 +228,40 @@ ABSORB = settings_of(Recipe)["absorb"].choices
 
 
 def repq_vit(wbits: int, abits: int, **changes: Any) -> Recipe:
-    """The predecessor (arXiv 2212.08254) in our terms: reparameterization and log-sqrt2, no clipping, no GPTQ, percentiles."""
-    settings: dict[str, Any] = {"clipping": "none", "correction": False, "absorb": (), "gptq": False, "activations": "percentile",
-                                "softmax": "log_sqrt2", "softmax_scale": "percentile"}
+    """The predecessor (arXiv 2212.08254) in our terms: reparameterization and log-sqrt2, no clipping, no GPTQ,
+    percentiles.
+    """
+    settings: dict[str, Any] = {
+        "clipping": "none",
+        "correction": False,
+        "absorb": (),
+        "gptq": False,
+        "activations": "percentile",
+        "softmax": "log_sqrt2",
+        "softmax_scale": "percentile",
+    }
     return Recipe(wbits=wbits, abits=abits, **{**settings, **changes})
 
 
 def smoothquant(wbits: int, abits: int, **changes: Any) -> Recipe:
-    """SmoothQuant (arXiv 2211.10438) with static per-tensor activations: smoothed norms, min-max everywhere, nearest rounding."""
+    """SmoothQuant (arXiv 2211.10438) with static per-tensor activations: smoothed norms, min-max everywhere, nearest
+    rounding.
+    """
     return rtn(wbits, abits, **{"norm": "smooth", **changes})
 
 
 def rtn(wbits: int, abits: int, **changes: Any) -> Recipe:
     """What common tools do: one min-max scale a tensor, uniform everywhere, weights rounded to nearest."""
-    settings: dict[str, Any] = {"norm": "layerwise", "softmax": "uniform", "clipping": "none", "activations": "minmax", "weights": "minmax",
-                                "correction": False, "absorb": (), "gptq": False}
+    settings: dict[str, Any] = {
+        "norm": "layerwise",
+        "softmax": "uniform",
+        "clipping": "none",
+        "activations": "minmax",
+        "weights": "minmax",
+        "correction": False,
+        "absorb": (),
+        "gptq": False,
+    }
     return Recipe(wbits=wbits, abits=abits, **{**settings, **changes})
 
 
@@ -260,7 +289,8 @@ def _parse(text: str, suffix: str) -> Any:
             import tomllib
         except ModuleNotFoundError:  # Python 3.10
             import tomli as tomllib  # type: ignore[import-not-found,no-redef]
-        if _DOTTED.search(re.sub(r'"[^"\n]*"|\'[^\'\n]*\'', '""', text)):  # the memory it takes grows with the square of the length
+        # the memory it takes grows with the square of the length
+        if _DOTTED.search(re.sub(r'"[^"\n]*"|\'[^\'\n]*\'', '""', text)):
             raise RecipeError(f"a recipe has no key of more than {_DEEPEST} parts")
         return tomllib.loads(text)
     if suffix in (".yaml", ".yml"):

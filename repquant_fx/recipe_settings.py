@@ -1,4 +1,6 @@
-"""What one setting of a recipe may be: said once, at its field, for the check, the schema, the comments and the command line."""
+"""What one setting of a recipe may be: said once, at its field, for the check, the schema, the comments and the command
+line.
+"""
 
 from __future__ import annotations
 

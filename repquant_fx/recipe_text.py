@@ -1,4 +1,6 @@
-"""Recipes as text: commented YAML or TOML, and a JSON schema (draft 2020-12). Words and limits are those of the dataclass itself."""
+"""Recipes as text: commented YAML or TOML, and a JSON schema (draft 2020-12). Words and limits are those of the
+dataclass itself.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,10 @@ from repquant_fx.recipe_settings import settings_of
 
 FORMATS = ("yaml", "toml")
 WIDTH = 100  # of comments
-_EXAMPLE = '{match: "blocks.*.mlp.fc2", wbits: 8, abits: 8}', '[[layers]]\nmatch = "blocks.*.mlp.fc2"\nwbits = 8\nabits = 8'
+_EXAMPLE = (
+    '{match: "blocks.*.mlp.fc2", wbits: 8, abits: 8}',
+    '[[layers]]\nmatch = "blocks.*.mlp.fc2"\nwbits = 8\nabits = 8',
+)
 
 
 def write(recipe: Recipe, form: str = "yaml") -> str:
@@ -63,7 +68,12 @@ def _object(cls: Any) -> dict[str, Any]:
     for f in fields(cls):
         if f.default is not MISSING and f.default is not None:
             properties[f.name]["default"] = list(f.default) if isinstance(f.default, tuple) else f.default
-    return {"type": "object", "properties": properties, "additionalProperties": False, **({"required": required} if required else {})}
+    return {
+        "type": "object",
+        "properties": properties,
+        "additionalProperties": False,
+        **({"required": required} if required else {}),
+    }
 
 
 def _property(name: str, cls: Any, default: Any) -> dict[str, Any]:
@@ -81,7 +91,9 @@ def _allowed(name: str) -> str:
 
 
 def _comment(text: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH, initial_indent="# ", subsequent_indent="# ", break_long_words=False, break_on_hyphens=False)
+    return textwrap.wrap(
+        text, WIDTH, initial_indent="# ", subsequent_indent="# ", break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _pairs(rule: dict[str, Any], separator: str) -> str:
@@ -89,6 +101,8 @@ def _pairs(rule: dict[str, Any], separator: str) -> str:
 
 
 def _value(value: Any) -> str:
-    """A scalar or a list of strings, as YAML 1.1 and TOML both read it: JSON, but an exponent needs a decimal point before it."""
+    """A scalar or a list of strings, as YAML 1.1 and TOML both read it: JSON, but an exponent needs a decimal point
+    before it.
+    """
     text = json.dumps(value)
     return text.replace("e", ".0e") if isinstance(value, float) and "e" in text and "." not in text else text

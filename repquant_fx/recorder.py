@@ -16,7 +16,9 @@ class Recorder(Interpreter):
         kept: values by node, of the last run; empty where there is a `visit`.
     """
 
-    def __init__(self, graph_module: nn.Module, wanted: Iterable[Node], visit: Callable[[Node, Any], Any] | None = None) -> None:
+    def __init__(
+        self, graph_module: nn.Module, wanted: Iterable[Node], visit: Callable[[Node, Any], Any] | None = None
+    ) -> None:
         """`visit` gets a node and its value, and gives the value to go on with."""
         super().__init__(graph_module)
         self.wanted, self.visit = frozenset(wanted), visit

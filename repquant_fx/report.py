@@ -26,7 +26,9 @@ from repquant_fx.security.escape import printable
 SLICE = 4  # samples run at a time for the layers' SQNR
 
 
-def describe_layers(graph_module: GraphModule, plan: Plan, quantized: Quantized, *, gptq: bool = True) -> list[dict[str, Any]]:
+def describe_layers(
+    graph_module: GraphModule, plan: Plan, quantized: Quantized, *, gptq: bool = True
+) -> list[dict[str, Any]]:
     """One entry a quantized operator, in graph order; call before lowering, while the quantizers are in the graph.
 
     Args:
@@ -37,20 +39,32 @@ def describe_layers(graph_module: GraphModule, plan: Plan, quantized: Quantized,
         for consumer in group.consumers:
             sites = [s for s in group.sites if consumer in s.consumers]
             entry: dict[str, Any] = {
-                "path": module_path(consumer) or consumer.name, "operator": str(consumer.target).split(".")[1], "node": consumer.name,
-                "group": group.kind, "inputs": [describe_site(graph_module, s) for s in sites], "rewritten": _rewritten(group, quantized),
+                "path": module_path(consumer) or consumer.name,
+                "operator": str(consumer.target).split(".")[1],
+                "node": consumer.name,
+                "group": group.kind,
+                "inputs": [describe_site(graph_module, s) for s in sites],
+                "rewritten": _rewritten(group, quantized),
             }
             if consumer in quantized.weights:
                 weight, plan_of = quantized.weights[consumer], group.plans[consumer]
                 wanted = gptq and plan_of.gptq
                 entry["weight"] = {
-                    "bits": plan_of.wbits, "granularity": "per output channel", "zero_point": 0,
-                    "scale": {"min": float(weight.scale.min()), "max": float(weight.scale.max()), "count": weight.scale.numel()},
+                    "bits": plan_of.wbits,
+                    "granularity": "per output channel",
+                    "zero_point": 0,
+                    "scale": {
+                        "min": float(weight.scale.min()),
+                        "max": float(weight.scale.max()),
+                        "count": weight.scale.numel(),
+                    },
                     "method": "GPTQ" if wanted and consumer in quantized.errors else "round to nearest",
                 }
                 if wanted and consumer not in quantized.errors:
-                    entry["notes"] = [f"rounded to nearest: GPTQ has no second moments of the input of a {entry['operator']}"
-                                      " whose windows are not rows of one matrix"]
+                    entry["notes"] = [
+                        f"rounded to nearest: GPTQ has no second moments of the input of a {entry['operator']}"
+                        " whose windows are not rows of one matrix"
+                    ]
                 if consumer in quantized.errors:
                     nearest, chosen = quantized.errors[consumer]
                     entry["weight"]["output_error"] = {"round_to_nearest": nearest, "chosen": chosen}
@@ -102,7 +116,11 @@ def layer_sqnr(float_module: GraphModule, shipped: GraphModule, names: Sequence[
                 value = (value - codes[name].offset) * codes[name].step
             signal[name] += float(reference.square().sum())
             noise[name] += float((value.reshape(-1) - reference).square().sum())
-    return {n: 10 * math.log10(signal[n] / noise[n]) if noise[n] > 0 and signal[n] > 0 else math.inf for n in names if n in both}
+    return {
+        n: 10 * math.log10(signal[n] / noise[n]) if noise[n] > 0 and signal[n] > 0 else math.inf
+        for n in names
+        if n in both
+    }
 
 
 def _slices(inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -119,8 +137,16 @@ def _values(graph_module: GraphModule, names: Sequence[str], inputs: Sequence[Te
 
 
 def build(
-    *, layers: list[dict[str, Any]], plan: Plan, quantized: Quantized, sqnr: Mapping[str, float], output_sqnr: float | None,
-    parity: Parity | None, kernels: Sequence[Product] | None, about: Mapping[str, Any], runtime_form: Sequence[LeftAlone] = (),
+    *,
+    layers: list[dict[str, Any]],
+    plan: Plan,
+    quantized: Quantized,
+    sqnr: Mapping[str, float],
+    output_sqnr: float | None,
+    parity: Parity | None,
+    kernels: Sequence[Product] | None,
+    about: Mapping[str, Any],
+    runtime_form: Sequence[LeftAlone] = (),
     notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The whole report as JSON data. Infinite values are written as null.
@@ -158,7 +184,10 @@ def summary(report: Mapping[str, Any]) -> str:
     for item in report["left_alone"]:
         lines.append(f"left alone: {item['operator']} at {item['path']}: {item['reason']}")
     if report.get("output_sqnr_db") is not None:
-        lines.append(f"output SQNR against float: {report['output_sqnr_db']:.2f} dB on {report['calibration']['held_back']} held-back samples")
+        lines.append(
+            f"output SQNR against float: {report['output_sqnr_db']:.2f} dB on {report['calibration']['held_back']} "
+            "held-back samples"
+        )
     lines += report.get("notes", [])
     for entry in layers:
         lines += [f"{entry['path']}: {note}" for note in entry.get("notes", [])]
@@ -169,8 +198,11 @@ def summary(report: Mapping[str, Any]) -> str:
         quantizers = parity["quantizers"].values()
         worst = max((q["share_step"] for q in quantizers), default=0.0)
         sqnr = "identical" if parity["output_sqnr"] is None else f"{parity['output_sqnr']:.1f} dB"
-        lines.append(f"ONNX Runtime against the FX reference: output {sqnr}; codes that differ {100 * parity['mean_share']:.4f} % free running, "
-                     f"at most {100 * worst:.4f} % at one quantizer on equal inputs")
+        lines.append(
+            f"ONNX Runtime against the FX reference: output {sqnr}; codes that differ {100 * parity['mean_share']:.4f} "
+            "% free running, "
+            f"at most {100 * worst:.4f} % at one quantizer on equal inputs"
+        )
     if report.get("kernels") is not None:
         lines.append(audit.summary(Product(**product) for product in report["kernels"]))
     return "\n".join(map(printable, lines))

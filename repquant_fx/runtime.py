@@ -42,11 +42,14 @@ def session(model: str | Path | bytes | onnx.ModelProto, *, threads: int | None 
     name = str(model) if isinstance(model, (str, Path)) else "the model"
     if isinstance(model, onnx.ModelProto):
         model = model.SerializeToString()
-    data = model if isinstance(model, bytes) else read_onnx(model).data  # the bytes that were screened, not what the path names by then
+    # the bytes that were screened, not what the path names by then
+    data = model if isinstance(model, bytes) else read_onnx(model).data
     try:
         return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise ModelFileError(f"ONNX Runtime cannot load {name}: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
+        raise ModelFileError(
+            f"ONNX Runtime cannot load {name}: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        ) from error
 
 
 def run(runner: onnxruntime.InferenceSession, inputs: Mapping[str, Tensor]) -> list[Tensor]:

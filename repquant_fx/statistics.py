@@ -1,7 +1,8 @@
 """What the HTML report draws, summarised while the data are at hand: no raw sample is kept.
 
-Collected only when asked for, at the moment a group is calibrated, from the samples that calibrated it. An activation with channels gives
-quantiles and a histogram a channel for at most `CHANNELS` channels, any other one a histogram, and a weight the errors of its rounding.
+Collected only when asked for, at the moment a group is calibrated, from the samples that calibrated it. An activation
+with channels gives quantiles and a histogram a channel for at most `CHANNELS` channels, any other one a histogram, and
+a weight the errors of its rounding.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class Statistics:
     """Summaries as JSON data, floats of five digits, None where one is not finite.
 
     Attributes:
-        activations: by site name; see `channels`, `probabilities` and `values`. A site that was calibrated together with an earlier one
-            holds {"same_as": its name}.
+        activations: by site name; see `channels`, `probabilities` and `values`. A site that was calibrated together
+            with an earlier one holds {"same_as": its name}.
         weights: by the name of the consumer node; see `rounding`.
     """
 
@@ -58,7 +59,11 @@ class Statistics:
         if norms:
             quantizer = quantizers[norms[0].name]
             assert isinstance(quantizer, UniformQuantizer)
-            affine = reparameterize(*quantizer.exact, quantizer.bits) if reparameterized and quantizer.axis is not None else None
+            affine = (
+                reparameterize(*quantizer.exact, quantizer.bits)
+                if reparameterized and quantizer.axis is not None
+                else None
+            )
             sample = torch.cat([observers[site.name].sample() for site in norms], dim=1)
             self.activations[norms[0].name] = channels(sample, quantizer, affine)
             self.activations.update({site.name: {"same_as": norms[0].name} for site in norms[1:]})
@@ -97,17 +102,25 @@ def channels(sample: Tensor, quantizer: UniformQuantizer, affine: ChannelAffine 
         affine: the reparameterization that follows, None where there is none.
 
     Returns:
-        `total` channels, the `channels` kept, and `before`: quantiles (0, 25, 50, 75, 100 %), clipping bounds `low` and `up` and a
-        histogram of each kept channel; `span`, the ratio of the widest channel's range to the narrowest's. `after` the same without
-        histograms, its `low` and `up` being those of the one scale; None without `affine`.
+        `total` channels, the `channels` kept, and `before`: quantiles (0, 25, 50, 75, 100 %), clipping bounds `low` and
+        `up` and a histogram of each kept channel; `span`, the ratio of the widest channel's range to the narrowest's.
+        `after` the same without histograms, its `low` and `up` being those of the one scale; None without `affine`.
     """
     kept = spread_over((sample.amax(dim=1) - sample.amin(dim=1)).cpu().numpy())
     low, up = (bound.expand(len(sample)) for bound in bounds(quantizer))
     values = sample[kept].double().cpu().numpy()
     result: dict[str, Any] = {
-        "kind": "channels", "bits": quantizer.bits, "total": len(sample), "channels": kept, "after": None,
-        "before": {"quantiles": _short(np.quantile(values, QUANTILES, axis=1).T), "span": _span(sample), "low": _short(low[kept]),
-                   "up": _short(up[kept])},
+        "kind": "channels",
+        "bits": quantizer.bits,
+        "total": len(sample),
+        "channels": kept,
+        "after": None,
+        "before": {
+            "quantiles": _short(np.quantile(values, QUANTILES, axis=1).T),
+            "span": _span(sample),
+            "low": _short(low[kept]),
+            "up": _short(up[kept]),
+        },
         "histograms": [histogram(row, CHANNEL_BINS) for row in values],
     }
     if affine is not None:
@@ -119,8 +132,8 @@ def channels(sample: Tensor, quantizer: UniformQuantizer, affine: ChannelAffine 
 
 
 def probabilities(sample: Tensor, quantizer: LogQuantizer) -> dict[str, Any]:
-    """A Softmax activation: histograms of the values and of their base-2 logarithms, the share of exact `zeros` and of values `below` the
-    second histogram, and the quantizer's positive `levels`, largest first.
+    """A Softmax activation: histograms of the values and of their base-2 logarithms, the share of exact `zeros` and of
+    values `below` the second histogram, and the quantizer's positive `levels`, largest first.
 
     Args:
         sample: any shape, non-negative.
@@ -130,13 +143,22 @@ def probabilities(sample: Tensor, quantizer: LogQuantizer) -> dict[str, Any]:
     logarithms = np.log2(values[values > 0])
     floor = np.log2(table[-1]) - OCTAVES_BELOW
     inside = logarithms[logarithms >= floor]
-    return {"kind": "probabilities", "bits": quantizer.bits, "steps": quantizer.steps, "levels": _short(table),
-            "values": histogram(values, TENSOR_BINS, low=0.0), "logarithms": histogram(inside, TENSOR_BINS) if len(inside) else None,
-            "zeros": _short((values == 0).mean()), "below": _short((len(logarithms) - len(inside)) / len(values))}
+    return {
+        "kind": "probabilities",
+        "bits": quantizer.bits,
+        "steps": quantizer.steps,
+        "levels": _short(table),
+        "values": histogram(values, TENSOR_BINS, low=0.0),
+        "logarithms": histogram(inside, TENSOR_BINS) if len(inside) else None,
+        "zeros": _short((values == 0).mean()),
+        "below": _short((len(logarithms) - len(inside)) / len(values)),
+    }
 
 
 def values(sample: Tensor, quantizer: UniformQuantizer) -> dict[str, Any]:
-    """Any other activation: a histogram of the whole tensor, and the bounds `low` and `up` beyond which values are clipped."""
+    """Any other activation: a histogram of the whole tensor, and the bounds `low` and `up` beyond which values are
+    clipped.
+    """
     low, up = bounds(quantizer)
     return {"kind": "values", "bits": quantizer.bits, "low": _short(low), "up": _short(up),
             "histogram": histogram(sample.double().flatten().cpu().numpy(), TENSOR_BINS)}
@@ -152,8 +174,10 @@ def rounding(weight: Tensor, lost: Tensor, errors: Tensor | None, hessian: Tenso
         hessian: `2 X^T X` of the inputs (centred where a bias correction follows).
 
     Returns:
-        For `nearest` and `chosen`: `weight`, ||W^ - W||^2 / ||W||^2; `output`, the same of the layer's output on the calibration data, and
-        `channels`, the same of at most `CHANNELS` output channels by increasing error of the former. The last two None without a Hessian.
+        For `nearest` and `chosen`: `weight`, ||W^ - W||^2 / ||W||^2; `output`, the same of the layer's output on the
+            calibration data, and
+        `channels`, the same of at most `CHANNELS` output channels by increasing error of the former. The last two None
+        without a Hessian.
     """
     result: dict[str, Any] = {"method": "GPTQ" if gptq else "round to nearest", "total": len(weight)}
     whole = weight.double().square().sum()
@@ -175,7 +199,9 @@ def bounds(quantizer: UniformQuantizer) -> tuple[Tensor, Tensor]:
 
 
 def histogram(values: np.ndarray, bins: int, *, low: float | None = None) -> dict[str, Any]:
-    """`counts` of equal bins from `low` (the smallest value where None) to `high`, the largest. A constant gets a bin of its own width."""
+    """`counts` of equal bins from `low` (the smallest value where None) to `high`, the largest. A constant gets a bin
+    of its own width.
+    """
     start, stop = float(values.min()) if low is None else low, float(values.max())
     if not stop - start > 1e-6 * max(abs(start), abs(stop), 1e-30):
         bins, stop = 1, start + max(abs(start) * 1e-3, 1e-9)
@@ -184,7 +210,9 @@ def histogram(values: np.ndarray, bins: int, *, low: float | None = None) -> dic
 
 
 def spread_over(measure: np.ndarray, *, by_rank: bool = False) -> list[int]:
-    """At most `CHANNELS` indices, evenly over the ranks of `measure` with the smallest and the largest, in order; or the ranks themselves."""
+    """At most `CHANNELS` indices, evenly over the ranks of `measure` with the smallest and the largest, in order; or
+    the ranks themselves.
+    """
     ranks = np.unique(np.linspace(0, len(measure) - 1, min(CHANNELS, len(measure))).round().astype(int))
     chosen = ranks if by_rank else np.sort(np.argsort(measure, kind="stable")[ranks])
     return [int(i) for i in chosen]

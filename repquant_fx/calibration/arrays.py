@@ -25,8 +25,10 @@ def read_arrays(path: Path) -> Array | tuple[Array, ...] | dict[str, Array]:
     """
     suffix = path.suffix.lower()
     if suffix not in ARRAY_SUFFIXES:
-        raise CalibrationError(f"calibration data {path}: unknown suffix {suffix or '(none)'!r}; an image folder, or one of "
-                               f"{', '.join(ARRAY_SUFFIXES)} is needed")
+        raise CalibrationError(
+            f"calibration data {path}: unknown suffix {suffix or '(none)'!r}; an image folder, or one of "
+            f"{', '.join(ARRAY_SUFFIXES)} is needed"
+        )
     try:
         if suffix == ".npy":
             array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -34,7 +36,9 @@ def read_arrays(path: Path) -> Array | tuple[Array, ...] | dict[str, Array]:
                 raise ValueError("it is an archive of arrays; call it .npz")
             return np.asarray(array)
         if (declared := limits.unpacks_to(path)) is not None:
-            raise CalibrationError(f"calibration data {path} has {path.stat().st_size} bytes but would unpack to {declared}")
+            raise CalibrationError(
+                f"calibration data {path} has {path.stat().st_size} bytes but would unpack to {declared}"
+            )
         if suffix == ".npz":
             _check_archive(path)
             with np.load(path, allow_pickle=False) as file:
@@ -63,5 +67,7 @@ def _check_archive(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         declared = sum(entry.file_size for entry in archive.infolist())
     if declared > limits.memory() // 4:
-        raise CalibrationError(f"calibration data {path} would unpack to {limits.readable(declared)}, more than a quarter "
-                               f"of the {limits.readable(limits.memory())} of this machine; give .npy, which stay on disk")
+        raise CalibrationError(
+            f"calibration data {path} would unpack to {limits.readable(declared)}, more than a quarter "
+            f"of the {limits.readable(limits.memory())} of this machine; give .npy, which stay on disk"
+        )

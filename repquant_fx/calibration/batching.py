@@ -41,8 +41,8 @@ class CalibrationSet:
     def split_held_back(self, n: int) -> tuple[CalibrationSet, CalibrationSet]:
         """The set to calibrate with, and the last samples held back to judge by.
 
-        `n` samples are held back, or a quarter of the set where that is less, but one at least. A set of a single sample
-        is used for both. With a fixed batch, whole batches move.
+        `n` samples are held back, or a quarter of the set where that is less, but one at least. A set of a single
+        sample is used for both. With a fixed batch, whole batches move.
 
         Raises:
             CalibrationError: n < 1, or the set is empty.
@@ -87,7 +87,8 @@ def batch_sizes(count: int, batch_size: int) -> list[int]:
 def plan_batches(order: Sequence[int], batch_size: int, fixed: bool = False) -> list[list[int]]:
     """Sample indices of each batch, in order.
 
-    With a fixed batch all have exactly `batch_size`: the rest is dropped, or, when there is less than one batch, the samples
+    With a fixed batch all have exactly `batch_size`: the rest is dropped, or, when there is less than one batch, the
+        samples
     are repeated to fill it.
     """
     indices = list(order)

@@ -34,9 +34,12 @@ def import_callable(text: str) -> Callable[[], Any]:
     except Exception as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing and (module_name == missing or module_name.startswith(missing + ".")):
-            raise CalibrationError(f"calibration callable {text}: there is no module {missing} on the path "
-                                   f"or in {os.getcwd()}") from error
-        raise CalibrationError(f"calibration callable {text}: importing {module_name} raised {_described(error)}") from error
+            raise CalibrationError(
+                f"calibration callable {text}: there is no module {missing} on the path or in {os.getcwd()}"
+            ) from error
+        raise CalibrationError(
+            f"calibration callable {text}: importing {module_name} raised {_described(error)}"
+        ) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise CalibrationError(f"calibration callable {text}: the module {module_name} has no {attribute}")

@@ -33,7 +33,9 @@ def check_array(array: Array, spec: InputSpec, where: str) -> None:
     if not shape:
         raise CalibrationError(f"{where}: input {spec.name} has no batch dimension")
     if spec.longest is not None and len(shape) > 1 and shape[1] > spec.longest:
-        raise CalibrationError(f"{where}: input {spec.name} has sequences of {shape[1]} tokens, the model takes at most {spec.longest}")
+        raise CalibrationError(
+            f"{where}: input {spec.name} has sequences of {shape[1]} tokens, the model takes at most {spec.longest}"
+        )
     if isinstance(array, Tensor) and array.layout != torch.strided:
         raise CalibrationError(f"{where}: input {spec.name} must be a dense tensor, found {array.layout}")
     _check_dtype(_dtype_of(array, where), spec, len(shape), where)
@@ -45,8 +47,10 @@ def _check_dtype(found: torch.dtype, spec: InputSpec, rank: int, where: str) -> 
     wanted, name = spec.dtype, f"{where}: input {spec.name}"
     if wanted.is_floating_point:
         if found == torch.uint8 and rank == 4:
-            raise CalibrationError(f"{name} expects {dtype_text(wanted)}, found uint8: these look like images that are not "
-                                   "preprocessed; scale and normalise them as the model was trained, or give an image folder")
+            raise CalibrationError(
+                f"{name} expects {dtype_text(wanted)}, found uint8: these look like images that are not "
+                "preprocessed; scale and normalise them as the model was trained, or give an image folder"
+            )
         fits = found.is_floating_point
     elif wanted == torch.bool:
         fits = found == torch.bool
@@ -70,14 +74,19 @@ def to_rows(array: Array, rows: Sequence[int], spec: InputSpec, where: str) -> T
         taken = to_tensor(array[index], where)
     else:
         taken = array.detach()[torch.from_numpy(index).to(array.device)].cpu()
-    if not (spec.dtype.is_floating_point or spec.dtype.is_complex or spec.dtype == torch.bool) and taken.dtype != torch.bool:
+    if (
+        not (spec.dtype.is_floating_point or spec.dtype.is_complex or spec.dtype == torch.bool)
+        and taken.dtype != torch.bool
+    ):
         limits, values = torch.iinfo(spec.dtype), taken.to(torch.int64)
         if values.numel() and (int(values.min()) < limits.min or int(values.max()) > limits.max):
             raise CalibrationError(f"{where}: input {spec.name} has integers that do not fit {dtype_text(spec.dtype)}")
         if spec.below is not None and values.numel() and (int(values.min()) < 0 or int(values.max()) >= spec.below):
             wrong = int(values.min()) if int(values.min()) < 0 else int(values.max())
-            raise CalibrationError(f"{where}: input {spec.name} has the id {wrong}, the model's vocabulary ends at {spec.below - 1}; "
-                                   "the ids come from another tokenizer")
+            raise CalibrationError(
+                f"{where}: input {spec.name} has the id {wrong}, the model's vocabulary ends at {spec.below - 1}; "
+                "the ids come from another tokenizer"
+            )
     return taken.to(spec.dtype).contiguous()
 
 
@@ -102,9 +111,10 @@ def check_finite(tensors: Iterable[Tensor], rows: Iterable[Sequence[int]], spec:
         raise CalibrationError(f"{where}: input {spec.name} has {sum(found.values())} values that are NaN or infinite, "
                                f"in sample{'s' if len(samples) > 1 else ''} {named}")
     if largest > _LARGEST and "mask" not in spec.name.lower():  # a mask may hold the least number that there is
-        raise CalibrationError(f"{where}: input {spec.name} has values up to {largest:.3g}, whose squares overflow float32; "
-                               "scale the data as the model was trained")
-
+        raise CalibrationError(
+            f"{where}: input {spec.name} has values up to {largest:.3g}, whose squares overflow float32; "
+            "scale the data as the model was trained"
+        )
 
 
 def _dtype_of(array: Array, where: str) -> torch.dtype:

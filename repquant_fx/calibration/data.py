@@ -1,4 +1,5 @@
-"""Calibration data: an image folder, a file of arrays or text, user code or the model file, to checked batches in input order.
+"""Calibration data: an image folder, a file of arrays or text, user code or the model file, to checked batches in input
+order.
 
 Everything that goes in is checked against the model's inputs (`InputSpec`) before a pass sees it: number, shape, dtype,
 finiteness. Samples are chosen by a seed, so the same call gives the same batches.
@@ -47,16 +48,24 @@ _MODULE_CALLABLE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
 def load_calibration(
-    spec: str | Path | Callable[[], Any] | Array | Mapping[str, Array] | Iterable[Any] | None, inputs: Sequence[InputSpec], *,
-    preprocessing: Mapping[str, Any] | None, samples: int = 1024, batch_size: int = 32, seed: int = 0,
-    example_inputs: Sequence[Tensor] | None = None, text: Tokenization | None = None,
+    spec: str | Path | Callable[[], Any] | Array | Mapping[str, Array] | Iterable[Any] | None,
+    inputs: Sequence[InputSpec],
+    *,
+    preprocessing: Mapping[str, Any] | None,
+    samples: int = 1024,
+    batch_size: int = 32,
+    seed: int = 0,
+    example_inputs: Sequence[Tensor] | None = None,
+    text: Tokenization | None = None,
 ) -> CalibrationSet:
     """Load, check and batch calibration data.
 
     Args:
-        spec: an image folder; a .npy, .npz, .pt or .safetensors file; a .txt or .jsonl; `module:callable`; a tensor, batches or a callable; or
-            None for the example inputs of the model file and, failing those, synthesised inputs. A callable returns or yields
-            a tensor, tuple or dict: all samples at once, or batches. Names are those of the inputs; a mask that is left out is ones.
+        spec: an image folder; a .npy, .npz, .pt or .safetensors file; a .txt or .jsonl; `module:callable`; a tensor,
+            batches or a callable; or None for the example inputs of the model file and, failing those, synthesised
+            inputs. A callable returns or yields
+            a tensor, tuple or dict: all samples at once, or batches. Names are those of the inputs; a mask that is left
+                out is ones.
         inputs: the model's inputs. A batch dimension that is not None fixes the batch size.
         preprocessing: timm data config of the model, used for image folders only.
         samples: how many to use at most. Of files and arrays a seeded random choice; of an iterator, the first.
@@ -89,8 +98,10 @@ def load_calibration(
         return loader.from_value(call(spec, name), f"callable {name}")
     if hasattr(spec, "__iter__"):
         return loader.from_value(spec, "batches given by the caller")
-    raise CalibrationError(f"calibration data of type {type(spec).__name__} cannot be used: give a path, module:callable, "
-                           "a tensor, batches or a callable")
+    raise CalibrationError(
+        f"calibration data of type {type(spec).__name__} cannot be used: give a path, module:callable, "
+        "a tensor, batches or a callable"
+    )
 
 
 @dataclass
@@ -108,7 +119,9 @@ class _Loader:
     def from_text(self, text: str) -> CalibrationSet:
         path = Path(text).expanduser()
         if not text.strip() or "\0" in text:
-            raise CalibrationError("the path of the calibration data is empty" if not text.strip() else f"{text!r} is no path")
+            raise CalibrationError(
+                "the path of the calibration data is empty" if not text.strip() else f"{text!r} is no path"
+            )
         if kind := irregular(path):
             raise CalibrationError(f"calibration data {path} is {kind}, not a file")
         if path.is_dir():
@@ -132,7 +145,9 @@ class _Loader:
         encoded = encode(path, self.text, self.samples, self.seed)
         if ids.name != "input_ids":
             encoded[ids.name] = encoded.pop("input_ids")
-        return self.from_arrays(encoded, f"{path}, {'windows' if self.text.causal else 'lines'} of at most {self.text.length} tokens")
+        return self.from_arrays(
+            encoded, f"{path}, {'windows' if self.text.causal else 'lines'} of at most {self.text.length} tokens"
+        )
 
     def from_folder(self, folder: Path) -> CalibrationSet:
         """Images, chosen and shuffled by the seed."""
@@ -142,7 +157,9 @@ class _Loader:
         size = image_size(self.inputs[0].shape, self.preprocessing)
         files = find_images(folder)
         if not files:
-            raise CalibrationError(f"no images in the folder {folder}" + ("" if any(folder.iterdir()) else ": it is empty"))
+            raise CalibrationError(
+                f"no images in the folder {folder}" + ("" if any(folder.iterdir()) else ": it is empty")
+            )
         reader = ImageReader(self.preprocessing, size)
         random.Random(self.seed).shuffle(files)
         plan = plan_batches(range(min(self.samples, len(files))), self.batch_size, self.fixed)
@@ -168,13 +185,19 @@ class _Loader:
         if isinstance(value, (Tensor, np.ndarray, Mapping)) or self._is_one_tuple(value):
             return self.from_arrays(value, origin)
         if not hasattr(value, "__iter__") or isinstance(value, (str, bytes)):
-            raise CalibrationError(f"{origin} gave {type(value).__name__}: expected a tensor, a tuple, a dict or batches of them")
+            raise CalibrationError(
+                f"{origin} gave {type(value).__name__}: expected a tensor, a tuple, a dict or batches of them"
+            )
         return self.from_arrays(self._gather(value, origin), origin)
 
     def _is_one_tuple(self, value: Any) -> bool:
-        """Whether tensors side by side are the inputs of one batch. For a single input they are batches, unless a tuple of
-        different ranks says that labels or the like came along."""
-        if not isinstance(value, (tuple, list)) or not value or not all(isinstance(v, (Tensor, np.ndarray)) for v in value):
+        """Whether tensors side by side are the inputs of one batch. For a single input they are batches, unless a tuple
+        of different ranks says that labels or the like came along."""
+        if (
+            not isinstance(value, (tuple, list))
+            or not value
+            or not all(isinstance(v, (Tensor, np.ndarray)) for v in value)
+        ):
             return False
         if len(self.inputs) > 1 or len(value) == 1:
             return True
@@ -220,8 +243,12 @@ class _Loader:
 
     def synthesise(self) -> CalibrationSet:
         """Made-up inputs: standard normal, or small integers; masks are all ones."""
-        warnings.warn("no calibration data: the ranges come from random inputs, and accuracy will suffer; "
-                      "give an image folder, a file of arrays or text, or module:callable", RepQuantWarning, stacklevel=3)
+        warnings.warn(
+            "no calibration data: the ranges come from random inputs, and accuracy will suffer; "
+            "give an image folder, a file of arrays or text, or module:callable",
+            RepQuantWarning,
+            stacklevel=3,
+        )
         generator = torch.Generator().manual_seed(self.seed)
         length = self.text.length if self.text is not None else DEFAULT_LENGTH
         columns = [made_up(spec, self.samples, self.preprocessing, generator, length) for spec in self.inputs]
@@ -266,13 +293,16 @@ class _Loader:
         count = next(iter(lengths.values()))
         if count == 0:
             raise CalibrationError(f"{origin}: no samples")
-        limits.check_size((count,), f"{origin}: a permutation of the samples", itemsize=8)  # one sample, expanded, can claim any number
+        # one sample, expanded, can claim any number
+        limits.check_size((count,), f"{origin}: a permutation of the samples", itemsize=8)
         return count
 
 
 def _join(parts: Sequence[Tensor], spec: InputSpec, origin: str) -> Tensor:
     shapes = list(dict.fromkeys(tuple(part.shape[1:]) for part in parts))
     if len(shapes) > 1:
-        raise CalibrationError(f"{origin}: the batches of input {spec.name} differ in shape, "
-                               f"{shape_text((None, *shapes[0]))} and {shape_text((None, *shapes[1]))}; pad them to one shape")
+        raise CalibrationError(
+            f"{origin}: the batches of input {spec.name} differ in shape, "
+            f"{shape_text((None, *shapes[0]))} and {shape_text((None, *shapes[1]))}; pad them to one shape"
+        )
     return torch.cat(list(parts)) if len(parts) > 1 else parts[0]

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 S = TypeVar("S")
 R = TypeVar("R")
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"})
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
+)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 DEFAULT_SIDE = 224
@@ -48,7 +50,9 @@ class Unreadable:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """All image files below a folder, sorted by path; hidden files and folders are left out, links are followed once."""
+    """All image files below a folder, sorted by path; hidden files and folders are left out, links are followed
+    once.
+    """
     found: list[Path] = []
     seen: set[str] = set()
     for root, folders, files in os.walk(folder, followlinks=True):
@@ -83,9 +87,13 @@ def image_size(shape: Sequence[int | None], preprocessing: Mapping[str, Any] | N
     stored = (preprocessing or {}).get("input_size") or (3, DEFAULT_SIDE, DEFAULT_SIDE)
     if not isinstance(stored, Sequence) or len(stored) != 3:
         raise CalibrationError(f"preprocessing: input_size must be (channels, height, width), not {stored!r}")
-    channels, height, width = (int(own if own is not None else other) for own, other in zip(shape[1:], stored, strict=True))
+    channels, height, width = (
+        int(own if own is not None else other) for own, other in zip(shape[1:], stored, strict=True)
+    )
     if channels not in (1, 3):
-        raise CalibrationError(f"the model's input {shape_text(shape)} has {channels} channels; image files give 1 or 3")
+        raise CalibrationError(
+            f"the model's input {shape_text(shape)} has {channels} channels; image files give 1 or 3"
+        )
     return channels, height, width
 
 
@@ -105,13 +113,15 @@ def describe_preprocessing(preprocessing: Mapping[str, Any] | None, size: tuple[
 
 
 class ImageReader:
-    """Turns an image file into a float32 tensor (C, H, W), through timm's evaluation transform. Safe to call from threads."""
+    """Turns an image file into a float32 tensor (C, H, W), through timm's evaluation transform. Safe to call from
+    threads.
+    """
 
     def __init__(self, preprocessing: Mapping[str, Any] | None, size: tuple[int, int, int]) -> None:
         """
         Args:
-            preprocessing: a timm data config (interpolation, mean, std, crop_pct, crop_mode); other keys are ignored. None:
-                the shortest edge is resized to the input, the centre is cropped, ImageNet mean and std.
+            preprocessing: a timm data config (interpolation, mean, std, crop_pct, crop_mode); other keys are ignored.
+                None: the shortest edge is resized to the input, the centre is cropped, ImageNet mean and std.
             size: (C, H, W) of the tensors.
 
         Raises:
@@ -126,7 +136,9 @@ class ImageReader:
         try:
             self.transform: Callable[[Image], Tensor] = create_transform(input_size=size, is_training=False, **options)
         except Exception as error:
-            raise CalibrationError(f"the preprocessing {options} cannot be built: {type(error).__name__}: {error}") from error
+            raise CalibrationError(
+                f"the preprocessing {options} cannot be built: {type(error).__name__}: {error}"
+            ) from error
 
     def __call__(self, path: Path) -> Tensor | Unreadable:
         """The image as float32 (C, H, W), or why it cannot be read."""

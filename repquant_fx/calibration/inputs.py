@@ -40,7 +40,9 @@ class InputSpec:
 
 
 def in_order(arrays: Mapping[str, Any], inputs: Sequence[InputSpec], origin: str, ordered: bool) -> tuple[Any, ...]:
-    """Arrays in the order of the inputs: by name, else in the order given, labels left out. A mask that is missing is ones."""
+    """Arrays in the order of the inputs: by name, else in the order given, labels left out. A mask that is missing is
+    ones.
+    """
     names = [spec.name for spec in inputs]
     required = [spec.name for spec in inputs if not is_mask(spec)]
     if not any("mask" in str(name).lower() and name not in names for name in arrays):
@@ -59,7 +61,9 @@ def in_order(arrays: Mapping[str, Any], inputs: Sequence[InputSpec], origin: str
         ordered = False  # ids and masks look alike: foreign names do not tell which is which
     if some or (len(names) > 1 and (not ordered or len(rest) != len(names))):
         missing = [name for name in names if name not in arrays]
-        raise CalibrationError(f"{origin}: no array for the inputs {', '.join(missing)}; found {', '.join(map(str, arrays))}")
+        raise CalibrationError(
+            f"{origin}: no array for the inputs {', '.join(missing)}; found {', '.join(map(str, arrays))}"
+        )
     return tuple(rest.values())
 
 

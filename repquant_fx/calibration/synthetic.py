@@ -19,7 +19,9 @@ _IDS = 16
 
 def made_up(spec: InputSpec, samples: int, preprocessing: Mapping[str, Any] | None, generator: torch.Generator,
                length: int) -> Tensor:
-    """Random samples of one input; free dimensions get the side of an image, or `length`; ids are spread over the vocabulary."""
+    """Random samples of one input; free dimensions get the side of an image, or `length`; ids are spread over the
+    vocabulary.
+    """
     if not spec.shape:
         raise CalibrationError(f"input {spec.name} has no batch dimension, so no inputs can be made up for it")
     size: Sequence[int | None] = spec.shape[1:]

@@ -1,6 +1,7 @@
 """Text as calibration data: a `.txt` or `.jsonl` file and a tokenizer become input_ids and attention_mask.
 
-A causal language model reads running text, cut into windows of equal length; any other model reads one line at a time, padded.
+A causal language model reads running text, cut into windows of equal length; any other model reads one line at a time,
+padded.
 """
 
 from __future__ import annotations
@@ -51,12 +52,15 @@ def check_text_size(path: Path, what: str) -> None:
     except (OSError, ValueError):  # whoever opens it says why
         return
     if size > limits.memory() // _BYTES_OF_A_LETTER:
-        raise CalibrationError(f"{what} {path} has {limits.readable(size)}, and its tokens would take {_BYTES_OF_A_LETTER} times "
-                               f"as much: more than the {limits.readable(limits.memory())} of this machine; give a part of it")
+        raise CalibrationError(
+            f"{what} {path} has {limits.readable(size)}, and its tokens would take {_BYTES_OF_A_LETTER} times "
+            f"as much: more than the {limits.readable(limits.memory())} of this machine; give a part of it"
+        )
 
 
 def read_text(path: Path) -> list[Text]:
-    """The texts of a file: the lines of a `.txt`; of a `.jsonl` the field `text` (and `text_pair`), or a string or a pair a line.
+    """The texts of a file: the lines of a `.txt`; of a `.jsonl` the field `text` (and `text_pair`), or a string or a
+    pair a line.
 
     Empty lines are left out.
 
@@ -94,8 +98,10 @@ def encode(path: Path, how: Tokenization, samples: int, seed: int) -> dict[str, 
         CalibrationError: no tokenizer, no text, a text shorter than one window, pairs for a causal model.
     """
     if how.tokenizer is None:
-        raise CalibrationError(f"calibration text {path} needs the model's tokenizer, and there is none: give --tokenizer DIR, or "
-                               "tensors with input_ids and attention_mask (.npz, .pt, .safetensors)")
+        raise CalibrationError(
+            f"calibration text {path} needs the model's tokenizer, and there is none: give --tokenizer DIR, or "
+            "tensors with input_ids and attention_mask (.npz, .pt, .safetensors)"
+        )
     if how.length < 1:
         raise CalibrationError(f"a sequence has at least 1 token, not {how.length}")
     if how.causal:
@@ -103,7 +109,9 @@ def encode(path: Path, how: Tokenization, samples: int, seed: int) -> dict[str, 
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     texts = read_text(path)
     chosen = random.Random(seed).sample(texts, min(samples, len(texts)))
-    return _padded([_tokenize(how.tokenizer, text, path, truncation=True, max_length=how.length) for text in chosen], how.tokenizer)
+    return _padded(
+        [_tokenize(how.tokenizer, text, path, truncation=True, max_length=how.length) for text in chosen], how.tokenizer
+    )
 
 
 def _windows(path: Path, how: Tokenization) -> Tensor:
@@ -115,13 +123,17 @@ def _windows(path: Path, how: Tokenization) -> Tensor:
         texts = read_text(path)
         pair = next((text for text in texts if not isinstance(text, str)), None)
         if pair is not None:
-            raise CalibrationError(f"calibration text {path} holds pairs, which a causal language model does not read: {str(pair)[:60]}")
+            raise CalibrationError(
+                f"calibration text {path} holds pairs, which a causal language model does not read: {str(pair)[:60]}"
+            )
         whole = "\n\n".join(text for text in texts if isinstance(text, str))
     ids = _tokenize(how.tokenizer, whole, path)
     count = len(ids) // how.length
     if not count:
-        raise CalibrationError(f"calibration text {path} has {len(ids)} tokens, less than one sequence of {how.length}; "
-                               "give more text or a smaller --seq-len")
+        raise CalibrationError(
+            f"calibration text {path} has {len(ids)} tokens, less than one sequence of {how.length}; "
+            "give more text or a smaller --seq-len"
+        )
     return torch.tensor(ids[:count * how.length], dtype=torch.int64).reshape(count, how.length)
 
 
@@ -161,4 +173,6 @@ def _from_json(line: str, where: str) -> Text:
         return value[0], value[1]
     if isinstance(value, str):
         return value
-    raise CalibrationError(f'calibration text {where}: expected {{"text": "..."}}, a string or a pair of strings; found {line[:60]}')
+    raise CalibrationError(
+        f'calibration text {where}: expected {{"text": "..."}}, a string or a pair of strings; found {line[:60]}'
+    )

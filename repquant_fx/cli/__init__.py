@@ -1,6 +1,7 @@
 """The command line: one module a command, each with `add(parser)` and `run(options)`.
 
-Exit codes: see EXIT_CODES. stdout carries the result and nothing else; all other messages go to stderr (see `repquant_fx.log`).
+Exit codes: see EXIT_CODES. stdout carries the result and nothing else; all other messages go to stderr (see
+    `repquant_fx.log`).
 """
 
 from __future__ import annotations
@@ -23,11 +24,22 @@ from repquant_fx.security import channel, confinement
 from repquant_fx.security.supervisor import supervise
 from repquant_fx.version import VERSION
 
-COMMANDS = {"compile": compile, "evaluate": evaluate, "inspect": inspect, "recipe": recipe, "sensitivity": sensitivity, "search": search,
-            "completion": completion}
-EXIT_CODES = "exit codes: 0 done; 1 internal error, a bug; 2 bad input: one message, nothing written; 3 the exported file disagrees with " \
-    "the reference, nothing written; 130 interrupted (SIGINT), 143 terminated (SIGTERM), 129 hung up (SIGHUP); 141 nobody reads stdout any " \
+COMMANDS = {
+    "compile": compile,
+    "evaluate": evaluate,
+    "inspect": inspect,
+    "recipe": recipe,
+    "sensitivity": sensitivity,
+    "search": search,
+    "completion": completion,
+}
+EXIT_CODES = (
+    "exit codes: 0 done; 1 internal error, a bug; 2 bad input: one message, nothing written; 3 the exported file "
+    "disagrees with "
+    "the reference, nothing written; 130 interrupted (SIGINT), 143 terminated (SIGTERM), 129 hung up (SIGHUP); 141 "
+    "nobody reads stdout any "
     "more. What ends after the outputs were written (a signal, a stdout that is full) says so"
+)
 
 REPORT = "This is a bug; please report it with the output of the same command and --debug."
 
@@ -36,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code.
 
     Args:
-        argv: the arguments; they are worked on in this process. Those of the process where None: then a child of it does the work
-            (see `security.supervisor`).
+        argv: the arguments; they are worked on in this process. Those of the process where None: then a child of it
+            does the work (see `security.supervisor`).
     """
     if "_ARGCOMPLETE" in os.environ:  # a shell asks what may follow
         import argcomplete
@@ -85,7 +97,8 @@ def _run(arguments: list[str]) -> int:
 
 
 def _explained(error: BaseException) -> tuple[str, str, int]:
-    """What to say of an error, nothing where the reader of stdout is gone; what to do about it, where that takes a line; the exit code.
+    """What to say of an error, nothing where the reader of stdout is gone; what to do about it, where that takes a
+    line; the exit code.
 
     Raises:
         BaseException: it is no failure, such as the end that --help asks for.
@@ -101,19 +114,32 @@ def _explained(error: BaseException) -> tuple[str, str, int]:
     if not is_failure(error):
         raise error
     if is_out_of_memory(error):
-        return (f"error: not enough memory ({str(error).splitlines()[0][-200:] if str(error) else 'MemoryError'}); take smaller batches "
-                "(--batch-size), fewer samples (--calib-samples) or smaller inputs"), "", 2
+        return (
+            (
+                f"error: not enough memory ({str(error).splitlines()[0][-200:] if str(error) else 'MemoryError'}); "
+                "take smaller batches "
+                "(--batch-size), fewer samples (--calib-samples) or smaller inputs"
+            ),
+            "",
+            2,
+        )
     return f"internal error: {type(error).__name__}: {error}", REPORT, 1
 
 
 def parser() -> argparse.ArgumentParser:
     """The argument parser."""
-    top = Parser(prog="repquant-fx", description="Post-training quantization of transformers: torch.fx in, ONNX QDQ out.", epilog=EXIT_CODES)
+    top = Parser(
+        prog="repquant-fx",
+        description="Post-training quantization of transformers: torch.fx in, ONNX QDQ out.",
+        epilog=EXIT_CODES,
+    )
     top.add_argument("--version", action="version", version=f"repquant-fx {VERSION}")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=Parser)
     for name, module in COMMANDS.items():
         about = (module.__doc__ or "").split(": ", 1)[1].split("\n")[0].rstrip(".")
-        module.add(commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".", epilog=EXIT_CODES))
+        module.add(
+            commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".", epilog=EXIT_CODES)
+        )
     return top
 
 

@@ -16,7 +16,10 @@ from repquant_fx.options import Calibration, Source
 from repquant_fx.security.channel import LOAD_SECONDS
 from repquant_fx.security.escape import printable
 
-SOURCES = "a file (.pt2, .pt, .safetensors), a transformers directory, hf:OWNER/NAME, or timm:NAME[,key=value...][,pretrained]"
+SOURCES = (
+    "a file (.pt2, .pt, .safetensors), a transformers directory, hf:OWNER/NAME, "
+    "or timm:NAME[,key=value...][,pretrained]"
+)
 
 MOST_SAMPLES, MOST_TOKENS, MOST_TRIES = 10_000_000, 10_000_000, 10_000  # more is a slip of the finger
 MOST_THREADS = max(64, 8 * (os.cpu_count() or 1))
@@ -52,9 +55,16 @@ def add_source(command: argparse.ArgumentParser, about: str = SOURCES) -> None:
     """The model, and what every command that loads one takes."""
     command.add_argument("model", help=about)
     command.add_argument("--arch", help="architecture of a state dict, e.g. timm:vit_small_patch16_224,num_classes=10")
-    command.add_argument("--allow-pickle", action="store_true", help="load files that execute code; only for files you trust")
-    command.add_argument("--load-timeout", type=seconds, metavar="SECONDS", default=LOAD_SECONDS, help="that loading, or capturing, may take "
-                         f"without --allow-pickle (default {LOAD_SECONDS:g})")
+    command.add_argument(
+        "--allow-pickle", action="store_true", help="load files that execute code; only for files you trust"
+    )
+    command.add_argument(
+        "--load-timeout",
+        type=seconds,
+        metavar="SECONDS",
+        default=LOAD_SECONDS,
+        help=f"that loading, or capturing, may take without --allow-pickle (default {LOAD_SECONDS:g})",
+    )
     command.add_argument("--seed", type=seed, default=0, help="chooses samples and every random number (default 0)")
     add_output(command)
 
@@ -66,8 +76,11 @@ def add_output(command: argparse.ArgumentParser) -> None:
     form = output.add_mutually_exclusive_group()
     form.add_argument("--quiet", action="store_true", help="on stderr only warnings and errors, no progress")
     form.add_argument("--verbose", action="store_true", help="on stderr also every stage and its seconds")
-    form.add_argument("--log-json", action="store_true", help="on stderr one JSON object per line: stage_started, stage_finished, info, "
-                      "warning, result, error")
+    form.add_argument(
+        "--log-json",
+        action="store_true",
+        help="on stderr one JSON object per line: stage_started, stage_finished, info, warning, result, error",
+    )
     output.add_argument("--debug", action="store_true", help="show tracebacks and warnings of libraries")
 
 
@@ -79,15 +92,21 @@ def add_task(command: argparse.ArgumentParser) -> None:
 
 def add_calibration(command: argparse.ArgumentParser) -> None:
     """What a model is run on, for every command that calibrates."""
-    command.add_argument("--input-shape", metavar="C,H,W", help="shape of one input without the batch, where the model does not tell")
+    command.add_argument(
+        "--input-shape", metavar="C,H,W", help="shape of one input without the batch, where the model does not tell"
+    )
     add_task(command)
     data = command.add_argument_group("calibration")
-    data.add_argument("--calib", help="image folder, .npy/.npz/.pt/.safetensors tensors, .txt/.jsonl text, or module:callable")
+    data.add_argument(
+        "--calib", help="image folder, .npy/.npz/.pt/.safetensors tensors, .txt/.jsonl text, or module:callable"
+    )
     data.add_argument("--calib-samples", type=count(MOST_SAMPLES),
                       help="default 1024, of text 128; fewer if there are fewer")
     data.add_argument("--seq-len", type=count(MOST_TOKENS),
                       help="tokens of a calibration sequence (default 128, fewer if the model takes fewer)")
-    data.add_argument("--tokenizer", metavar="DIR", help="directory of a transformers tokenizer, where the model brings none")
+    data.add_argument(
+        "--tokenizer", metavar="DIR", help="directory of a transformers tokenizer, where the model brings none"
+    )
     data.add_argument("--batch-size", type=count(MOST_SAMPLES), default=32, help="default 32")
 
 

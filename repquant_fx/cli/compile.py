@@ -18,24 +18,49 @@ def add(command: argparse.ArgumentParser) -> None:
     """The options of `compile`."""
     command.set_defaults(run=run)
     add_source(command)
-    command.add_argument("--out", required=True, type=Path, help="a name that ends in .onnx: the file to write; any other name: a directory "
-                         "that gets model.onnx and, of a transformers or timm model, its configuration, tokenizer and processor")
+    command.add_argument(
+        "--out",
+        required=True,
+        type=Path,
+        help="a name that ends in .onnx: the file to write; any other name: a directory "
+        "that gets model.onnx and, of a transformers or timm model, its configuration, tokenizer and processor",
+    )
     command.add_argument("--force", action="store_true", help="replace existing output files")
     command.add_argument("--report", type=Path, help="write a JSON report, layer by layer")
-    command.add_argument("--html", type=Path, metavar="FILE", help="write the report as one self-contained page with figures (needs plotly)")
+    command.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="write the report as one self-contained page with figures (needs plotly)",
+    )
     add_calibration(command)
     long = command.add_argument_group("long compiles (under torchrun the processes share the calibration data)")
-    long.add_argument("--work-dir", type=Path, metavar="DIR", help="keep finished layers here; the same command goes on after an interruption")
-    long.add_argument("--offload-dir", type=Path, metavar="DIR", help="keep values between layers in a temporary file here, not in memory")
-    long.add_argument("--device", default="cpu", help="where calibration, clipping and GPTQ compute: cpu (default), cuda, cuda:1, ...")
+    long.add_argument(
+        "--work-dir",
+        type=Path,
+        metavar="DIR",
+        help="keep finished layers here; the same command goes on after an interruption",
+    )
+    long.add_argument(
+        "--offload-dir",
+        type=Path,
+        metavar="DIR",
+        help="keep values between layers in a temporary file here, not in memory",
+    )
+    long.add_argument(
+        "--device", default="cpu", help="where calibration, clipping and GPTQ compute: cpu (default), cuda, cuda:1, ..."
+    )
     add_method(command)
     command.add_argument("--check", action=argparse.BooleanOptionalAction, default=True,
                          help="compare ONNX Runtime with the FX reference (default on)")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Compile, save, summarise; returns the exit code. Of several processes that torchrun started, the first one writes."""
-    recipe = recipe_from(options)  # cheap checks first: nothing is loaded for a wrong option or an output that cannot be written
+    """Compile, save, summarise; returns the exit code. Of several processes that torchrun started, the first one
+    writes.
+    """
+    # cheap checks first: nothing is loaded for a wrong option or an output that cannot be written
+    recipe = recipe_from(options)
     source, calibration = source_from(options), calibration_from(options)
     check_outputs(options)
     from repquant_fx import log, report
@@ -49,7 +74,9 @@ def run(options: argparse.Namespace) -> int:
         compiled = compile_model(source, calibration, recipe, run)
     if world.rank:
         return 0
-    out = compiled.save(options.out, force=options.force, report=options.report, html=options.html, command=options.command_line)
+    out = compiled.save(
+        options.out, force=options.force, report=options.report, html=options.html, command=options.command_line
+    )
     for line in report.summary(compiled.report).splitlines():
         log.info(line)
     log.info(f"wrote {out} ({compiled.report['file_bytes'] / 1e6:.2f} MB)")

@@ -27,10 +27,19 @@ def add(command: argparse.ArgumentParser) -> None:
     """The options of `inspect`."""
     command.set_defaults(run=run)
     add_source(command, f"an exported .onnx; or what is not compiled yet: {SOURCES}")
-    command.add_argument("--input-shape", metavar="C,H,W", help="shape of one input without the batch, where the model does not tell")
+    command.add_argument(
+        "--input-shape", metavar="C,H,W", help="shape of one input without the batch, where the model does not tell"
+    )
     add_task(command)
-    command.add_argument("--html", type=Path, metavar="FILE", help="write it as one self-contained page, too (needs plotly)")
-    command.add_argument("--report", type=Path, metavar="FILE", help="the report that compile --report wrote: the page shows what was measured")
+    command.add_argument(
+        "--html", type=Path, metavar="FILE", help="write it as one self-contained page, too (needs plotly)"
+    )
+    command.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="the report that compile --report wrote: the page shows what was measured",
+    )
     command.add_argument("--force", action="store_true", help="replace an existing page")
     add_method(command)
 
@@ -49,13 +58,24 @@ def run(options: argparse.Namespace) -> int:
     from repquant_fx import log
     from repquant_fx.inspection import inspect
 
-    found = inspect(options.model, recipe, arch=options.arch, input_shape=shape, allow_pickle=options.allow_pickle, task=options.task)
+    found = inspect(
+        options.model,
+        recipe,
+        arch=options.arch,
+        input_shape=shape,
+        allow_pickle=options.allow_pickle,
+        task=options.task,
+    )
     log.finish()
     if options.html is not None:
         from repquant_fx.files import write_atomically
         from repquant_fx.html import inspection_page, page
 
-        text = inspection_page(found, command=options.command_line) if measured is None else page(measured, measured.get("statistics"))
+        text = (
+            inspection_page(found, command=options.command_line)
+            if measured is None
+            else page(measured, measured.get("statistics"))
+        )
         write_atomically(options.html, text.encode())
         log.info(f"wrote {options.html}")
     log.result(found.about)
@@ -86,7 +106,7 @@ def check_page(options: argparse.Namespace, figures: bool) -> None:
 
 
 def show(found: Inspection) -> None:
-    """Tables for a terminal: the sites, what was left alone, totals."""
+    """Tables for a terminal: the sites, what was left alone, totals. Long because it is a row of printed lines."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -94,12 +114,18 @@ def show(found: Inspection) -> None:
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
     console = Console(file=sys.stdout, width=width, highlight=False)
     wide = console.width >= WIDE  # else what was rewritten stands below the table, once for all sites that it holds for
-    words = ["site", "kind", "bits"] + (["grid", "scale", "zero point", "fused", "size"] if found.compiled else ["parameters"])
+    words = ["site", "kind", "bits"] + (
+        ["grid", "scale", "zero point", "fused", "size"] if found.compiled else ["parameters"]
+    )
     words += ["rewritten"] if wide else []
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for word in words:
-        table.add_column(word, justify="right" if word in ("scale", "zero point", "size", "parameters") else "left",
-                         overflow="fold", no_wrap=word in ("bits", "scale", "zero point", "size", "kind", "grid", "fused"))
+        table.add_column(
+            word,
+            justify="right" if word in ("scale", "zero point", "size", "parameters") else "left",
+            overflow="fold",
+            no_wrap=word in ("bits", "scale", "zero point", "size", "kind", "grid", "fused"),
+        )
     said: list[str] = []
     below: dict[str, list[str]] = {}
     for row in found.rows:
@@ -108,19 +134,33 @@ def show(found: Inspection) -> None:
         for note in row.rewritten:
             below.setdefault(note, []).append(row.site)
         grid = row.grid if wide else _short(row.grid)
-        middle = [grid, _numbers(row.scale), _numbers(row.zero_point), _fused(row), _size(row.bytes)] if found.compiled else \
-            [f"{row.parameters:,}" if row.parameters else ""]
+        middle = (
+            [grid, _numbers(row.scale), _numbers(row.zero_point), _fused(row), _size(row.bytes)]
+            if found.compiled
+            else [f"{row.parameters:,}" if row.parameters else ""]
+        )
         kind = row.kind if wide else row.kind.replace(" → ", "→")
-        table.add_row(*(Text(printable(cell)) for cell in (_name(row), kind, _bits(row), *middle, *([notes] if wide else []))))
+        table.add_row(
+            *(Text(printable(cell)) for cell in (_name(row), kind, _bits(row), *middle, *([notes] if wide else [])))
+        )
     console.print(table)
     console.print()
     if below and not wide:
         console.print(Text("rewritten", style="bold"))
         for note, sites in below.items():
-            console.print(Text(printable(f"{sites[0]}{f' and {len(sites) - 1} more' if len(sites) > 1 else ''}: {note}")))
+            console.print(
+                Text(printable(f"{sites[0]}{f' and {len(sites) - 1} more' if len(sites) > 1 else ''}: {note}"))
+            )
         console.print()
     if found.left_alone:
-        left = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0), title="left alone", title_justify="left")
+        left = Table(
+            box=None,
+            pad_edge=False,
+            header_style="bold",
+            padding=(0, 2, 0, 0),
+            title="left alone",
+            title_justify="left",
+        )
         for word in ("operator", "module", "reason"):
             left.add_column(word, overflow="fold")
         for item in found.left_alone:
@@ -146,13 +186,19 @@ def totals(found: Inspection) -> list[str]:
         lines.append(f"computed with integers by ONNX Runtime: {about['integer_sites']} of {known}")
         reasons = Counter(row.reason for row in found.rows if row.integer is False)
         lines += [f"  {count} not: {reason or 'for no known reason'}" for reason, count in reasons.items()]
-    lines.append(f"file {_size(about['file_bytes'])}: weights {_size(about['quantized_bytes'])}, other constants {_size(about['other_bytes'])}; "
-                 f"in float {_size(about['float_bytes'])}, {about['float_bytes'] / max(about['file_bytes'], 1):.2f} times as much")
+    lines.append(
+        f"file {_size(about['file_bytes'])}: weights {_size(about['quantized_bytes'])}, other constants "
+        f"{_size(about['other_bytes'])}; "
+        f"in float {_size(about['float_bytes'])}, {about['float_bytes'] / max(about['file_bytes'], 1):.2f} times as "
+        "much"
+    )
     return [f"{found.source}: {about['bits']}, {about['method']}, written by repquant-fx {about['version']}", *lines]
 
 
 def _name(row: Row) -> str:
-    """The site; of several layers the first and the last parts of the others: `attn.q_proj/input (also k_proj, v_proj)`."""
+    """The site; of several layers the first and the last parts of the others: `attn.q_proj/input (also k_proj,
+    v_proj)`.
+    """
     others = [path.rsplit(".", 1)[-1] for path in row.layers[1:]]
     return row.site + (f" (also {', '.join(others)})" if others else "")
 

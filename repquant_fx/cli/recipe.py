@@ -23,10 +23,14 @@ def add(command: argparse.ArgumentParser) -> None:
 
     actions = command.add_subparsers(title="actions", required=True, metavar="ACTION", parser_class=Parser)
     init = sub("init", run_init, "print a commented recipe to start from, or write it to --out")
-    init.add_argument("--preset", choices=tuple(PRESETS), default="repquant", help="a published method (default repquant)")
+    init.add_argument(
+        "--preset", choices=tuple(PRESETS), default="repquant", help="a published method (default repquant)"
+    )
     init.add_argument("--wbits", type=int, default=8, help="bits of weights (default 8)")
     init.add_argument("--abits", type=int, default=8, help="bits of activations (default 8)")
-    show = sub("show", run_show, "print the effective recipe of an exported file, or of a recipe with its defaults filled in")
+    show = sub(
+        "show", run_show, "print the effective recipe of an exported file, or of a recipe with its defaults filled in"
+    )
     show.add_argument("file", type=Path, help="an exported .onnx, or a .yaml, .yml or .toml recipe")
     for each in (init, show):
         each.add_argument("--format", choices=FORMATS, help="default yaml, or what the name of --out says")
@@ -66,7 +70,11 @@ def _give(recipe: Any, options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(recipe.to_dict()))
         return 0
-    named = {".yaml": "yaml", ".yml": "yaml", ".toml": "toml"}.get(options.out.suffix.lower()) if options.out is not None else None
+    named = (
+        {".yaml": "yaml", ".yml": "yaml", ".toml": "toml"}.get(options.out.suffix.lower())
+        if options.out is not None
+        else None
+    )
     if options.out is not None and named is None:
         raise InputError(f"a recipe is .yaml, .yml or .toml; found {options.out}")
     if options.format is not None and named not in (None, options.format):

@@ -26,11 +26,15 @@ def add(command: argparse.ArgumentParser) -> None:
     """The options of `search`."""
     command.set_defaults(run=run)
     add_source(command)
-    command.add_argument("--out", required=True, type=Path, help="the recipe to write, .yaml or .toml; give it to compile --recipe")
+    command.add_argument(
+        "--out", required=True, type=Path, help="the recipe to write, .yaml or .toml; give it to compile --recipe"
+    )
     command.add_argument("--force", action="store_true", help="replace an existing file")
     add_calibration(command)
     target = command.add_argument_group("target (one of the first three)")
-    target.add_argument("--target-size", metavar="SIZE", help="of the weights at most: 400kB, 1.5MB, or 3.5b for bits per weight")
+    target.add_argument(
+        "--target-size", metavar="SIZE", help="of the weights at most: 400kB, 1.5MB, or 3.5b for bits per weight"
+    )
     target.add_argument("--target-sqnr", metavar="DB", type=number(-1000, 1000),
                         help="of the output on held-back samples at least; smallest size, measured")
     target.add_argument("--max-drop", metavar="POINTS", type=number(0, 1e6),
@@ -38,14 +42,22 @@ def add(command: argparse.ArgumentParser) -> None:
                         "percent of perplexity gained; smallest size, measured")
     target.add_argument("--data", help="for --max-drop: what repquant-fx evaluate takes")
     target.add_argument("--limit", type=count(10**12), help="of --data: evaluate a random subset of this size")
-    target.add_argument("--count", choices=("stored", "information"), default="stored",
-                        help="size as the file stores it (up to 4 bits take 4, more take 8), or as bits alone (default stored)")
+    target.add_argument(
+        "--count",
+        choices=("stored", "information"),
+        default="stored",
+        help="size as the file stores it (up to 4 bits take 4, more take 8), or as bits alone (default stored)",
+    )
     space = command.add_argument_group("choices")
     space.add_argument("--choices", metavar="B,B,...", default="2,3,4,6,8", help="bits of weights (default 2,3,4,6,8)")
     space.add_argument("--mean-abits", type=number(2, 8),
                         help="let bits of activations vary too, with this mean (default: all as the recipe says)")
-    space.add_argument("--activation-choices", metavar="B,B,...", default="2,3,4,6,8", help="for --mean-abits (default 2,3,4,6,8)")
-    space.add_argument("--loss", choices=("error", "kl"), default="error", help="see repquant-fx sensitivity (default error)")
+    space.add_argument(
+        "--activation-choices", metavar="B,B,...", default="2,3,4,6,8", help="for --mean-abits (default 2,3,4,6,8)"
+    )
+    space.add_argument(
+        "--loss", choices=("error", "kl"), default="error", help="see repquant-fx sensitivity (default error)"
+    )
     space.add_argument("--probes", type=count(MOST_TRIES), default=4, help="likewise (default 4)")
     space.add_argument("--trials", type=count(MOST_TRIES), default=8,
                         help="models compiled at most, for --target-sqnr and --max-drop (default 8)")
@@ -79,7 +91,10 @@ def run(options: argparse.Namespace) -> int:
     for line in str(result).splitlines():
         log.info(line)
     for trial in result.trials:
-        log.info(f"tried {trial.bits_per_weight:.2f} bits: {trial.quality:.4g}, {'enough' if trial.accepted else 'too little'}")
+        log.info(
+            f"tried {trial.bits_per_weight:.2f} bits: {trial.quality:.4g}, "
+            f"{'enough' if trial.accepted else 'too little'}"
+        )
     log.info(f"wrote {options.out}")
     outcome = {"out": str(options.out), **result.to_dict()}
     log.result({key: value for key, value in outcome.items() if key not in ("recipe", "units")})

@@ -23,9 +23,15 @@ def add(command: argparse.ArgumentParser) -> None:
     add_source(command)
     add_calibration(command)
     analysis = command.add_argument_group("analysis")
-    analysis.add_argument("--bits", metavar="B,B,...", help="measure these bits too, e.g. 2,3,4,6,8 (default: the recipe's alone)")
-    analysis.add_argument("--loss", choices=("error", "kl"), default="error",
-                          help="noise of the output over its power, or, of logits, divergence of the predictions (default error)")
+    analysis.add_argument(
+        "--bits", metavar="B,B,...", help="measure these bits too, e.g. 2,3,4,6,8 (default: the recipe's alone)"
+    )
+    analysis.add_argument(
+        "--loss",
+        choices=("error", "kl"),
+        default="error",
+        help="noise of the output over its power, or, of logits, divergence of the predictions (default error)",
+    )
     analysis.add_argument("--probes", type=count(MOST_TRIES), default=4,
                         help="random directions; more make estimates less noisy (default 4)")
     analysis.add_argument("--top", type=count(10**9), help="show only so many")

@@ -1,4 +1,6 @@
-"""How a command ends from outside: SIGTERM and SIGHUP unwind like Ctrl-C, so that no temporary file stays; a lost stdout is an error."""
+"""How a command ends from outside: SIGTERM and SIGHUP unwind like Ctrl-C, so that no temporary file stays; a lost
+stdout is an error.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ class Terminated(BaseException):
 
 @contextmanager
 def terminated() -> Iterator[None]:
-    """Turn SIGTERM and SIGHUP into `Terminated`, where this is the main thread and nobody handles or ignores them already."""
+    """Turn SIGTERM and SIGHUP into `Terminated`, where this is the main thread and nobody handles or ignores them
+    already.
+    """
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     mine = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL] \
         if threading.current_thread() is threading.main_thread() else []
@@ -66,7 +70,9 @@ def flushed() -> Iterator[None]:
         _discard()
         if isinstance(error, BrokenPipeError):
             raise
-        raise OutputError(f"cannot write the result to stdout: {error.strerror or error}; {channel.outcome()}") from error
+        raise OutputError(
+            f"cannot write the result to stdout: {error.strerror or error}; {channel.outcome()}"
+        ) from error
 
 
 def _discard() -> None:

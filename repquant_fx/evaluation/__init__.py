@@ -1,4 +1,5 @@
-"""How good is a model? Float models in torch, quantized and other ONNX files in ONNX Runtime, measured by the same code.
+"""How good is a model? Float models in torch, quantized and other ONNX files in ONNX Runtime, measured by the same
+code.
 
 | metric | of | data |
 |---|---|---|
@@ -24,8 +25,24 @@ from repquant_fx.evaluation.similarity import PAIR_SUFFIXES, Similarity, similar
 from repquant_fx.evaluation.zero_shot import zero_shot
 from repquant_fx.files import irregular
 
-__all__ = ["METRICS", "Accuracy", "Perplexity", "Result", "Runner", "Similarity", "accuracy", "accuracy_of", "deduce_metric", "evaluate",
-           "labelled_folder", "open_runner", "perplexity", "preprocessing_from_onnx", "similarity", "zero_shot"]
+__all__ = [
+    "METRICS",
+    "Accuracy",
+    "Perplexity",
+    "Result",
+    "Runner",
+    "Similarity",
+    "accuracy",
+    "accuracy_of",
+    "deduce_metric",
+    "evaluate",
+    "labelled_folder",
+    "open_runner",
+    "perplexity",
+    "preprocessing_from_onnx",
+    "similarity",
+    "zero_shot",
+]
 
 Result: TypeAlias = Accuracy | Perplexity | Similarity
 
@@ -59,11 +76,23 @@ _ARRAYS = (".npz", ".safetensors")
 
 
 def evaluate(
-    source: str, data: str, *, metric: str | None = None, arch: str | None = None, allow_pickle: bool = False, batch_size: int | None = None,
-    limit: int | None = None, threads: int | None = None, seed: int = 0, tokenizer: str | None = None, seq_len: int | None = None,
-    stride: int | None = None, separator: str | None = None, prompts: str | None = None,
+    source: str,
+    data: str,
+    *,
+    metric: str | None = None,
+    arch: str | None = None,
+    allow_pickle: bool = False,
+    batch_size: int | None = None,
+    limit: int | None = None,
+    threads: int | None = None,
+    seed: int = 0,
+    tokenizer: str | None = None,
+    seq_len: int | None = None,
+    stride: int | None = None,
+    separator: str | None = None,
+    prompts: str | None = None,
 ) -> Result:
-    """Measure a model.
+    """Measure a model. Long because it says what every argument is.
 
     Args:
         source: an ONNX file, run by ONNX Runtime; or anything `load_model` takes, run by torch.
@@ -71,7 +100,8 @@ def evaluate(
         metric: one of METRICS; by the data where None (see `deduce_metric`).
         arch: architecture of a bare state dict.
         allow_pickle: the user trusts the file of `source`; it may execute code.
-        batch_size: images, sentences or windows at a time (64, 64 and 1 where None); a model with a fixed batch overrides it.
+        batch_size: images, sentences or windows at a time (64, 64 and 1 where None); a model with a fixed batch
+            overrides it.
         limit: evaluate a seeded random subset of this many images or pairs, or the first so many windows of a text.
         threads: of the runtime; None leaves the choice to it.
         seed: of the subset.
@@ -88,8 +118,11 @@ def evaluate(
         raise InputError(f"{threads} threads: this machine runs {most} at most")
     path = Path(data).expanduser()
     if not path.exists():
-        raise InputError(f"evaluation data {path} does not exist: give class folders of images, a .npz or .safetensors with images and "
-                         "labels, a text, or sentence pairs")
+        raise InputError(
+            f"evaluation data {path} does not exist: give class folders of images, a .npz or .safetensors with images "
+            "and "
+            "labels, a text, or sentence pairs"
+        )
     if kind := irregular(path):
         raise InputError(f"evaluation data {path} is {kind}, not a file")
     name = metric or deduce_metric(path, prompts)
@@ -102,10 +135,15 @@ def evaluate(
     if stray:
         raise InputError(f"{', '.join(stray)} does not belong to the metric {name}")
     if name == "zero-shot" and prompts is None:
-        raise InputError("zero-shot needs --prompts: a JSON file of class prompts, or a template such as 'a photo of a {}'")
+        raise InputError(
+            "zero-shot needs --prompts: a JSON file of class prompts, or a template such as 'a photo of a {}'"
+        )
     if path.is_dir() != chosen.folders and not (name == "accuracy" and path.suffix.lower() in _ARRAYS):
-        wanted = ("expected class folders of images" + (", or a .npz or .safetensors" if name == "accuracy" else "")) if chosen.folders else \
-            f"{name} needs a file, not a folder"
+        wanted = (
+            ("expected class folders of images" + (", or a .npz or .safetensors" if name == "accuracy" else ""))
+            if chosen.folders
+            else f"{name} needs a file, not a folder"
+        )
         raise InputError(f"evaluation data {path}: {wanted}")
     if "seed" in chosen.options:
         options["seed"] = seed
@@ -115,8 +153,8 @@ def evaluate(
 
 
 def deduce_metric(data: Path, prompts: str | None = None) -> str:
-    """zero-shot where there are prompts; else accuracy for folders and arrays, similarity for .csv, .tsv and .jsonl, perplexity for any
-    other file."""
+    """zero-shot where there are prompts; else accuracy for folders and arrays, similarity for .csv, .tsv and .jsonl,
+    perplexity for any other file."""
     if prompts is not None:
         return "zero-shot"
     if data.is_dir() or data.suffix.lower() in _ARRAYS:

@@ -18,7 +18,15 @@ from torch import Tensor
 
 from repquant_fx.calibration.arrays import read_arrays
 from repquant_fx.calibration.checks import check_array, check_finite, to_rows
-from repquant_fx.calibration.images import ImageReader, Unreadable, find_images, image_size, read_ahead, stack, unreadable_error
+from repquant_fx.calibration.images import (
+    ImageReader,
+    Unreadable,
+    find_images,
+    image_size,
+    read_ahead,
+    stack,
+    unreadable_error,
+)
 from repquant_fx.calibration.inputs import InputSpec
 from repquant_fx.errors import InputError, RepQuantWarning
 from repquant_fx.evaluation.runners import Runner, first_rows
@@ -136,8 +144,15 @@ def accuracy(runner: Runner, data: Path, *, batch_size: int = 64, limit: int | N
     batches: LabelledImages | LabelledArrays
     folder_classes = None
     if data.is_dir():
-        batches = labelled_folder(data, image_preprocessing(runner), image_size(spec.shape, runner.preprocessing), size, limit, seed,
-                                  dtype=spec.dtype)
+        batches = labelled_folder(
+            data,
+            image_preprocessing(runner),
+            image_size(spec.shape, runner.preprocessing),
+            size,
+            limit,
+            seed,
+            dtype=spec.dtype,
+        )
         folder_classes = len(batches.classes)
     else:
         batches = _labelled_arrays(data, spec, size, limit, seed)
@@ -154,7 +169,11 @@ def accuracy(runner: Runner, data: Path, *, batch_size: int = 64, limit: int | N
 def image_preprocessing(runner: Runner) -> Mapping[str, Any] | None:
     """The model's own preprocessing; warns where there is none."""
     if not runner.preprocessing:
-        warnings.warn("the model carries no image preprocessing; using its input size with ImageNet mean and std", RepQuantWarning, stacklevel=3)
+        warnings.warn(
+            "the model carries no image preprocessing; using its input size with ImageNet mean and std",
+            RepQuantWarning,
+            stacklevel=3,
+        )
     return runner.preprocessing
 
 
@@ -205,7 +224,9 @@ def labelled_folder(
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
-        raise InputError(f"evaluation data {root} is not a folder" if root.exists() else f"evaluation data {root} does not exist")
+        raise InputError(
+            f"evaluation data {root} is not a folder" if root.exists() else f"evaluation data {root} does not exist"
+        )
     if batch_size < 1 or (limit is not None and limit < 1):
         raise InputError("batch size and limit must be at least 1")
     classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
@@ -219,7 +240,8 @@ def labelled_folder(
     return LabelledImages([files[i] for i in subset(len(files), limit, seed)], classes, reader, batch_size, dtype)
 
 
-# ---- data -----------------------------------------------------------------------------------------------------------------
+# ---- data
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def _labelled_arrays(path: Path, spec: InputSpec, batch_size: int, limit: int | None, seed: int) -> LabelledArrays:
@@ -228,9 +250,13 @@ def _labelled_arrays(path: Path, spec: InputSpec, batch_size: int, limit: int | 
     if not isinstance(arrays, dict):
         raise InputError(f"evaluation data {path}: expected class folders of images, or a .npz or .safetensors")
     if not {"images", "labels"} <= arrays.keys():
-        raise InputError(f"evaluation data {path} needs the arrays images and labels; found {', '.join(arrays) or 'none'}")
+        raise InputError(
+            f"evaluation data {path} needs the arrays images and labels; found {', '.join(arrays) or 'none'}"
+        )
     images, stored = arrays["images"], arrays["labels"]
-    labels = stored.double().numpy() if isinstance(stored, Tensor) and stored.is_floating_point() else np.asarray(stored)
+    labels = (
+        stored.double().numpy() if isinstance(stored, Tensor) and stored.is_floating_point() else np.asarray(stored)
+    )
     check_array(images, spec, str(path))
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) != len(images):
         raise InputError(f"evaluation data {path}: labels must be {len(images)} integers, one an image; "
@@ -251,8 +277,10 @@ def subset(count: int, limit: int | None, seed: int) -> list[int]:
 def _checked_outputs(outputs: Any, count: int) -> Tensor:
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[0] != count or outputs.shape[1] == 0:
         found = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise InputError(f"evaluate is for classifiers, whose output is (batch, classes); for a batch of {count} this model gave "
-                         f"{found}")
+        raise InputError(
+            f"evaluate is for classifiers, whose output is (batch, classes); for a batch of {count} this model gave "
+            f"{found}"
+        )
     if not torch.isfinite(outputs).all():
         raise InputError("the model's outputs are NaN or infinite, so it has no accuracy")
     return outputs

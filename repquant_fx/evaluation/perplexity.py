@@ -15,7 +15,15 @@ from torch import Tensor
 from repquant_fx.calibration.text import check_text_size, read_text
 from repquant_fx.errors import InputError
 from repquant_fx.evaluation.runners import Runner, first_rows
-from repquant_fx.evaluation.text import check_vocabulary, fixed_length, padded, sequence_length, text_inputs, tokenize, tokenizer_for
+from repquant_fx.evaluation.text import (
+    check_vocabulary,
+    fixed_length,
+    padded,
+    sequence_length,
+    text_inputs,
+    tokenize,
+    tokenizer_for,
+)
 from repquant_fx.progress import progress
 
 _PROBE = 8  # tokens that show whether a model sees later ones
@@ -60,14 +68,16 @@ def perplexity(
 ) -> Perplexity:
     """Perplexity of a text.
 
-    Windows of `seq_len` tokens begin every `stride` tokens, and each scores the tokens that none before it has. What the tokenizer puts
-    before a text (a beginning-of-sequence token) stands once before each document and is context only; without it the first token is.
+    Windows of `seq_len` tokens begin every `stride` tokens, and each scores the tokens that none before it has. What
+    the tokenizer puts before a text (a beginning-of-sequence token) stands once before each document and is context
+    only; without it the first token is.
 
     Args:
         data: UTF-8 text, one document; or a `.jsonl`, one document a line (see `calibration.text.read_text`).
         tokenizer: directory; the model's own where None.
         seq_len: as long as the model takes and 2048 at most where None.
-        stride: half of `seq_len` where None. `seq_len` itself gives disjoint windows, whose first tokens are not scored.
+        stride: half of `seq_len` where None. `seq_len` itself gives disjoint windows, whose first tokens are not
+            scored.
         separator: text between documents; white space around each is removed.
         batch_size: windows at a time.
         limit: windows at most, from the beginning.
@@ -120,7 +130,9 @@ def windows(tokens: Sequence[int], length: int, stride: int, first: int = 1) -> 
 
 
 def prefix_of(tokenizer: Any) -> list[int]:
-    """The tokens that a tokenizer puts before a text. (What it puts after one, a causal model is not asked to predict.)"""
+    """The tokens that a tokenizer puts before a text. (What it puts after one, a causal model is not asked to
+    predict.)
+    """
     bare, = tokenize(tokenizer, ["a"], add_special_tokens=False)
     whole, = tokenize(tokenizer, ["a"])
     start = next((i for i in range(len(whole)) if bare and whole[i:i + len(bare)] == bare), 0)
@@ -157,33 +169,50 @@ def _nats(runner: Runner, batch: Sequence[Window]) -> float:
         if not torch.isfinite(predicted).all():
             raise InputError(f"the logits of {runner.source} are NaN or infinite, so it has no perplexity")
         if int(wanted.max()) >= predicted.shape[1]:
-            raise InputError(f"the tokenizer gives the token {int(wanted.max())}, but {runner.source} has only {predicted.shape[1]} logits: "
-                             "this is not the model's tokenizer")
+            raise InputError(
+                f"the tokenizer gives the token {int(wanted.max())}, but {runner.source} has only {predicted.shape[1]} "
+                "logits: "
+                "this is not the model's tokenizer"
+            )
         total += float(torch.nn.functional.cross_entropy(predicted, wanted, reduction="none").double().sum())
     return total
 
 
 def _logits(runner: Runner, rows: Sequence[Sequence[int]]) -> Tensor:
-    """(rows, length, vocabulary) of rows of one length; a file's fixed length is filled up behind them, where a causal model cannot see."""
+    """(rows, length, vocabulary) of rows of one length; a file's fixed length is filled up behind them, where a causal
+    model cannot see.
+    """
     ids, mask = padded(rows, fixed_length(runner))
     outputs = runner(text_inputs(runner, ids, mask))
-    candidates = [outputs["logits"]] if "logits" in outputs else [o for name, o in outputs.items() if name != "last_hidden_state"]
+    candidates = (
+        [outputs["logits"]]
+        if "logits" in outputs
+        else [o for name, o in outputs.items() if name != "last_hidden_state"]
+    )
     found = next((o for o in candidates if o.ndim == 3 and o.shape[1] == ids.shape[1]), None)
     if found is None:
         shapes = ", ".join(f"{name} {list(o.shape)}" for name, o in outputs.items())
-        raise InputError(f"perplexity is of causal language models, with logits (batch, tokens, vocabulary) for tokens {list(ids.shape)}; "
-                         f"{runner.source} gives {shapes}")
+        raise InputError(
+            "perplexity is of causal language models, with logits (batch, tokens, vocabulary) for tokens "
+            f"{list(ids.shape)}; "
+            f"{runner.source} gives {shapes}"
+        )
     return first_rows(found, len(rows))
 
 
 def _check_causal(runner: Runner, tokens: Sequence[int]) -> None:
-    """A model that reads the token it is asked for has no perplexity: another last token must leave the logits before it as they are."""
+    """A model that reads the token it is asked for has no perplexity: another last token must leave the logits before
+    it as they are.
+    """
     probe = list(tokens[:_PROBE])
     other = [*probe[:-1], next(token for token in (*tokens, 0, 1) if token != probe[-1])]
     one, two = (_logits(runner, [row])[0, :len(probe) - 1].double() for row in (probe, other))
     if float((one - two).abs().max()) > _LEAK * float(one.abs().max()):
-        raise InputError(f"{runner.source} is no causal language model: its logits at a token depend on the tokens after it, so it has no "
-                         "perplexity")
+        raise InputError(
+            f"{runner.source} is no causal language model: its logits at a token depend on the tokens after it, so it "
+            "has no "
+            "perplexity"
+        )
 
 
 def _chunks(items: list[Window], size: int) -> Iterator[list[Window]]:

@@ -1,4 +1,6 @@
-"""A model as a function of named tensors: torch and ONNX Runtime behind one interface, so that one measurement serves both."""
+"""A model as a function of named tensors: torch and ONNX Runtime behind one interface, so that one measurement serves
+both.
+"""
 
 from __future__ import annotations
 
@@ -57,8 +59,8 @@ class Runner:
     def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the model.
 
-        Where the batch is fixed, or two inputs share it, shorter inputs are filled up with copies of their last row; the caller cuts the
-        rows that this adds to the outputs (`first_rows`).
+        Where the batch is fixed, or two inputs share it, shorter inputs are filled up with copies of their last row;
+        the caller cuts the rows that this adds to the outputs (`first_rows`).
 
         Args:
             tensors: one an input; converted to its dtype.
@@ -75,7 +77,10 @@ class Runner:
         rows: dict[str | int | None, int] = {}
         for spec, batch in zip(self.inputs, self.batches):
             rows[batch] = batch if isinstance(batch, int) else max(rows.get(batch, 0), len(tensors[spec.name]))
-        feed = {spec.name: _fitted(tensors[spec.name], rows[batch], spec, self.source) for spec, batch in zip(self.inputs, self.batches)}
+        feed = {
+            spec.name: _fitted(tensors[spec.name], rows[batch], spec, self.source)
+            for spec, batch in zip(self.inputs, self.batches)
+        }
         try:
             return self.call(feed)
         except RepQuantError:
@@ -134,12 +139,15 @@ def _fitted(tensor: Tensor, rows: int, spec: InputSpec, source: str) -> Tensor:
     if len(tensor) < rows:
         tensor = torch.cat([tensor, tensor[-1:].expand(rows - len(tensor), *tensor.shape[1:])])
     if tensor.ndim != len(spec.shape) or any(want not in (None, have) for want, have in zip(spec.shape, tensor.shape)):
-        raise InputError(f"{source} takes {spec.name} of shape {shape_text(spec.shape)}, fixed in the file; the data gives "
-                         f"{shape_text(tensor.shape)}")
+        raise InputError(
+            f"{source} takes {spec.name} of shape {shape_text(spec.shape)}, fixed in the file; the data gives "
+            f"{shape_text(tensor.shape)}"
+        )
     return tensor.to(spec.dtype).contiguous()
 
 
-# ---- ONNX Runtime ---------------------------------------------------------------------------------------------------------
+# ---- ONNX Runtime
+# ---------------------------------------------------------------------------------------------------------
 
 
 def _onnx_runner(path: str, threads: int | None) -> Runner:
@@ -180,7 +188,8 @@ def _tokenizer_beside(path: Path) -> Any | None:
     return load_tokenizer(path.parent) if has_tokenizer(path.parent) else None
 
 
-# ---- torch ----------------------------------------------------------------------------------------------------------------
+# ---- torch
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def _torch_runner(source: str, arch: str | None, allow_pickle: bool, task: str | None) -> Runner:
@@ -222,11 +231,19 @@ def _program_runner(loaded: Any, source: str) -> Runner:
     for node in program.graph.nodes:
         value = node.meta.get("val")
         if node.op == "placeholder" and node.name in users and isinstance(value, Tensor):
-            specs.append(InputSpec(node.name, tuple(size if isinstance(size, int) else None for size in value.shape), value.dtype))
-            batches.append((value.shape[0] if isinstance(value.shape[0], int) else str(value.shape[0])) if value.ndim else None)
+            specs.append(
+                InputSpec(
+                    node.name, tuple(size if isinstance(size, int) else None for size in value.shape), value.dtype
+                )
+            )
+            batches.append(
+                (value.shape[0] if isinstance(value.shape[0], int) else str(value.shape[0])) if value.ndim else None
+            )
 
     def call(feed: dict[str, Tensor]) -> dict[str, Tensor]:
-        args, kwargs = pytree.tree_unflatten(list(feed.values()), structure) if structure is not None else (feed.values(), {})
+        args, kwargs = (
+            pytree.tree_unflatten(list(feed.values()), structure) if structure is not None else (feed.values(), {})
+        )
         with loaded.guard, torch.inference_mode():
             return _named(module(*args, **kwargs))
 

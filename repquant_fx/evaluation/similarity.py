@@ -17,7 +17,15 @@ from repquant_fx.calibration.text import check_text_size
 from repquant_fx.errors import InputError
 from repquant_fx.evaluation.classification import subset
 from repquant_fx.evaluation.runners import Runner, first_rows
-from repquant_fx.evaluation.text import check_vocabulary, fixed_length, padded, sequence_length, text_inputs, tokenize, tokenizer_for
+from repquant_fx.evaluation.text import (
+    check_vocabulary,
+    fixed_length,
+    padded,
+    sequence_length,
+    text_inputs,
+    tokenize,
+    tokenizer_for,
+)
 from repquant_fx.progress import progress
 
 PAIR_SUFFIXES = (".csv", ".tsv", ".jsonl")
@@ -57,7 +65,8 @@ def similarity(
 ) -> Similarity:
     """Correlation of a sentence encoder's cosines with gold scores.
 
-    An embedding is the mean of the model's token outputs where the attention mask is 1, or else the vector that it gives a sentence.
+    An embedding is the mean of the model's token outputs where the attention mask is 1, or else the vector that it
+    gives a sentence.
 
     Args:
         data: see `read_pairs`.
@@ -87,8 +96,11 @@ def similarity(
     cosines = [float(torch.nn.functional.cosine_similarity(vectors[p.first], vectors[p.second], dim=0)) for p in pairs]
     gold = [pair.score for pair in pairs]
     if len(set(gold)) < 2 or len(set(cosines)) < 2 or not all(map(math.isfinite, cosines)):
-        raise InputError(f"the {'scores of ' + str(data) if len(set(gold)) < 2 else 'embeddings of ' + runner.source} are all equal or not "
-                         "finite, so there is no correlation")
+        raise InputError(
+            f"the {'scores of ' + str(data) if len(set(gold)) < 2 else 'embeddings of ' + runner.source} are all equal "
+            "or not "
+            "finite, so there is no correlation"
+        )
     largest = max(map(abs, gold))
     linear = stats.pearsonr(cosines, [score / largest for score in gold])  # a scale changes nothing; squares overflow
     found = Similarity(float(stats.spearmanr(cosines, gold).statistic), float(linear.statistic), len(pairs))
@@ -101,17 +113,22 @@ def embed(runner: Runner, rows: Sequence[Sequence[int]], batch_size: int, filler
     """Embeddings (rows, width) float64 of tokenized sentences.
 
     Raises:
-        InputError: the model gives no embeddings, or takes no attention mask and so cannot be given sentences shorter than it fixes.
+        InputError: the model gives no embeddings, or takes no attention mask and so cannot be given sentences shorter
+            than it fixes.
     """
     fixed, masked = fixed_length(runner), runner.input("attention_mask") is not None
     short = [len(row) for row in rows if len(row) != fixed]
     if fixed and short and not masked:
-        raise InputError(f"{runner.source} fixes sequences of {fixed} tokens and takes no attention_mask, so sentences of {short[0]} tokens "
-                         "cannot be filled up; export it with a free sequence length")
+        raise InputError(
+            f"{runner.source} fixes sequences of {fixed} tokens and takes no attention_mask, so sentences of "
+            f"{short[0]} tokens "
+            "cannot be filled up; export it with a free sequence length"
+        )
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # little padding
     size, batches = runner.limit(runner.inputs[0].name, batch_size), list[list[int]]()
     for i in order:
-        same = masked or not batches or len(rows[batches[-1][0]]) == len(rows[i])  # without a mask nothing may be padded
+        # without a mask nothing may be padded
+        same = masked or not batches or len(rows[batches[-1][0]]) == len(rows[i])
         if batches and same and len(batches[-1]) < size:
             batches[-1].append(i)
         else:
@@ -125,11 +142,17 @@ def embed(runner: Runner, rows: Sequence[Sequence[int]], batch_size: int, filler
 
 
 def _pooled(outputs: dict[str, Tensor], mask: Tensor, source: str) -> Tensor:
-    """The vector of each sentence: one that the model gives by that name, the mean of its tokens, or any that it gives."""
-    embeddings = {name: o for name, o in outputs.items() if name != "logits" and len(o) == len(mask) and o.is_floating_point()}
+    """The vector of each sentence: one that the model gives by that name, the mean of its tokens, or any that it
+    gives.
+    """
+    embeddings = {
+        name: o for name, o in outputs.items() if name != "logits" and len(o) == len(mask) and o.is_floating_point()
+    }
     if "sentence_embedding" in embeddings:
         return embeddings["sentence_embedding"].double()
-    tokens = embeddings.get("last_hidden_state", next((o for o in embeddings.values() if o.ndim == 3 and o.shape[1] == mask.shape[1]), None))
+    tokens = embeddings.get(
+        "last_hidden_state", next((o for o in embeddings.values() if o.ndim == 3 and o.shape[1] == mask.shape[1]), None)
+    )
     if tokens is not None:
         weights = mask[..., None].double()
         return (tokens.double() * weights).sum(1) / weights.sum(1)
@@ -143,8 +166,8 @@ def _pooled(outputs: dict[str, Tensor], mask: Tensor, source: str) -> Tensor:
 def read_pairs(path: Path) -> list[Pair]:
     """Sentence pairs with scores.
 
-    A `.csv` or `.tsv` has the columns sentence1, sentence2 and score, or no header and these as its first three; a `.jsonl` has objects with
-    these keys or lists of three.
+    A `.csv` or `.tsv` has the columns sentence1, sentence2 and score, or no header and these as its first three; a
+    `.jsonl` has objects with these keys or lists of three.
 
     Raises:
         InputError: unreadable or malformed; with the number of the line.
@@ -155,7 +178,11 @@ def read_pairs(path: Path) -> list[Pair]:
             if path.suffix.lower() == ".jsonl":
                 return [_pair(_json_row(line, path, n), path, n) for n, line in enumerate(file, 1) if line.strip()]
             # quotes in a .tsv are part of the text
-            rows = csv.reader(file, "excel") if path.suffix.lower() == ".csv" else csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+            rows = (
+                csv.reader(file, "excel")
+                if path.suffix.lower() == ".csv"
+                else csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+            )
             table = [(rows.line_num, row) for row in rows if row]
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"sentence pairs {path} cannot be read: {error}") from error
@@ -166,8 +193,11 @@ def read_pairs(path: Path) -> list[Pair]:
     if set(_COLUMNS) <= set(header):
         columns, table = [header.index(name) for name in _COLUMNS], table[1:]
     elif not _is_number(header[2] if len(header) > 2 else ""):
-        raise InputError(f"sentence pairs {path}: expected the columns sentence1, sentence2 and score, or rows of these three; the first row is "
-                         f"{', '.join(table[0][1])[:80]}")
+        raise InputError(
+            f"sentence pairs {path}: expected the columns sentence1, sentence2 and score, or rows of these three; the "
+            "first row is "
+            f"{', '.join(table[0][1])[:80]}"
+        )
     return [_pair([row[c] for c in columns if c < len(row)], path, n) for n, row in table]
 
 
@@ -180,9 +210,17 @@ def _json_row(line: str, path: Path, number: int) -> Any:
 
 
 def _pair(row: Any, path: Path, number: int) -> Pair:
-    if isinstance(row, list) and len(row) >= 3 and isinstance(row[0], str) and isinstance(row[1], str) and _is_number(row[2]):
+    if (
+        isinstance(row, list)
+        and len(row) >= 3
+        and isinstance(row[0], str)
+        and isinstance(row[1], str)
+        and _is_number(row[2])
+    ):
         return Pair(row[0], row[1], float(row[2]))
-    raise InputError(f"sentence pairs {path}, line {number}: expected sentence1, sentence2 and a number; found {str(row)[:80]}")
+    raise InputError(
+        f"sentence pairs {path}, line {number}: expected sentence1, sentence2 and a number; found {str(row)[:80]}"
+    )
 
 
 def _is_number(value: Any) -> bool:

@@ -74,7 +74,9 @@ def sequence_length(runner: Runner, tokenizer: Any, wanted: int | None) -> int:
 
 
 def tokenizer_limit(tokenizer: Any) -> int | None:
-    """The longest sequence by the description of the tokenizer, or of the model in its directory; None where neither states one."""
+    """The longest sequence by the description of the tokenizer, or of the model in its directory; None where neither
+    states one.
+    """
     limits = [getattr(tokenizer, "model_max_length", None)]
     try:
         described = json.loads(Path(str(tokenizer.name_or_path), "config.json").read_text(encoding="utf-8"))
@@ -95,7 +97,9 @@ def tokenize(tokenizer: Any, texts: Sequence[str], **options: Any) -> list[list[
     except BaseException as error:  # a panic of its library is no Exception
         if not is_failure(error):
             raise
-        raise InputError(f"the tokenizer fails on {str(texts[0])[:40]!r}: {type(error).__name__}: {first_line(error)}") from error
+        raise InputError(
+            f"the tokenizer fails on {str(texts[0])[:40]!r}: {type(error).__name__}: {first_line(error)}"
+        ) from error
 
 
 def check_vocabulary(runner: Runner, rows: Sequence[Sequence[int]]) -> None:
@@ -105,11 +109,15 @@ def check_vocabulary(runner: Runner, rows: Sequence[Sequence[int]]) -> None:
     spec = runner.input(ids_name(runner))
     largest = max((max(row) for row in rows if row), default=0)
     if spec is not None and spec.below is not None and largest >= spec.below:
-        raise InputError(f"the tokenizer gives the token {largest}, but the vocabulary of {runner.source} has {spec.below}: "
-                         "this is not the model's tokenizer")
+        raise InputError(
+            f"the tokenizer gives the token {largest}, but the vocabulary of {runner.source} has {spec.below}: "
+            "this is not the model's tokenizer"
+        )
 
 
-def padded(rows: Sequence[Sequence[int]], length: int | None = None, filler: int | None = None) -> tuple[Tensor, Tensor]:
+def padded(
+    rows: Sequence[Sequence[int]], length: int | None = None, filler: int | None = None
+) -> tuple[Tensor, Tensor]:
     """(ids, mask), both (rows, length) int64, filled up on the right to `length` or the longest row."""
     size = length or max(1, *(len(row) for row in rows))
     ids = torch.full((len(rows), size), filler or 0, dtype=torch.int64)

@@ -78,7 +78,8 @@ def parse_architecture(text: str) -> Architecture:
 
 
 def build(architecture: Architecture) -> nn.Module:
-    """The module, in eval mode, with its default initialisation (or the pretrained weights where the specification says so).
+    """The module, in eval mode, with its default initialisation (or the pretrained weights where the specification says
+    so).
 
     Raises:
         ModelFileError: unknown name (with close matches), unknown option, or options the model rejects.
@@ -93,7 +94,9 @@ def build(architecture: Architecture) -> nn.Module:
     except InputError:
         raise
     except ImportError as error:
-        raise ModelFileError(f"{architecture} needs {architecture.library}: pip install 'repquant-fx[vision]'") from error
+        raise ModelFileError(
+            f"{architecture} needs {architecture.library}: pip install 'repquant-fx[vision]'"
+        ) from error
     except TypeError as error:
         raise ModelFileError(f"{architecture}: {_unknown_keyword(error) or error}") from error
     except Exception as error:
@@ -123,7 +126,8 @@ def example_inputs(module: nn.Module, input_shape: Sequence[int] | None = None) 
 def preprocessing(module: nn.Module) -> dict[str, Any] | None:
     """How to prepare images: input_size (C, H, W), interpolation, mean, std, crop_pct, crop_mode; JSON types only.
 
-    From timm's configuration; for a transformers vision model its image size and mean = std = 0.5; None where nothing is known.
+    From timm's configuration; for a transformers vision model its image size and mean = std = 0.5; None where nothing
+    is known.
     """
     if isinstance(getattr(module, "pretrained_cfg", None), dict):
         from timm.data import resolve_data_config
@@ -169,7 +173,9 @@ def _value(text: str, whole: str) -> Any:
 
 
 def _preprocessing_overlay(value: Any, whole: str) -> dict[str, Any]:
-    """timm's way to state how a model's images are prepared; nothing else of its pretrained configuration may be set."""
+    """timm's way to state how a model's images are prepared; nothing else of its pretrained configuration may be
+    set.
+    """
     if not isinstance(value, dict) or not set(value) <= _PREPROCESSING:
         raise ModelFileError(f"architecture {whole!r}: pretrained_cfg_overlay is a dict with keys of "
                              f"{', '.join(sorted(_PREPROCESSING))}")
@@ -239,13 +245,17 @@ def _image_shape(module: nn.Module) -> tuple[int, ...]:
         return _timm_shape(module)
     shape = config_image_shape(module)
     if shape is None:
-        raise InputError(f"{type(module).__name__} does not say what input it takes; pass --input-shape without the batch "
-                         "dimension, such as 3 224 224")
+        raise InputError(
+            f"{type(module).__name__} does not say what input it takes; pass --input-shape without the batch "
+            "dimension, such as 3 224 224"
+        )
     return shape
 
 
 def _timm_shape(module: nn.Module) -> tuple[int, int, int]:
-    """(C, H, W): the size that the patch embedding was built for, which `img_size=` changes but timm's configuration keeps."""
+    """(C, H, W): the size that the patch embedding was built for, which `img_size=` changes but timm's configuration
+    keeps.
+    """
     config: Any = module.pretrained_cfg
     channels, height, width = config["input_size"]
     embed = getattr(module, "patch_embed", None)

@@ -1,7 +1,8 @@
-"""Capture: a module or an ExportedProgram becomes an ATen-level GraphModule in which attention is MatMul, Softmax, MatMul.
+"""Capture: a module or an ExportedProgram becomes an ATen-level GraphModule in which attention is MatMul, Softmax,
+MatMul.
 
 torch.export keeps norms, linears, convolutions and softmax whole; only scaled_dot_product_attention is decomposed (see
-`attention`).
+`attention`). Long because what export leaves undone is mended in one place.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def capture(
     input_names: Sequence[str] | None = None, dynamic_axes: Sequence[Mapping[int, str]] | None = None,
     outputs: Sequence[str] | None = None,
 ) -> Captured:
-    """Capture a model and check the graph against it.
+    """Capture a model and check the graph against it. Long because it says what every argument is.
 
     Args:
         module: a module (put in eval mode, not mutated), or an ExportedProgram.
@@ -64,13 +65,14 @@ def capture(
         dynamic_batch: make dimension 0 of every input symbolic. Falls back to static, with a warning, where the model
             does not allow it.
         input_names: keyword names under which the example inputs are passed to the module; by position where None.
-        dynamic_axes: for each input, axis to name (`batch`, `sequence`); axes of one name have one size. The batch alone where
-            None. Falls back, with a warning, to the batch alone and then to none. An ExportedProgram keeps its own.
+        dynamic_axes: for each input, axis to name (`batch`, `sequence`); axes of one name have one size. The batch
+            alone where None. Falls back, with a warning, to the batch alone and then to none. An ExportedProgram keeps
+            its own.
         outputs: the outputs to keep, by name (`logits`) or prefix (`hidden_states` for all of them); all where None.
 
     Raises:
-        CaptureError: control flow that depends on values, unsupported inputs, an unknown output, or a graph that does not equal
-            the model.
+        CaptureError: control flow that depends on values, unsupported inputs, an unknown output, or a graph that does
+            not equal the model.
     """
     inputs = tuple(example_inputs)
     reference: nn.Module
@@ -90,7 +92,9 @@ def capture(
     except Exception as error:
         raise CaptureError(f"cannot decompose the attention of the captured model: {_first_line(error)}") from error
     # its own graph, but the caller's tensors: passes replace constants and never write into them
-    tensors = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in unlifted.parameters()} | {id(b): b for b in unlifted.buffers()}
+    tensors = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in unlifted.parameters()} | {
+        id(b): b for b in unlifted.buffers()
+    }
     graph_module = cast(GraphModule, copy.deepcopy(unlifted, cast(Any, tensors)))
     names = _keep_nothing_but_the_graph(graph_module, input_names)
     if isinstance(module, torch.export.ExportedProgram):
@@ -103,7 +107,9 @@ def capture(
         with torch.no_grad(), VisibleAttention():
             result = reference(*args, **kwargs)
     except Exception as error:
-        raise CaptureError(f"the model does not run on its example inputs: {_first_line(error)}{_user_line(error)}") from error
+        raise CaptureError(
+            f"the model does not run on its example inputs: {_first_line(error)}{_user_line(error)}"
+        ) from error
     expected, labels = tensors_in(result), name_outputs(result)
     if outputs is not None:
         kept = _select(labels, outputs)
@@ -180,11 +186,15 @@ def _difference(expected: Tensor, found: Tensor) -> float:
 Axes = tuple[Mapping[int, str], ...]
 
 
-def _wanted_axes(inputs: Sequence[Tensor], dynamic_axes: Sequence[Mapping[int, str]] | None, dynamic_batch: bool) -> list[Axes]:
+def _wanted_axes(
+    inputs: Sequence[Tensor], dynamic_axes: Sequence[Mapping[int, str]] | None, dynamic_batch: bool
+) -> list[Axes]:
     """What to try, most dynamic first, nothing dynamic last."""
     attempts: list[Axes] = []
     if dynamic_axes is not None:
-        wanted = [{axis % t.ndim: name for axis, name in named.items()} for t, named in zip(inputs, dynamic_axes, strict=True)]
+        wanted = [
+            {axis % t.ndim: name for axis, name in named.items()} for t, named in zip(inputs, dynamic_axes, strict=True)
+        ]
         short = {named[axis] for t, named in zip(inputs, wanted) for axis in named if t.shape[axis] < 2}
         if not dynamic_batch:
             short |= {named[0] for named in wanted if 0 in named}
@@ -209,16 +219,25 @@ def _export(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tenso
             continue
         if problem is not None:
             missing = sorted({n for named in attempts[0] for n in named.values()} - set(dims))
-            kept = f"with a dynamic {', '.join(sorted(dims))} only" if dims else f"with batch {next(iter([*args, *kwargs.values()])).shape[0]}"
-            warnings.warn(f"the model does not allow a dynamic {', '.join(missing)}; captured {kept} ({_first_line(problem)})",
-                          RepQuantWarning, stacklevel=3)
+            kept = (
+                f"with a dynamic {', '.join(sorted(dims))} only"
+                if dims
+                else f"with batch {next(iter([*args, *kwargs.values()])).shape[0]}"
+            )
+            warnings.warn(
+                f"the model does not allow a dynamic {', '.join(missing)}; captured {kept} ({_first_line(problem)})",
+                RepQuantWarning,
+                stacklevel=3,
+            )
         return program, axes
     assert problem is not None
     raise CaptureError(f"torch.export cannot capture the model: {_first_line(problem)}{_user_line(problem)}. "
                        "Control flow that depends on tensor values must become torch.where or torch.cond") from problem
 
 
-def _export_once(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], shapes: Any) -> torch.export.ExportedProgram:
+def _export_once(
+    module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], shapes: Any
+) -> torch.export.ExportedProgram:
     """Export; once more with the bounds that torch asks for, such as the number of positions that are embedded."""
     for last in (False, True):
         try:
@@ -236,8 +255,15 @@ def _export_once(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, 
 @contextlib.contextmanager
 def quiet_torch() -> Iterator[None]:
     """Hold back what torch logs and prints during an export: a failure repeats in many lines what the error says."""
-    loggers = [logging.getLogger(name) for name in ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor",
-                                                    "torch.export", "torch.onnx")]
+    loggers = [
+        logging.getLogger(name)
+        for name in (
+            "torch.fx.experimental.symbolic_shapes",
+            "torch._subclasses.fake_tensor",
+            "torch.export",
+            "torch.onnx",
+        )
+    ]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
@@ -250,18 +276,24 @@ def quiet_torch() -> Iterator[None]:
 
 
 def _per_parameter(module: nn.Module, names: Sequence[str], shapes: Sequence[Mapping[int, Any]]) -> object:
-    """dynamic_shapes in the form export expects: by parameter name, or one a position, those that `*args` takes together."""
+    """dynamic_shapes in the form export expects: by parameter name, or one a position, those that `*args` takes
+    together.
+    """
     parameters = inspect.signature(module.forward).parameters
     for name in names:
         if name not in parameters:
-            raise CaptureError(f"{type(module).__name__} takes no input called {name!r}; it takes {', '.join(parameters)}")
+            raise CaptureError(
+                f"{type(module).__name__} takes no input called {name!r}; it takes {', '.join(parameters)}"
+            )
     if names:
         return dict(zip(names, shapes, strict=True))
     first = next(iter(parameters.values()), None)
     return (tuple(shapes),) if first is not None and first.kind == inspect.Parameter.VAR_POSITIONAL else tuple(shapes)
 
 
-def _call_arguments(program: torch.export.ExportedProgram, inputs: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _call_arguments(
+    program: torch.export.ExportedProgram, inputs: tuple[Tensor, ...]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments of a program, from its inputs in flat order."""
     spec = program.call_spec.in_spec
     if spec is None or spec.num_leaves != len(inputs):
@@ -299,7 +331,11 @@ def _keep_nothing_but_the_graph(graph_module: GraphModule, order: Sequence[str] 
         if node.op == "call_module" and "guard" in str(node.target):
             graph.erase_node(node)
         elif node.op == "output":
-            kept = [n for n in pytree.tree_leaves(node.args) if isinstance(n, Node) and isinstance(n.meta.get("val"), Tensor)]
+            kept = [
+                n
+                for n in pytree.tree_leaves(node.args)
+                if isinstance(n, Node) and isinstance(n.meta.get("val"), Tensor)
+            ]
             node.args = (kept[0] if len(kept) == 1 else tuple(kept),)
     _drop_dead(graph)
     graph.set_codegen(CodeGen())
@@ -315,7 +351,9 @@ def _keep_nothing_but_the_graph(graph_module: GraphModule, order: Sequence[str] 
 
 
 def _drop_dead(graph: Graph) -> None:
-    """Erase what no output needs, checks of dead values too, which keep them alive (`nonzero` brings checks of its size)."""
+    """Erase what no output needs, checks of dead values too, which keep them alive (`nonzero` brings checks of its
+    size).
+    """
     live = _ancestors(graph.output_node())
     for node in reversed(list(graph.nodes)):
         if node.op in ("placeholder", "output") or node.users or node in live:
@@ -353,7 +391,10 @@ def _check_names(program: torch.export.ExportedProgram) -> None:
     """
     for name in [*program.state_dict, *program.constants]:
         for part in filter(keyword.iskeyword, name.split(".")):
-            raise CaptureError(f"{name} is called by the Python keyword {part!r}, for which torch.fx writes code that is none; rename it")
+            raise CaptureError(
+                f"{name} is called by the Python keyword {part!r}, for which torch.fx writes code that is none; rename "
+                "it"
+            )
 
 
 def _select(labels: Sequence[str], wanted: Sequence[str]) -> list[int]:
@@ -383,7 +424,9 @@ def _first_line(error: BaseException) -> str:
 
 
 def _user_line(error: BaseException) -> str:
-    """` at file:line: source` of the user's code that could not be captured, from the traceback or torch's own message."""
+    """` at file:line: source` of the user's code that could not be captured, from the traceback or torch's own
+    message.
+    """
     import re
     import traceback
 

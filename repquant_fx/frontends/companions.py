@@ -19,8 +19,9 @@ _ELSEWHERE = ("modules.json", "data_config.json")
 def companions(loaded: LoadedModel, tokenizer: Any | None = None) -> dict[str, bytes]:
     """Contents by name.
 
-    Of a transformers directory its descriptions as they are (config, generation, tokenizer, processor); of a transformers model in memory
-    its configuration; of a timm model a `config.json` as timm writes it (architecture, classes, preprocessing). Nothing of other models.
+    Of a transformers directory its descriptions as they are (config, generation, tokenizer, processor); of a
+    transformers model in memory its configuration; of a timm model a `config.json` as timm writes it (architecture,
+    classes, preprocessing). Nothing of other models.
 
     Args:
         tokenizer: of transformers, or its directory; written where the model's directory has none.
@@ -41,10 +42,15 @@ def companions(loaded: LoadedModel, tokenizer: Any | None = None) -> dict[str, b
 def descriptions(files: ModelDirectory) -> dict[str, bytes]:
     """The files of a directory that describe the model, its tokenizer and its processor.
 
-    No weights, no index of weights, and no `modules.json` of a sentence encoder, which names further folders of weights. No links that lead
+    No weights, no index of weights, and no `modules.json` of a sentence encoder, which names further folders of
+    weights. No links that lead
     out of the directory: they would put a file of this machine beside the model.
     """
-    return {name: files.read(name) for name in files.named(*DESCRIPTIONS) if not name.endswith(".index.json") and name not in _ELSEWHERE}
+    return {
+        name: files.read(name)
+        for name in files.named(*DESCRIPTIONS)
+        if not name.endswith(".index.json") and name not in _ELSEWHERE
+    }
 
 
 def _configuration(loaded: LoadedModel) -> dict[str, bytes]:
@@ -56,7 +62,11 @@ def _configuration(loaded: LoadedModel) -> dict[str, bytes]:
         return {}
     about = {"architecture": known["architecture"], "num_classes": getattr(loaded.module, "num_classes", None),
              "num_features": getattr(loaded.module, "num_features", None), "pretrained_cfg": loaded.preprocessing}
-    return {"config.json": (json.dumps({key: value for key, value in about.items() if value is not None}, indent=2) + "\n").encode()}
+    return {
+        "config.json": (
+            json.dumps({key: value for key, value in about.items() if value is not None}, indent=2) + "\n"
+        ).encode()
+    }
 
 
 def _saved(tokenizer: Any) -> dict[str, bytes]:

@@ -1,6 +1,7 @@
 """transformers directories (`config.json`, weights, tokenizer, image processor) and `hf:PATH_OR_ID`.
 
-Only classes of the installed transformers build the model: code that comes with a directory is refused, and a directory never
+Only classes of the installed transformers build the model: code that comes with a directory is refused, and a directory
+    never
 causes a network access. A hub id is downloaded first and is then a directory like any other.
 """
 
@@ -42,7 +43,8 @@ def is_huggingface(source: str) -> bool:
 
 
 def find_directory(source: str) -> Path:
-    """The directory of a source; a hub id (`hf:owner/name`, `hf:owner/name@revision`) is downloaded into the hub's cache.
+    """The directory of a source; a hub id (`hf:owner/name`, `hf:owner/name@revision`) is downloaded into the hub's
+    cache.
 
     Raises:
         ModelFileError: it cannot be downloaded.
@@ -56,22 +58,30 @@ def find_directory(source: str) -> Path:
 
     try:
         for weights in WEIGHTS:  # pickled weights are fetched only where there are no others
-            folder = Path(huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=[*DESCRIPTIONS, weights],
-                                                            ignore_patterns=["*/*"]))
+            folder = Path(
+                huggingface_hub.snapshot_download(
+                    name, revision=revision or None, allow_patterns=[*DESCRIPTIONS, weights], ignore_patterns=["*/*"]
+                )
+            )
             if any(folder.glob(weights)):
                 break
     except Exception as error:
-        raise ModelFileError(f"{source} is neither a directory nor a model that can be downloaded: {first_line(error)}") from error
+        raise ModelFileError(
+            f"{source} is neither a directory nor a model that can be downloaded: {first_line(error)}"
+        ) from error
     return folder
 
 
-def load_directory(folder: Path | ModelDirectory, task: str | None = None, offload_dir: str | Path | None = None) -> tuple[nn.Module, str]:
+def load_directory(
+    folder: Path | ModelDirectory, task: str | None = None, offload_dir: str | Path | None = None
+) -> tuple[nn.Module, str]:
     """(the model in float32 and eval mode, its task). Nothing is downloaded and no code of the directory runs.
 
     Args:
         folder: with `config.json` and weights, safetensors or `pytorch_model.bin`, whole or in shards with an index.
         task: one of `tasks.TASKS`; where None, the class that the configuration names is built.
-        offload_dir: leave the weights in their files where they fit the model one to one; a folder for what must be converted.
+        offload_dir: leave the weights in their files where they fit the model one to one; a folder for what must be
+            converted.
 
     Raises:
         ModelFileError: no configuration, custom code, weights that are missing, damaged or do not fit.
@@ -84,18 +94,26 @@ def load_directory(folder: Path | ModelDirectory, task: str | None = None, offlo
     with quiet_offline(), ExitStack() as stack:
         config = _configuration(described, files)
         names = config.architectures if isinstance(config.architectures, list) else []
-        named = next((name for name in map(str, names) if _is_model_class(getattr(transformers, name, None), config)), None)
+        named = next(
+            (name for name in map(str, names) if _is_model_class(getattr(transformers, name, None), config)), None
+        )
         cls = getattr(transformers, named) if task is None and named else class_for(config, task or GENERAL)
         check_tables(cls, described, f"{files.path / CONFIG}")
         skeleton = _skeleton(cls, config, files)
-        if offload_dir is not None and skeleton is not None and (mapped := _mapped(cls, config, files, weights, Path(offload_dir))) is not None:
+        if (
+            offload_dir is not None
+            and skeleton is not None
+            and (mapped := _mapped(cls, config, files, weights, Path(offload_dir))) is not None
+        ):
             return mapped, task or task_of(cls.__name__)
         try:
             tensors = open_weights(files, weights, stack)
         except InputError:
             raise
         except Exception as error:
-            raise ModelFileError(f"the weights of {files.path} cannot be loaded into {cls.__name__}: {first_line(error)}") from error
+            raise ModelFileError(
+                f"the weights of {files.path} cannot be loaded into {cls.__name__}: {first_line(error)}"
+            ) from error
         check_names(tensors, str(files.path))
         limits.check_amount(skeleton, tensors, f"{files.path / CONFIG} describes a {cls.__name__}")
         model, found = _read(cls, config, files.path, tensors)
@@ -108,7 +126,9 @@ def load_directory(folder: Path | ModelDirectory, task: str | None = None, offlo
 
 
 def _description(files: ModelDirectory) -> dict[str, Any]:
-    """The screened `config.json`. The other settings of the directory are screened, too: some are copied beside the exported model."""
+    """The screened `config.json`. The other settings of the directory are screened, too: some are copied beside the
+    exported model.
+    """
     path = files.path / CONFIG
     adapter = (files.path / "adapter_config.json").is_file()
     if not files.has(CONFIG):
@@ -133,8 +153,10 @@ def _configuration(described: dict[str, Any], files: ModelDirectory) -> Any:
         with staged({CONFIG: json.dumps(described).encode()}) as private:
             config = transformers.AutoConfig.from_pretrained(private, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise ModelFileError(f"{files.path / CONFIG} does not describe a model that transformers {transformers.__version__} knows: "
-                             f"{first_line(error)}") from error
+        raise ModelFileError(
+            f"{files.path / CONFIG} does not describe a model that transformers {transformers.__version__} knows: "
+            f"{first_line(error)}"
+        ) from error
     config.name_or_path = str(files.path)
     return config
 
@@ -154,7 +176,11 @@ def _skeleton(cls: Any, config: Any, files: ModelDirectory) -> nn.Module | None:
 def _is_model_class(cls: Any, config: Any) -> bool:
     import transformers
 
-    return isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel) and getattr(cls, "config_class", None) is type(config)
+    return (
+        isinstance(cls, type)
+        and issubclass(cls, transformers.PreTrainedModel)
+        and getattr(cls, "config_class", None) is type(config)
+    )
 
 
 def _mapped(cls: Any, config: Any, files: ModelDirectory, weights: list[str], scratch: Path) -> nn.Module | None:
@@ -168,13 +194,24 @@ def _mapped(cls: Any, config: Any, files: ModelDirectory, weights: list[str], sc
         return None
 
 
-def _read(cls: Any, config: Any, folder: Path, tensors: Mapping[str, Any], **options: Any) -> tuple[nn.Module, dict[str, Any]]:
+def _read(
+    cls: Any, config: Any, folder: Path, tensors: Mapping[str, Any], **options: Any
+) -> tuple[nn.Module, dict[str, Any]]:
     """The model, and what transformers reports of the names."""
     for attention in ("sdpa", "eager"):
         try:
             with limits.bounded_modules(f"the model that {folder}/config.json describes"):
-                model, found = cls.from_pretrained(None, config=config, state_dict=dict(tensors), local_files_only=True, weights_only=True,
-                                                   dtype=torch.float32, attn_implementation=attention, output_loading_info=True, **options)
+                model, found = cls.from_pretrained(
+                    None,
+                    config=config,
+                    state_dict=dict(tensors),
+                    local_files_only=True,
+                    weights_only=True,
+                    dtype=torch.float32,
+                    attn_implementation=attention,
+                    output_loading_info=True,
+                    **options,
+                )
             model.config.name_or_path = str(folder)
             return model.eval(), found
         except InputError:
@@ -184,7 +221,9 @@ def _read(cls: Any, config: Any, folder: Path, tensors: Mapping[str, Any], **opt
                 continue  # the architecture has none
             if is_out_of_memory(error):
                 raise
-            raise ModelFileError(f"the weights of {folder} cannot be loaded into {cls.__name__}: {first_line(error)}") from error
+            raise ModelFileError(
+                f"the weights of {folder} cannot be loaded into {cls.__name__}: {first_line(error)}"
+            ) from error
     raise AssertionError("unreachable")
 
 
@@ -193,20 +232,30 @@ def _check_fit(model: nn.Module, found: Mapping[str, Any], folder: Path, task: s
     cls = type(model).__name__
     missing = sorted(map(str, found["missing_keys"]))
     if missing:
-        advice = f"--task {task} needs weights that this model does not have; choose the task it was trained for" if task else \
-            "choose another --task, or complete the weights"
+        advice = (
+            f"--task {task} needs weights that this model does not have; choose the task it was trained for"
+            if task
+            else "choose another --task, or complete the weights"
+        )
         raise ModelFileError(f"{folder} lacks {len(missing)} weights of {cls}: {listed(missing)}; {advice}")
     for key, what in (("mismatched_keys", "of another shape"), ("error_msgs", "not readable")):
         if found.get(key):
-            raise ModelFileError(f"{folder} has weights that are {what} in {cls}: {listed(sorted(map(str, found[key])))}")
+            raise ModelFileError(
+                f"{folder} has weights that are {what} in {cls}: {listed(sorted(map(str, found[key])))}"
+            )
     constants = {name for name, _ in model.named_buffers()}
     extra = sorted(name for name in map(str, found["unexpected_keys"]) if name not in constants)
     inside = [name for name in extra if _is_inside(model, name)]
     if inside:
-        raise ModelFileError(f"{folder} has {len(inside)} weights that {cls} has no place for: {listed(inside)}; its config.json describes "
-                             "another model")
+        raise ModelFileError(
+            f"{folder} has {len(inside)} weights that {cls} has no place for: {listed(inside)}; its config.json "
+            "describes "
+            "another model"
+        )
     if extra:
-        warnings.warn(f"{cls} leaves out {len(extra)} weights of {folder}: {listed(extra)}", RepQuantWarning, stacklevel=4)
+        warnings.warn(
+            f"{cls} leaves out {len(extra)} weights of {folder}: {listed(extra)}", RepQuantWarning, stacklevel=4
+        )
 
 
 def _is_inside(model: nn.Module, name: str) -> bool:

@@ -1,6 +1,8 @@
-"""Sources of models: `timm:NAME`, a transformers directory or `hf:`, a `.pt2`, a pickled module, or weights for an architecture.
+"""Sources of models: `timm:NAME`, a transformers directory or `hf:`, a `.pt2`, a pickled module, or weights for an
+architecture.
 
-The content of a file decides what it is, not its suffix. A file's bytes are read once, and what was screened is what is loaded.
+The content of a file decides what it is, not its suffix. A file's bytes are read once, and what was screened is what is
+loaded. Long because each kind of source has its function and they share the checks.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from repquant_fx.frontends.tokenizer import has_tokenizer, load_tokenizer
 from repquant_fx.security.guard import guarded_unless
 from repquant_fx.security.names import check_module_names, check_names
 
-_TORCH_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # the pickled magic number that opens a file of torch before 1.6
+# the pickled magic number that opens a file of torch before 1.6
+_TORCH_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
 _CONTAINERS = ("state_dict", "model", "module", "model_state_dict", "model_ema", "state_dict_ema")
 _SHOWN = 8
 
@@ -48,14 +51,15 @@ class LoadedModel:
         preprocessing: of images; see `architectures.preprocessing`. None where nothing is known.
         source: what was loaded, in words.
         input_names: the keywords under which `forward` takes `example_inputs`; None where they are positional.
-        dynamic_axes: the free axes of each input and their names, such as {0: "batch", 1: "sequence"}; None for the batch only.
+        dynamic_axes: the free axes of each input and their names, such as {0: "batch", 1: "sequence"}; None for the
+            batch only.
         outputs: names of the outputs to keep; None for all.
         tokenizer: the transformers tokenizer that lies beside the model, if one does.
         task: one of `tasks.TASKS`; None where it is not known.
         float_modules: globs of module paths that stay float unless a recipe says otherwise.
         directory: the files of the transformers directory that it was read from, if any.
-        trusted: the user vouches for its code: it was in memory, is built by a library from a name, or came with `allow_pickle`. Any other
-            model runs under `security.guard`.
+        trusted: the user vouches for its code: it was in memory, is built by a library from a name, or came with
+            `allow_pickle`. Any other model runs under `security.guard`.
     """
 
     module: nn.Module | None
@@ -80,21 +84,27 @@ class LoadedModel:
 
 
 def load_model(
-    source: str | Path, *, arch: str | None = None, allow_pickle: bool = False, input_shape: Sequence[int] | None = None,
-    task: str | None = None, offload_dir: str | Path | None = None,
+    source: str | Path,
+    *,
+    arch: str | None = None,
+    allow_pickle: bool = False,
+    input_shape: Sequence[int] | None = None,
+    task: str | None = None,
+    offload_dir: str | Path | None = None,
 ) -> LoadedModel:
     """Load a model without executing what its file says, unless `allow_pickle`.
 
     Args:
-        source: `timm:NAME,key=value,...[,pretrained]`, `torchvision:NAME,...`; a transformers directory, or `hf:` with a directory
-            or a hub id (which is downloaded); or a file: `.pt2` of torch.export.save, a module or state dict of torch.save, or
-            safetensors.
-        arch: the architecture of a state dict, `timm:NAME,...`. Safetensors may carry it in their metadata under `arch`.
+        source: `timm:NAME,key=value,...[,pretrained]`, `torchvision:NAME,...`; a transformers directory, or `hf:` with
+            a directory or a hub id (which is downloaded); or a file: `.pt2` of torch.export.save, a module or state
+            dict of torch.save, or safetensors.
+        arch: the architecture of a state dict, `timm:NAME,...`. Safetensors may carry it in their metadata under
+            `arch`.
         allow_pickle: the user trusts the file; it may execute code.
-        input_shape: of one example, ALWAYS without the batch dimension: (C, H, W) or (length,). Needed where the model does
-            not tell; otherwise overrides it.
-        task: of a transformers model, one of `tasks.TASKS`. A directory is built for it; of any other model it chooses the outputs
-            and how text is read. Deduced where None.
+        input_shape: of one example, ALWAYS without the batch dimension: (C, H, W) or (length,). Needed where the model
+            does not tell; otherwise overrides it.
+        task: of a transformers model, one of `tasks.TASKS`. A directory is built for it; of any other model it chooses
+            the outputs and how text is read. Deduced where None.
         offload_dir: leave the weights of a transformers directory in their files (see `frontends.mapped`).
 
     Raises:
@@ -116,8 +126,15 @@ def load_model(
     return replace(loaded, trusted=allow_pickle)
 
 
-def _load(text: str, folder: Path | None, arch: str | None, allow_pickle: bool, input_shape: Sequence[int] | None, task: str | None,
-          offload_dir: str | Path | None) -> LoadedModel:
+def _load(
+    text: str,
+    folder: Path | None,
+    arch: str | None,
+    allow_pickle: bool,
+    input_shape: Sequence[int] | None,
+    task: str | None,
+    offload_dir: str | Path | None,
+) -> LoadedModel:
     """A transformers directory, or a file."""
     if folder is not None:
         return _from_directory(text, folder, task, input_shape, offload_dir)
@@ -139,7 +156,9 @@ def _load(text: str, folder: Path | None, arch: str | None, allow_pickle: bool, 
 
 def _no_architecture_wanted(arch: str | None, source: str) -> None:
     if arch is not None:
-        raise InputError(f"--arch {arch} was given, but {source} is a whole model; --arch is for state dicts and safetensors")
+        raise InputError(
+            f"--arch {arch} was given, but {source} is a whole model; --arch is for state dicts and safetensors"
+        )
 
 
 def _read(path: Path) -> bytes:
@@ -148,12 +167,18 @@ def _read(path: Path) -> bytes:
     try:
         data = path.read_bytes()
     except IsADirectoryError as error:
-        raise ModelFileError(f"not a model file: {path} is a directory without config.json; give a transformers directory or the file in it"
-                             ) from error
+        raise ModelFileError(
+            f"not a model file: {path} is a directory without config.json; give a transformers directory or the file "
+            "in it"
+        ) from error
     except FileNotFoundError as error:
-        raise ModelFileError(f"not a model file: {path} does not exist (architectures are written timm:NAME)") from error
+        raise ModelFileError(
+            f"not a model file: {path} does not exist (architectures are written timm:NAME)"
+        ) from error
     except OSError as error:
-        raise ModelFileError(f"not a model file: {str(path)[:200]} cannot be read: {error.strerror or error}") from error
+        raise ModelFileError(
+            f"not a model file: {str(path)[:200]} cannot be read: {error.strerror or error}"
+        ) from error
     except ValueError as error:  # a path with a null byte
         raise ModelFileError(f"not a model file: {str(path)!r} cannot be read: {error}") from error
     if not data:
@@ -173,8 +198,10 @@ def _kind(data: bytes, where: str) -> str:
         return "torch"
     if len(data) > 8 and data[8:9] == b"{" and int.from_bytes(data[:8], "little") < 100_000_000:
         return "safetensors"
-    raise ModelFileError(f"not a model file: {where} {_looks_like(data, where)}. Expected a .pt2 of torch.export.save, a file of "
-                         "torch.save, or safetensors")
+    raise ModelFileError(
+        f"not a model file: {where} {_looks_like(data, where)}. Expected a .pt2 of torch.export.save, a file of "
+        "torch.save, or safetensors"
+    )
 
 
 def _looks_like(data: bytes, where: str) -> str:
@@ -200,7 +227,8 @@ def _zip_kind(data: bytes, where: str) -> str:
     except Exception as error:
         raise ModelFileError(f"not a model file: {where} begins like a zip archive but is truncated or damaged "
                              f"({first_line(error)}); copy or download it again") from error
-    if entries and all(entry.header_offset > 0 for entry in entries):  # the directory found is that of an archive inside this one
+    # the directory found is that of an archive inside this one
+    if entries and all(entry.header_offset > 0 for entry in entries):
         raise ModelFileError(f"not a model file: {where} begins like a zip archive but is truncated or damaged "
                              "(its directory is missing); copy or download it again")
     refuse_bomb(data, where)
@@ -208,10 +236,14 @@ def _zip_kind(data: bytes, where: str) -> str:
     if any(name == "archive_format" or name.startswith("models/") for name in inner):
         return "pt2"
     if any(entry.filename == "serialized_exported_program.json" for entry in entries):
-        raise ModelFileError(f"{where} was written by torch.export.save before torch 2.8; load it there and save it again")
+        raise ModelFileError(
+            f"{where} was written by torch.export.save before torch 2.8; load it there and save it again"
+        )
     if "constants.pkl" in inner or any(name.startswith("code/") for name in inner):
-        raise ModelFileError(f"{where} is a TorchScript archive; TorchScript is not read. Export the original module with "
-                             "torch.export.export and torch.export.save")
+        raise ModelFileError(
+            f"{where} is a TorchScript archive; TorchScript is not read. Export the original module with "
+            "torch.export.export and torch.export.save"
+        )
     if "data.pkl" in inner:
         return "torch"
     shown = ", ".join(sorted(entry.filename for entry in entries)[:4]) or "nothing"
@@ -226,17 +258,37 @@ def ready(module: nn.Module, source: str, input_shape: Sequence[int] | None = No
         InputError: it does not tell what it takes.
     """
     if not signature.is_transformers(module):
-        return LoadedModel(module, None, architectures.example_inputs(module, input_shape), False, architectures.preprocessing(module),
-                           source, task=task)
+        return LoadedModel(
+            module,
+            None,
+            architectures.example_inputs(module, input_shape),
+            False,
+            architectures.preprocessing(module),
+            source,
+            task=task,
+        )
     module = signature.stateless(module)
     found = signature.read_signature(module, input_shape=input_shape, task=task,
                                      image_size=preprocessing["input_size"] if preprocessing else None)
-    return LoadedModel(module, None, found.example_inputs, False, preprocessing or architectures.preprocessing(module), source,
-                       input_names=found.input_names, dynamic_axes=found.dynamic_axes, outputs=found.outputs, tokenizer=tokenizer,
-                       task=found.task, float_modules=found.float_modules)
+    return LoadedModel(
+        module,
+        None,
+        found.example_inputs,
+        False,
+        preprocessing or architectures.preprocessing(module),
+        source,
+        input_names=found.input_names,
+        dynamic_axes=found.dynamic_axes,
+        outputs=found.outputs,
+        tokenizer=tokenizer,
+        task=found.task,
+        float_modules=found.float_modules,
+    )
 
 
-def _loaded(module: nn.Module, source: str, input_shape: Sequence[int] | None, task: str | None, **about: Any) -> LoadedModel:
+def _loaded(
+    module: nn.Module, source: str, input_shape: Sequence[int] | None, task: str | None, **about: Any
+) -> LoadedModel:
     if isinstance(module, nn.DataParallel):
         module = module.module
     try:
@@ -258,13 +310,24 @@ def _from_directory(source: str, folder: Path, task: str | None, input_shape: Se
     module, task = huggingface.load_directory(files, task, offload_dir)
     preprocessing = load_preprocessing(files, architectures.config_image_shape(module))
     tokenizer = load_tokenizer(files) if has_tokenizer(files) else None
-    loaded = _loaded(module, f"{type(module).__name__} of {source}", input_shape, task, preprocessing=preprocessing, tokenizer=tokenizer)
+    loaded = _loaded(
+        module,
+        f"{type(module).__name__} of {source}",
+        input_shape,
+        task,
+        preprocessing=preprocessing,
+        tokenizer=tokenizer,
+    )
     return replace(loaded, directory=files)
 
 
-def _from_program(data: bytes, where: str, allow_pickle: bool, input_shape: Sequence[int] | None, task: str | None) -> LoadedModel:
+def _from_program(
+    data: bytes, where: str, allow_pickle: bool, input_shape: Sequence[int] | None, task: str | None
+) -> LoadedModel:
     if input_shape is not None:
-        raise InputError(f"--input-shape was given, but {where} is an exported program, which fixes the shapes of its inputs")
+        raise InputError(
+            f"--input-shape was given, but {where} is an exported program, which fixes the shapes of its inputs"
+        )
     program, inputs, stored = load_exported(data, where, allow_pickle=allow_pickle)
     parameters = [(name, tensor) for name, tensor in program.state_dict.items() if isinstance(tensor, nn.Parameter)]
     buffers = [(name, tensor) for name, tensor in program.state_dict.items() if not isinstance(tensor, nn.Parameter)]
@@ -278,7 +341,9 @@ def check_finite(parameters: Iterable[tuple[str, Tensor]], buffers: Iterable[tup
     try:
         for name, tensor in (*parameters, *buffers):  # one element, expanded, can claim any size
             limits.check_size(tensor.shape, f"{where}: {name}", tensor.element_size())
-        broken = [name for name, tensor in parameters if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())]
+        broken = [
+            name for name, tensor in parameters if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
+        ]
         broken += [name for name, tensor in buffers if tensor.is_floating_point() and bool(torch.isnan(tensor).any())]
     except (RuntimeError, TypeError) as error:  # sparse, quantized, without data
         raise ModelFileError(f"{where} holds a tensor that is not plain: {first_line(error)}") from error
@@ -304,8 +369,10 @@ def _weights_in(found: Any, where: str) -> dict[str, Tensor]:
                 isinstance(key, str) and isinstance(value, Tensor) for key, value in candidate.items()):
             return dict(candidate)
     if isinstance(found, Mapping):
-        raise ModelFileError(f"{where} holds a dict without a state dict; its keys are {_listed([str(key) for key in found])}; "
-                             f"weights are looked for under {', '.join(_CONTAINERS)}")
+        raise ModelFileError(
+            f"{where} holds a dict without a state dict; its keys are {_listed([str(key) for key in found])}; "
+            f"weights are looked for under {', '.join(_CONTAINERS)}"
+        )
     raise ModelFileError(f"{where} holds a {type(found).__name__}, not a module or a state dict")
 
 
@@ -335,7 +402,8 @@ def _from_weights(weights: dict[str, Tensor], arch: str | None, where: str, inpu
     if weights and all(name.startswith("module.") for name in weights):  # saved from DataParallel
         weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
     check_finite(weights.items(), (), where)
-    if (skeleton := architectures.skeleton(named) if named.options else None) is not None:  # a misfit is known before memory is taken
+    # a misfit is known before memory is taken
+    if (skeleton := architectures.skeleton(named) if named.options else None) is not None:
         _check_fit(skeleton.state_dict(), weights, f"the weights of {where} do not fit {named}")
     module = architectures.build(named)
     _check_fit(module.state_dict(), weights, f"the weights of {where} do not fit {named}")

@@ -1,8 +1,8 @@
 """Weights that stay on disk: a model whose parameters are views of its safetensors files, read when a layer is at work.
 
-The operating system reads such pages when they are needed and drops them when memory is short, so a model may be larger than memory;
-its integer codes, which replace the weights layer by layer, take a quarter or less. Weights in another type than float32 are
-converted, one at a time, into a file without a name.
+The operating system reads such pages when they are needed and drops them when memory is short, so a model may be larger
+than memory; its integer codes, which replace the weights layer by layer, take a quarter or less. Weights in another
+type than float32 are converted, one at a time, into a file without a name.
 """
 
 from __future__ import annotations
@@ -23,11 +23,23 @@ from repquant_fx.errors import OutputError
 from repquant_fx.security import channel
 from repquant_fx.torch_private import parameters_on_meta
 
-_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
-          "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
-def map_directory(cls: Any, config: Any, files: Sequence[Path], scratch: Path, attention: str = "sdpa") -> nn.Module | None:
+def map_directory(
+    cls: Any, config: Any, files: Sequence[Path], scratch: Path, attention: str = "sdpa"
+) -> nn.Module | None:
     """A transformers model on the weights in files, or None where names or shapes do not fit one to one.
 
     Args:
@@ -41,7 +53,10 @@ def map_directory(cls: Any, config: Any, files: Sequence[Path], scratch: Path, a
     """
     with parameters_on_meta():
         model = cls._from_config(config, dtype=torch.float32, attn_implementation=attention)
-    places = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    places = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
     found = {name: tensor for file in files for name, tensor in map_file(file).items()}
     if any(name not in places or places[name].shape != tensor.shape for name, tensor in found.items()):
         return None
@@ -74,7 +89,9 @@ def map_file(path: Path) -> dict[str, Tensor]:
             raise ValueError(f"{path}: {name} is {entry['dtype']}")
         begin = 8 + length + start
         if begin % kind.itemsize:  # not aligned: a copy
-            tensors[name] = torch.frombuffer(bytearray(bytes(storage[begin:8 + length + stop])), dtype=kind).reshape(entry["shape"])
+            tensors[name] = torch.frombuffer(bytearray(bytes(storage[begin : 8 + length + stop])), dtype=kind).reshape(
+                entry["shape"]
+            )
         else:
             tensors[name] = _view(storage, kind, begin // kind.itemsize, entry["shape"])
     return tensors
@@ -82,7 +99,9 @@ def map_file(path: Path) -> dict[str, Tensor]:
 
 def to_float32(tensors: dict[str, Tensor], scratch: Path) -> dict[str, Tensor]:
     """The same with floats of other types converted, in a mapped file of their own."""
-    others = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.dtype != torch.float32}
+    others = {
+        name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.dtype != torch.float32
+    }
     if not others:
         return tensors
     try:

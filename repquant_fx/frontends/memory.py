@@ -21,7 +21,8 @@ R = TypeVar("R")
 
 
 def left_as_found(function: Callable[P, R]) -> Callable[P, R]:
-    """Give a function's first argument, where it is a module, its train and eval modes back, and torch its random state.
+    """Give a function's first argument, where it is a module, its train and eval modes back, and torch its random
+    state.
 
     It runs outside any autocast. So that a training script can call it between two steps.
     """
@@ -42,15 +43,20 @@ OTHER_FLOATS = (torch.float16, torch.bfloat16, torch.float64)
 
 
 def from_memory(
-    model: nn.Module | torch.export.ExportedProgram, *, example_inputs: Sequence[Tensor] | Mapping[str, Tensor] | None = None,
-    input_shape: Sequence[int] | None = None, task: str | None = None,
+    model: nn.Module | torch.export.ExportedProgram,
+    *,
+    example_inputs: Sequence[Tensor] | Mapping[str, Tensor] | None = None,
+    input_shape: Sequence[int] | None = None,
+    task: str | None = None,
 ) -> LoadedModel:
     """Wrap a module or an exported program.
 
     Args:
-        model: not mutated, but a module is put in eval mode. One on another device or in half or double precision is copied to float32 on the CPU;
-            of a compiled or parallel one (`torch.compile`, DataParallel) the module inside is taken.
-        example_inputs: positional, or by name. A module's may be left out where its configuration tells them; a program has its own.
+        model: not mutated, but a module is put in eval mode. One on another device or in half or double precision is
+            copied to float32 on the CPU; of a compiled or parallel one (`torch.compile`, DataParallel) the module
+            inside is taken.
+        example_inputs: positional, or by name. A module's may be left out where its configuration tells them; a program
+            has its own.
         input_shape, task: see `loading.load_model`.
 
     Raises:
@@ -63,7 +69,9 @@ def from_memory(
                      [(n, t) for n, t in model.state_dict.items() if not isinstance(t, nn.Parameter)], "the program")
         return LoadedModel(None, model, inputs, True, None, "an exported program in memory", task=task)
     if not isinstance(model, nn.Module):
-        raise InputError(f"a model is a torch.nn.Module, an ExportedProgram, a file or timm:NAME; found {type(model).__name__}")
+        raise InputError(
+            f"a model is a torch.nn.Module, an ExportedProgram, a file or timm:NAME; found {type(model).__name__}"
+        )
     model = _plain(model)
     name = type(model).__name__
     check_finite(model.named_parameters(), model.named_buffers(), name)
@@ -73,8 +81,17 @@ def from_memory(
         return ready(model, source, input_shape, task)
     named = tuple(example_inputs) if isinstance(example_inputs, Mapping) else None
     axes = tuple(free_axes(name) for name in named) if named is not None else None
-    return LoadedModel(stateless(model) if is_transformers(model) else model, None, tuple(_plain_input(t) for t in _values(example_inputs)), False,
-                       architectures.preprocessing(model), source, input_names=named, dynamic_axes=axes, task=task)
+    return LoadedModel(
+        stateless(model) if is_transformers(model) else model,
+        None,
+        tuple(_plain_input(t) for t in _values(example_inputs)),
+        False,
+        architectures.preprocessing(model),
+        source,
+        input_names=named,
+        dynamic_axes=axes,
+        task=task,
+    )
 
 
 def _plain(model: nn.Module) -> nn.Module:
@@ -103,5 +120,7 @@ def _stored(program: torch.export.ExportedProgram) -> tuple[Tensor, ...]:
     args, kwargs = program.example_inputs
     inputs = (*args, *kwargs.values())
     if not all(isinstance(value, Tensor) for value in inputs):
-        raise InputError("the exported program takes inputs that are not tensors; export a module whose forward takes tensors only")
+        raise InputError(
+            "the exported program takes inputs that are not tensors; export a module whose forward takes tensors only"
+        )
     return inputs

@@ -1,7 +1,8 @@
 """Files written by `torch.save`, read without executing what they name.
 
-torch's weights-only unpickler does the reading; it resolves a global only if we admit it. What is admitted stands for data:
-classes come in as stand-ins that make blank instances and cannot be called, so no constructor runs; `functools.partial`
+torch's weights-only unpickler does the reading; it resolves a global only if we admit it. What is admitted stands for
+data: classes come in as stand-ins that make blank instances and cannot be called, so no constructor runs;
+    `functools.partial`
 becomes an object that holds but never calls. Everything else is refused by name. The unpickler's own defaults (tensors,
 storages, dtypes, OrderedDict) stay torch's trust boundary.
 """
@@ -59,7 +60,9 @@ class ClassStandIn:
         return object.__new__(self.target)
 
     def __call__(self, *args: object, **kwargs: object) -> NoReturn:
-        raise pickle.UnpicklingError(f"the file calls {self.target.__qualname__}; only its state may be read from a file")
+        raise pickle.UnpicklingError(
+            f"the file calls {self.target.__qualname__}; only its state may be read from a file"
+        )
 
     def __eq__(self, other: object) -> bool:
         return other is self or other is self.target
@@ -101,8 +104,10 @@ class InertPartial:
         self.func, self.args, self.keywords = func, args, keywords
 
     def __call__(self, *args: object, **kwargs: object) -> NoReturn:
-        raise ModelFileError(f"the model calls functools.partial({self.func!r}), which a file read without consent may only "
-                             "hold; pass --allow-pickle if you trust the file")
+        raise ModelFileError(
+            f"the model calls functools.partial({self.func!r}), which a file read without consent may only "
+            "hold; pass --allow-pickle if you trust the file"
+        )
 
 
 def load_pickled(data: bytes, where: str, *, allow_pickle: bool = False) -> Any:
@@ -119,12 +124,16 @@ def load_pickled(data: bytes, where: str, *, allow_pickle: bool = False) -> Any:
     if allow_pickle:
         return _load(data, where, weights_only=False)
     admitted = _screen(data, where)
-    with guarded(f"loading {where}"), torch.serialization.safe_globals([(value, name) for name, value in admitted.items()]):
+    with (
+        guarded(f"loading {where}"),
+        torch.serialization.safe_globals([(value, name) for name, value in admitted.items()]),
+    ):
         return _settled(_load(data, where, weights_only=True), where)
 
 
 def check_pickle(data: bytes, where: str) -> None:
-    """Refuse a `torch.save` file that holds anything but tensors and plain data, or that would not end. Executes nothing.
+    """Refuse a `torch.save` file that holds anything but tensors and plain data, or that would not end. Executes
+    nothing.
 
     Raises:
         ModelFileError: it does; the message names what.
@@ -133,9 +142,14 @@ def check_pickle(data: bytes, where: str) -> None:
     known = allowed_globals()
     named, problem = rehearse(data)
     if others := sorted(named - known):
-        raise ModelFileError(f"{where} cannot be loaded as plain tensors: it names {_shown(others)}. Nothing was executed")
+        raise ModelFileError(
+            f"{where} cannot be loaded as plain tensors: it names {_shown(others)}. Nothing was executed"
+        )
     if problem is not None:
-        raise ModelFileError(f"{where} cannot be loaded as plain tensors: its pickle is damaged or does what tensors need not ({problem})")
+        raise ModelFileError(
+            f"{where} cannot be loaded as plain tensors: its pickle is damaged or does what tensors need not "
+            f"({problem})"
+        )
 
 
 def globals_of(data: bytes, where: str) -> set[str]:
@@ -167,7 +181,9 @@ def _screen(data: bytes, where: str) -> dict[str, Any]:
     if refused:
         _refuse(where, refused)
     if problem is not None:
-        raise ModelFileError(f"{where} is not a model file: its pickle is damaged or does what a model need not ({problem})")
+        raise ModelFileError(
+            f"{where} is not a model file: its pickle is damaged or does what a model need not ({problem})"
+        )
     return admitted
 
 
@@ -217,11 +233,15 @@ def _admitted_class(found: object) -> Any:
     if issubclass(found, nn.Module):
         return ClassStandIn(found) if _is_harmless_module(found) else None
     if issubclass(found, enum.Enum):
-        return functools.partial(found)  # gives a member; torch lets a file change the state of what is of an admitted class
+        # gives a member; torch lets a file change the state of what is of an admitted class
+        return functools.partial(found)
     if issubclass(found, tuple) and hasattr(found, "_fields"):
         return found
-    if any(base.__module__.startswith("transformers.") and base.__name__ in ("PreTrainedConfig", "PretrainedConfig",
-                                                                           "GenerationConfig") for base in found.__mro__):
+    if any(
+        base.__module__.startswith("transformers.")
+        and base.__name__ in ("PreTrainedConfig", "PretrainedConfig", "GenerationConfig")
+        for base in found.__mro__
+    ):
         return ClassStandIn(found) if not hasattr(found, "__setstate__") else None
     return None
 
@@ -242,8 +262,11 @@ def _load(data: bytes, where: str, *, weights_only: bool) -> Any:
         raise ModelFileError(f"{where} needs the Python module {error.name!r}, which is not installed") from error
     except pickle.UnpicklingError as error:
         reason = first_line(error.__cause__ or error).removeprefix("Weights only load failed. ")
-        unsafe = re.search(r"(the file (?:calls|passes)[^\n]*|functools\.partial of [^\n]*|Unsupported[^\n]*|Can only[^\n]*"
-                           r"|Trying to[^\n]*)", str(error))
+        unsafe = re.search(
+            r"(the file (?:calls|passes)[^\n]*|functools\.partial of [^\n]*|Unsupported[^\n]*|Can only[^\n]*"
+            r"|Trying to[^\n]*)",
+            str(error),
+        )
         detail = unsafe.group(1) if unsafe else reason
         raise ModelFileError(f"{where} cannot be read without executing what it says: {detail[:300]}. "
                              "Pass --allow-pickle if you trust the file") from error
@@ -252,8 +275,10 @@ def _load(data: bytes, where: str, *, weights_only: bool) -> Any:
 
 
 def _refuse(where: str, names: list[str]) -> NoReturn:
-    raise ModelFileError(f"{where} names code that is not known to be harmless: {_shown(names)}. Nothing was executed. Pass "
-                         "--allow-pickle if you trust the file, or save a state dict (or safetensors) and pass --arch")
+    raise ModelFileError(
+        f"{where} names code that is not known to be harmless: {_shown(names)}. Nothing was executed. Pass "
+        "--allow-pickle if you trust the file, or save a state dict (or safetensors) and pass --arch"
+    )
 
 
 def _shown(names: list[str]) -> str:
@@ -265,12 +290,16 @@ def _settled(loaded: Any, where: str) -> Any:
     if isinstance(loaded, nn.Module):
         return _settled_module(loaded, where)
     if isinstance(loaded, dict):
-        return {key: _settled_module(value, where) if isinstance(value, nn.Module) else value for key, value in loaded.items()}
+        return {
+            key: _settled_module(value, where) if isinstance(value, nn.Module) else value
+            for key, value in loaded.items()
+        }
     return loaded
 
 
 def _settled_module(module: nn.Module, where: str) -> nn.Module:
-    """A model of transformers is built anew by its configuration and gets the file's tensors; of any other the state is checked.
+    """A model of transformers is built anew by its configuration and gets the file's tensors; of any other the state is
+    checked.
 
     Raises:
         ModelFileError: its state is not what its class makes, or it cannot be built anew.
@@ -293,11 +322,15 @@ def _settle(module: nn.Module, where: str, path: str, known: dict[int, nn.Module
         return known[id(module)]
     place = f"{where}, {path or 'the model itself'}"
     if is_transformers_model(module):
-        known[id(module)] = rebuild(module, place, lambda child, inner: _settle(child, where, f"{path}.{inner}".strip("."), known))
+        known[id(module)] = rebuild(
+            module, place, lambda child, inner: _settle(child, where, f"{path}.{inner}".strip("."), known)
+        )
         return known[id(module)]
     if type(module).__module__.startswith("transformers."):
-        raise ModelFileError(f"{place} is a {type(module).__name__} outside of a model of transformers, so it cannot be built anew by a "
-                             "configuration. Save the model with torch.export.save, or pass --allow-pickle if you trust the file")
+        raise ModelFileError(
+            f"{place} is a {type(module).__name__} outside of a model of transformers, so it cannot be built anew by a "
+            "configuration. Save the model with torch.export.save, or pass --allow-pickle if you trust the file"
+        )
     known[id(module)] = module
     check_state(module, place, (ClassStandIn, InertPartial))
     for name, child in module._modules.items():
@@ -328,8 +361,14 @@ def _check_config(config: object, place: str, depth: int = 0) -> None:
     if depth > _DEEPEST_CONFIG:
         raise ModelFileError(f"{place} has a configuration inside itself")
     for key, value in getattr(config, "__dict__", {}).items():
-        if "implementation" in key and value is not None and re.search(r"[/:@]", str(value).replace("{", "").replace(": ", "")):
-            raise ModelFileError(f"{place} asks for code from a repository: {key}={value!r}. "
-                                 "Save the model with attn_implementation='sdpa', or pass --allow-pickle if you trust the file")
+        if (
+            "implementation" in key
+            and value is not None
+            and re.search(r"[/:@]", str(value).replace("{", "").replace(": ", ""))
+        ):
+            raise ModelFileError(
+                f"{place} asks for code from a repository: {key}={value!r}. "
+                "Save the model with attn_implementation='sdpa', or pass --allow-pickle if you trust the file"
+            )
         if hasattr(value, "__dict__") and not isinstance(value, type) and key.endswith("config"):
             _check_config(value, place, depth + 1)

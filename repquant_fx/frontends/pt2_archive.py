@@ -221,7 +221,9 @@ def _numbers(declared: Any) -> tuple[int, ...] | None:
     """Sizes, strides or offsets; None where one is not a plain number of 0 or more."""
     if not isinstance(declared, list):
         return None
-    found: list[Any] = [value.get("as_int") if isinstance(value, dict) and len(value) == 1 else -1 for value in declared]
+    found: list[Any] = [
+        value.get("as_int") if isinstance(value, dict) and len(value) == 1 else -1 for value in declared
+    ]
     return tuple(found) if all(type(value) is int and value >= 0 for value in found) else None
 
 

@@ -190,7 +190,9 @@ def _check(func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     check = _CHECKS.get(schema(func).name.removeprefix("aten::"))
     if check is not None:
         arguments = schema(func).arguments
-        check({a.name: a.default_value for a in arguments} | dict(zip((a.name for a in arguments), args)) | dict(kwargs))
+        check(
+            {a.name: a.default_value for a in arguments} | dict(zip((a.name for a in arguments), args)) | dict(kwargs)
+        )
 
 
 Bound = Mapping[str, Any]

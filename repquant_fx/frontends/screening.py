@@ -51,7 +51,8 @@ _DEEPEST = 40
 
 _LAYERS = re.compile(r"\w*(layers?|depths?|blocks|stages|repeats|bottlenecks|n_deep)(_per_\w+)?")
 _LARGE = re.compile(
-    r"\w*(theta|base|position|length|_len|window|vocab|seq|ctx|size|dim|_id|ids|token|seed|freq|rate|pixels|param|flo|max|min|"
+    r"\w*(theta|base|position|length|_len|window|vocab|seq|ctx|size|dim|_id|ids|token|seed|freq|rate|pixels|param|"
+    r"flo|max|min|"
     r"channels|chans|features|width|height|samples)\w*"
 )
 _MOST_LAYERS, _MOST_OTHERS, _MOST_LARGE = 10_000, 1_000_000, 1 << 62
@@ -130,7 +131,8 @@ def _methods() -> frozenset[str]:
 
 
 def check_numbers(value: Any, where: str) -> None:
-    """Refuse sizes that no model has: a configuration makes lists of the lengths that it names before there is a model to measure.
+    """Refuse sizes that no model has: a configuration makes lists of the lengths that it names before there is a model
+    to measure.
 
     Raises:
         ModelFileError: one is that large, or all lists together are.

@@ -1,6 +1,8 @@
-"""What a transformers model takes and gives: inputs by name, free axes, the outputs that count, the modules that stay float.
+"""What a transformers model takes and gives: inputs by name, free axes, the outputs that count, the modules that stay
+float.
 
-All of it is read from the signature of `forward`, the configuration and one run on example inputs; no model is known by name.
+All of it is read from the signature of `forward`, the configuration and one run on example inputs; no model is known by
+name.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ def is_transformers(module: object) -> bool:
 
 
 def stateless(model: nn.Module) -> nn.Module:
-    """A copy that shares the tensors, keeps no key/value cache and gives its outputs by name; the original is left as it is."""
+    """A copy that shares the tensors, keeps no key/value cache and gives its outputs by name; the original is left as
+    it is.
+    """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     copied: nn.Module = copy.deepcopy(model, shared)
     for module in copied.modules():
@@ -69,7 +73,12 @@ def positions(module: object) -> int | None:
     if not isinstance(size, int) or size < 1:
         return None
     for name, table in cast(nn.Module, module).named_modules():  # one with a padding entry begins to count after it
-        if isinstance(table, nn.Embedding) and "position" in name and table.num_embeddings == size and table.padding_idx is not None:
+        if (
+            isinstance(table, nn.Embedding)
+            and "position" in name
+            and table.num_embeddings == size
+            and table.padding_idx is not None
+        ):
             return size - table.padding_idx - 1
     return size
 
@@ -85,7 +94,8 @@ def read_signature(model: nn.Module, *, input_shape: Sequence[int] | None = None
         image_size: (C, H, W) that the model's preprocessing gives.
 
     Raises:
-        InputError: the model takes something that is neither text nor an image, or does not run on the inputs made up for it.
+        InputError: the model takes something that is neither text nor an image, or does not run on the inputs made up
+            for it.
     """
     task = task or task_of(type(model).__name__)
     names = _input_names(model)
@@ -110,25 +120,39 @@ def read_signature(model: nn.Module, *, input_shape: Sequence[int] | None = None
 def _input_names(model: nn.Module) -> tuple[str, ...]:
     parameters = inspect.signature(model.forward).parameters
     main = getattr(model, "main_input_name", None)
-    names = tuple(name for name in _INPUTS if name in parameters and (name != "attention_mask" or "input_ids" in parameters))
+    names = tuple(
+        name for name in _INPUTS if name in parameters and (name != "attention_mask" or "input_ids" in parameters)
+    )
     if main not in names:
-        raise InputError(f"{type(model).__name__} takes {main}, for which no example can be made up; save it with torch.export.save "
-                         "(.pt2), or pass example_inputs to repquant_fx.compile")
+        raise InputError(
+            f"{type(model).__name__} takes {main}, for which no example can be made up; save it with torch.export.save "
+            "(.pt2), or pass example_inputs to repquant_fx.compile"
+        )
     return names
 
 
-def _examples(model: nn.Module, names: tuple[str, ...], input_shape: Sequence[int] | None, image_size: Sequence[int] | None, texts: int,
-              generator: torch.Generator) -> tuple[Tensor, ...]:
+def _examples(
+    model: nn.Module,
+    names: tuple[str, ...],
+    input_shape: Sequence[int] | None,
+    image_size: Sequence[int] | None,
+    texts: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, ...]:
     """Ids are drawn from the whole vocabulary; the first text is padded.
 
     On the right: a causal model's row that sees nothing but padding on its left has no defined value to compare.
     """
     given = tuple(int(size) for size in input_shape) if input_shape is not None else None
     if given is not None and not all(size > 0 for size in given):
-        raise InputError(f"--input-shape {given}: expected positive sizes without the batch dimension, such as 3 224 224")
+        raise InputError(
+            f"--input-shape {given}: expected positive sizes without the batch dimension, such as 3 224 224"
+        )
     made: dict[str, Tensor] = {}
     if "input_ids" in names:
-        length = given[0] if given is not None and len(given) == 1 else min(TEXT_LENGTH, positions(model) or TEXT_LENGTH)
+        length = (
+            given[0] if given is not None and len(given) == 1 else min(TEXT_LENGTH, positions(model) or TEXT_LENGTH)
+        )
         known = vocabulary(model)
         if known is None:
             raise InputError(f"{type(model).__name__} takes input_ids but its configuration has no vocab_size")
@@ -140,19 +164,27 @@ def _examples(model: nn.Module, names: tuple[str, ...], input_shape: Sequence[in
     if "pixel_values" in names:
         shape = given if given is not None and len(given) == 3 else image_size or config_image_shape(model)
         if shape is None:
-            raise InputError(f"{type(model).__name__} does not say what images it takes; pass --input-shape without the batch "
-                             "dimension, such as 3,224,224")
+            raise InputError(
+                f"{type(model).__name__} does not say what images it takes; pass --input-shape without the batch "
+                "dimension, such as 3,224,224"
+            )
         limits.check_size((BATCH, *shape), "an example pixel_values")
         made["pixel_values"] = torch.randn(BATCH, *shape, generator=generator)
-        made["input_points"] = torch.rand(BATCH, 1, 2, 2, generator=generator) * min(shape[1:])  # in pixels: 1 object, 2 clicks
+        # in pixels: 1 object, 2 clicks
+        made["input_points"] = torch.rand(BATCH, 1, 2, 2, generator=generator) * min(shape[1:])
     if given is not None and len(given) not in [tensor.ndim - 1 for tensor in made.values()]:
-        raise InputError(f"--input-shape {given}: {type(model).__name__} takes {', '.join(names)}; give (length,) for text, (C, H, W) "
-                         "for images, without the batch")
+        raise InputError(
+            f"--input-shape {given}: {type(model).__name__} takes {', '.join(names)}; give (length,) for text, (C, H, "
+            "W) "
+            "for images, without the batch"
+        )
     return tuple(made[name] for name in names)
 
 
 def free_axes(name: str, independent: bool = False) -> dict[int, str]:
-    """The free axes of an input by its name. Texts and images are counted apart where the model compares each with each."""
+    """The free axes of an input by its name. Texts and images are counted apart where the model compares each with
+    each.
+    """
     if name in ("input_ids", "attention_mask"):
         return {0: "text_batch" if independent else "batch", 1: "sequence"}
     return {0: "batch"}
@@ -161,7 +193,8 @@ def free_axes(name: str, independent: bool = False) -> dict[int, str]:
 def _run(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(fields of the output that are tensors, globs of the modules that stay float).
 
-    A model that is prompted with points reads each image once and decodes it many times: the method is for the module that reads
+    A model that is prompted with points reads each image once and decodes it many times: the method is for the module
+        that reads
     the image, the small decoders beside it stay float.
     """
     readers: set[str] = set()
@@ -186,7 +219,9 @@ def _run(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[tuple[str, ...], 
     fields = tuple(key for key, value in result.items() if isinstance(value, Tensor))
     if "input_points" not in inputs or not readers:
         return fields, ()
-    return fields, tuple(glob for name, _ in model.named_children() if name not in readers for glob in (name, f"{name}.*"))
+    return fields, tuple(
+        glob for name, _ in model.named_children() if name not in readers for glob in (name, f"{name}.*")
+    )
 
 
 def _text_config(module: object) -> Any:

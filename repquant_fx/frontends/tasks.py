@@ -53,16 +53,24 @@ def task_of(class_name: str) -> str:
 
 
 def class_for(config: Any, task: str) -> Any:
-    """The class of transformers that builds `config` for `task`: the one the configuration names where it is among them.
+    """The class of transformers that builds `config` for `task`: the one the configuration names where it is among
+    them.
 
     Raises:
         InputError: unknown task, or none that fits the configuration; the message names those that do.
     """
     check_task(task)
-    found = [cls for mapping in _mappings(TASKS[task]) if type(config) in mapping for cls in _as_tuple(mapping[type(config)])]
+    found = [
+        cls for mapping in _mappings(TASKS[task]) if type(config) in mapping for cls in _as_tuple(mapping[type(config)])
+    ]
     if not found:
-        fitting = [name for name, other in TASKS.items() if any(type(config) in mapping for mapping in _mappings(other))]
-        raise InputError(f"a model of type {config.model_type!r} cannot do {task}; it can do: {', '.join(fitting) or 'none of the tasks'}")
+        fitting = [
+            name for name, other in TASKS.items() if any(type(config) in mapping for mapping in _mappings(other))
+        ]
+        raise InputError(
+            f"a model of type {config.model_type!r} cannot do {task}; it can do: "
+            f"{', '.join(fitting) or 'none of the tasks'}"
+        )
     return next((cls for cls in found if cls.__name__ in (config.architectures or ())), found[0])
 
 
@@ -73,7 +81,9 @@ def _mappings(task: Task) -> list[Any]:
 
 
 def _class_names(task: Task) -> set[str]:
-    return {name for mapping in _mappings(task) for entry in mapping._model_mapping.values() for name in _as_tuple(entry)}
+    return {
+        name for mapping in _mappings(task) for entry in mapping._model_mapping.values() for name in _as_tuple(entry)
+    }
 
 
 def _as_tuple(entry: Any) -> tuple[Any, ...]:

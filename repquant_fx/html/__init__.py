@@ -1,7 +1,7 @@
 """The report as one HTML page: data, style, script and the plotting library (plotly) inlined; it loads nothing.
 
-The page draws in the browser, from the report and the summaries of `repquant_fx.statistics` that it carries as JSON. Every section is
-left out where its data are missing, so a page can be made of less than a whole report.
+The page draws in the browser, from the report and the summaries of `repquant_fx.statistics` that it carries as JSON.
+Every section is left out where its data are missing, so a page can be made of less than a whole report.
 """
 
 from __future__ import annotations
@@ -27,14 +27,26 @@ from repquant_fx.version import VERSION
 if TYPE_CHECKING:
     from repquant_fx.inspection import Inspection
 
-PACKAGES = ("torch", "numpy", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "safetensors", "timm", "torchvision", "transformers")
+PACKAGES = (
+    "torch",
+    "numpy",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxruntime",
+    "safetensors",
+    "timm",
+    "torchvision",
+    "transformers",
+)
 
 
 def page(report: Mapping[str, Any], statistics: Mapping[str, Any] | None = None, *, command: str | None = None) -> str:
     """The page of a compiled model.
 
     Args:
-        report: of `repquant_fx.report.build`, or any part of it. A layer needs `path` and `operator`; what else it has is shown.
+        report: of `repquant_fx.report.build`, or any part of it. A layer needs `path` and `operator`; what else it has
+            is shown.
         statistics: of `Statistics.to_dict`; without it the figures of single layers are left out.
         command: the command line to run again; a call of the Python API is shown where None.
 
@@ -60,7 +72,8 @@ def _headline(source: str) -> str:
 
 
 def inspection_page(found: Inspection, *, command: str) -> str:
-    """The page of a file that was compiled before, or of what would be matched in a model that is not compiled yet. Nothing was measured.
+    """The page of a file that was compiled before, or of what would be matched in a model that is not compiled yet.
+    Nothing was measured.
 
     Args:
         command: the command line that made the page.
@@ -71,21 +84,37 @@ def inspection_page(found: Inspection, *, command: str) -> str:
     about, known = found.about, [row for row in found.rows if row.integer is not None]
     again = "\n".join((f"repquant-fx recipe show {shlex.quote(found.source)} > recipe.yaml",
                        f"repquant-fx compile MODEL --calib DATA --recipe {shlex.quote(found.source)} --out again.onnx"))
-    return _fill({
-        "report": {"source": found.source, "left_alone": found.left_alone, "repquant_fx": about.get("version"), "compiled": found.compiled,
-                   **{k: v for k, v in about.items() if k not in ("recipe", "version")}},
-        "sites": [_ranges(asdict(row)) for row in found.rows], "layers": [], "products": len(known) if known else None,
-        "lost": [{"path": row.site, "operator": row.kind, "reason": row.reason} for row in known if not row.integer],
-        "recipe": _recipe(about.get("recipe")), "reproduce": again if found.compiled else command,
-    }, found.source)
+    return _fill(
+        {
+            "report": {
+                "source": found.source,
+                "left_alone": found.left_alone,
+                "repquant_fx": about.get("version"),
+                "compiled": found.compiled,
+                **{k: v for k, v in about.items() if k not in ("recipe", "version")},
+            },
+            "sites": [_ranges(asdict(row)) for row in found.rows],
+            "layers": [],
+            "products": len(known) if known else None,
+            "lost": [
+                {"path": row.site, "operator": row.kind, "reason": row.reason} for row in known if not row.integer
+            ],
+            "recipe": _recipe(about.get("recipe")),
+            "reproduce": again if found.compiled else command,
+        },
+        found.source,
+    )
 
 
 def _fill(data: Mapping[str, Any], heading: str) -> str:
     """The template with everything in it."""
     # `<` would let a name end the script element; JSON allows the escape anywhere a string may hold it
-    text = json.dumps({"title": _headline(heading), "source": heading, **data}, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    text = json.dumps(
+        {"title": _headline(heading), "source": heading, **data}, separators=(",", ":"), allow_nan=False
+    ).replace("<", "\\u003c")
     return Template(_read("template.html")).substitute(
-        title=html.escape(printable(f"{_headline(heading)} — repquant-fx")), version=VERSION, style=_read("style.css"),
+        title=html.escape(printable(f"{_headline(heading)} — repquant-fx")), version=VERSION,
+        style=_read("style.css"),
         plotly=plotly_script() if data["layers"] else "", data=text, script=_read("report.js"))
 
 
@@ -123,7 +152,10 @@ def _layer(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 def _ranges(item: Mapping[str, Any]) -> dict[str, Any]:
     """With scales and zero points a channel as their range."""
-    return {k: [min(v), max(v)] if k in ("scale", "zero_point") and isinstance(v, list) and v else v for k, v in item.items()}
+    return {
+        k: [min(v), max(v)] if k in ("scale", "zero_point") and isinstance(v, list) and v else v
+        for k, v in item.items()
+    }
 
 
 def _parity(parity: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -143,11 +175,17 @@ def _reproduce(report: Mapping[str, Any], command: str | None) -> str | None:
     if command is not None or not calibration:
         return command
     count = calibration.get("samples", 0) + calibration.get("held_back", 0)
-    return "\n".join((
-        "from repquant_fx import Recipe, compile", "", f"# calibration data: {calibration.get('origin')}",
-        f"compiled = compile(model, calibration, Recipe.from_file(\"recipe.yaml\"), samples={count}, seed={calibration.get('seed', 0)}, "
-        "statistics=True)",
-        "compiled.save(\"model.onnx\", html=\"report.html\")"))
+    return "\n".join(
+        (
+            "from repquant_fx import Recipe, compile",
+            "",
+            f"# calibration data: {calibration.get('origin')}",
+            f'compiled = compile(model, calibration, Recipe.from_file("recipe.yaml"), samples={count}, '
+            f'seed={calibration.get("seed", 0)}, '
+            "statistics=True)",
+            'compiled.save("model.onnx", html="report.html")',
+        )
+    )
 
 
 def _read(name: str) -> str:

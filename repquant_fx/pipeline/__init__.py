@@ -1,7 +1,9 @@
-"""The sequential pipeline (RepQuant Algorithm 1): groups in graph order, each calibrated on what the quantized prefix produces.
+"""The sequential pipeline (RepQuant Algorithm 1): groups in graph order, each calibrated on what the quantized prefix
+produces.
 
-The graph is cut where few values are live. Only the cut values of all calibration batches are kept; one segment runs at a time
-and the prefix never runs again, so cost grows linearly with depth and memory is bounded by one segment and its cut values.
+The graph is cut where few values are live. Only the cut values of all calibration batches are kept; one segment runs at
+a time and the prefix never runs again, so cost grows linearly with depth and memory is bounded by one segment and its
+cut values.
 """
 
 from repquant_fx.pipeline.equalization import absorb_scales

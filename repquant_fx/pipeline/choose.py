@@ -1,4 +1,6 @@
-"""Choose what becomes of a group: reads samples and weights off the graph, and leaves the mathematics to `quantizers`."""
+"""Choose what becomes of a group: reads samples and weights off the graph, and leaves the mathematics to
+`quantizers`.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,12 @@ from repquant_fx.passes.insert_observers import WHOLE_ELEMENTS
 from repquant_fx.passes.match_sites import Group, Site
 from repquant_fx.passes.slots import observer
 from repquant_fx.pipeline.second_moments import SecondMoments
-from repquant_fx.quantizers.activation import norm_quantizer, softmax_quantizer, softmax_quantizer_by_percentile, tensor_quantizer
+from repquant_fx.quantizers.activation import (
+    norm_quantizer,
+    softmax_quantizer,
+    softmax_quantizer_by_percentile,
+    tensor_quantizer,
+)
 from repquant_fx.quantizers.correction import fit
 from repquant_fx.quantizers.gptq import QuantizedWeight, output_error
 from repquant_fx.quantizers.observers import LogQuantizer, Observer, UniformQuantizer
@@ -25,11 +32,13 @@ from repquant_fx.recipe import Recipe
 from repquant_fx.statistics import rounding
 
 
-def choose_quantizers(graph_module: GraphModule, group: Group, recipe: Recipe, bits: Mapping[str, int] | None = None) -> dict[str, nn.Module]:
+def choose_quantizers(
+    graph_module: GraphModule, group: Group, recipe: Recipe, bits: Mapping[str, int] | None = None
+) -> dict[str, nn.Module]:
     """The quantizers of a group's sites, by site name, from what the observers in its slots recorded.
 
-    Norm sites get scales per channel (all sites of a norm share them), Softmax operands a logarithmic scale, every other site a scale for
-    the whole tensor.
+    Norm sites get scales per channel (all sites of a norm share them), Softmax operands a logarithmic scale, every
+    other site a scale for the whole tensor.
 
     Args:
         bits: by site name, where others than those matched are wanted.
@@ -51,14 +60,22 @@ def choose_quantizers(graph_module: GraphModule, group: Group, recipe: Recipe, b
         chosen[site.name] = tensor_quantizer(observers[site.name].sample(), bits[site.name], recipe)
     for site in (site for site in group.sites if site.role == "softmax"):
         other = next(s for s in group.sites if s is not site)
-        chosen[site.name] = _choose_softmax(site, bits[site.name], recipe, observers[site.name], observers[other.name], chosen[other.name],
-                                            right=group.sites.index(site) == 1)
+        chosen[site.name] = _choose_softmax(
+            site,
+            bits[site.name],
+            recipe,
+            observers[site.name],
+            observers[other.name],
+            chosen[other.name],
+            right=group.sites.index(site) == 1,
+        )
     return chosen
 
 
 def _choose_softmax(site: Site, bits: int, recipe: Recipe, observed: Observer, other: Observer, quantizer: nn.Module, *,
                     right: bool) -> LogQuantizer:
-    """Of the probabilities at `site`; `other` observed the other operand of the product and `quantizer` is what it gets.
+    """Of the probabilities at `site`; `other` observed the other operand of the product and `quantizer` is what it
+    gets.
 
     Args:
         right: the probabilities are the right operand.
@@ -70,7 +87,8 @@ def _choose_softmax(site: Site, bits: int, recipe: Recipe, observed: Observer, o
     if recipe.softmax_scale == "percentile":
         return softmax_quantizer_by_percentile(sample, bits, recipe.softmax)
     probabilities, values = observed.whole(), other.whole()
-    enough = -(-probabilities.numel() // WHOLE_ELEMENTS)  # sequences may be longer than those the observer's share was reckoned with
+    # sequences may be longer than those the observer's share was reckoned with
+    enough = -(-probabilities.numel() // WHOLE_ELEMENTS)
     probabilities, values = probabilities[::enough], quantizer(values[::enough])
     return softmax_quantizer(probabilities, largest, bits, recipe.softmax,
                              (lambda p: torch.matmul(values, p)) if right else (lambda p: torch.matmul(p, values)))
@@ -78,7 +96,8 @@ def _choose_softmax(site: Site, bits: int, recipe: Recipe, observed: Observer, o
 
 def _weight_reach(graph_module: GraphModule, consumers: Iterable[Node]) -> Tensor:
     """The largest magnitude of the weights that read each channel, shape (in,)."""
-    return torch.stack([attribute(graph_module, c.args[1]).abs().amax(0) for c in consumers]).amax(0)  # type: ignore[arg-type]
+    # type: ignore[arg-type]
+    return torch.stack([attribute(graph_module, c.args[1]).abs().amax(0) for c in consumers]).amax(0)
 
 
 def _keeps_zeros(graph_module: GraphModule, group: Group) -> bool:
@@ -95,7 +114,8 @@ def _keeps_zeros(graph_module: GraphModule, group: Group) -> bool:
 
 def choose_weights(graph_module: GraphModule, group: Group, recipe: Recipe, moments: SecondMoments, world: World,
                    statistics: dict[str, Any] | None = None) -> dict[Node, ChosenWeight]:
-    """The integer weights of a group's consumers, on the inputs that the quantizers in its slots give; the same on every rank.
+    """The integer weights of a group's consumers, on the inputs that the quantizers in its slots give; the same on
+    every rank.
 
     Args:
         statistics: filled with `statistics.rounding` of every weight, by its consumer's name, where given.
@@ -109,20 +129,36 @@ def choose_weights(graph_module: GraphModule, group: Group, recipe: Recipe, mome
             plan = group.plans[consumer]
             alike.setdefault((plan.wbits, plan.gptq and recipe.gptq), []).append(consumer)
         for (bits, use_gptq), consumers in alike.items():
-            weights = [as_matrix(graph_module, c) + corrections[c].float() if c in corrections else as_matrix(graph_module, c) for c in consumers]
+            weights = [
+                as_matrix(graph_module, c) + corrections[c].float() if c in corrections else as_matrix(graph_module, c)
+                for c in consumers
+            ]
             hessian = moments.hessian(site, weights[0].shape[1])
-            rounded = _round(weights, bits, hessian, recipe, use_gptq, module_path(consumers[0]), world, lost=statistics is not None)
+            rounded = _round(
+                weights, bits, hessian, recipe, use_gptq, module_path(consumers[0]), world, lost=statistics is not None
+            )
             for consumer, weight, found in zip(consumers, weights, rounded):
                 chosen[consumer] = _finished(graph_module, site, consumer, found, moments)
                 if statistics is not None:
-                    statistics[consumer.name] = rounding(weight, found["lost"], found.get("errors"), hessian, use_gptq and hessian is not None)
+                    statistics[consumer.name] = rounding(
+                        weight, found["lost"], found.get("errors"), hessian, use_gptq and hessian is not None
+                    )
     return chosen
 
 
-def _round(weights: list[Tensor], bits: int, hessian: Tensor | None, recipe: Recipe, use_gptq: bool, where: str, world: World, *,
-           lost: bool) -> list[dict[str, Tensor]]:
-    """For each of some weights that read one site: `codes` and `scale`, each row's (to nearest, as chosen) `errors` of the output, and
-    where `lost` is set those of the weight itself.
+def _round(
+    weights: list[Tensor],
+    bits: int,
+    hessian: Tensor | None,
+    recipe: Recipe,
+    use_gptq: bool,
+    where: str,
+    world: World,
+    *,
+    lost: bool,
+) -> list[dict[str, Tensor]]:
+    """For each of some weights that read one site: `codes` and `scale`, each row's (to nearest, as chosen) `errors` of
+    the output, and where `lost` is set those of the weight itself.
 
     All share one Hessian and so one sweep. Rows are independent, so ranks share them out.
     """
@@ -132,27 +168,44 @@ def _round(weights: list[Tensor], bits: int, hessian: Tensor | None, recipe: Rec
         nearest, quantized = round_weight(rows, bits, hessian, recipe, use_gptq, where)
         part = {"codes": quantized.codes, "scale": quantized.scale}
         if lost:
-            part["lost"] = torch.stack([(q.dequantize() - rows).double().square().sum(dim=1) for q in (nearest, quantized)], dim=1)
+            part["lost"] = torch.stack(
+                [(q.dequantize() - rows).double().square().sum(dim=1) for q in (nearest, quantized)], dim=1
+            )
         if hessian is not None:
-            part["errors"] = torch.stack([output_error(rows, q.dequantize(), hessian) for q in (nearest, quantized)], dim=1)
+            part["errors"] = torch.stack(
+                [output_error(rows, q.dequantize(), hessian) for q in (nearest, quantized)], dim=1
+            )
     parts = [part for part in world.all_gather(part) if part]
-    whole = {k: torch.cat([part[k] for part in parts]).to(stacked.device).split([len(w) for w in weights]) for k in parts[0]}
+    whole = {
+        k: torch.cat([part[k] for part in parts]).to(stacked.device).split([len(w) for w in weights]) for k in parts[0]
+    }
     return [{k: pieces[index] for k, pieces in whole.items()} for index in range(len(weights))]
 
 
-def _finished(graph_module: GraphModule, site: Site, consumer: Node, found: Mapping[str, Tensor], moments: SecondMoments) -> ChosenWeight:
-    """In the shape of the consumer's weight, with the bias that makes the mean output the float model's where there are moments of it."""
+def _finished(
+    graph_module: GraphModule, site: Site, consumer: Node, found: Mapping[str, Tensor], moments: SecondMoments
+) -> ChosenWeight:
+    """In the shape of the consumer's weight, with the bias that makes the mean output the float model's where there are
+    moments of it.
+    """
     quantized, bias, errors = QuantizedWeight(found["codes"], found["scale"]), None, None
     if site.name in moments.halves:
         first, second = moments.halves[site.name]
         old_bias = consumer.args[2] if len(consumer.args) > 2 else None
-        bias = corrected_bias(as_matrix(graph_module, consumer), attribute(graph_module, old_bias) if isinstance(old_bias, Node) else None,
-                              quantized, first + second, site.consumers.index(consumer))
+        bias = corrected_bias(
+            as_matrix(graph_module, consumer),
+            attribute(graph_module, old_bias) if isinstance(old_bias, Node) else None,
+            quantized,
+            first + second,
+            site.consumers.index(consumer),
+        )
     if "errors" in found:
         errors = (float(found["errors"][:, 0].sum()), float(found["errors"][:, 1].sum()))
     quantized = with_ordinary_scales(quantized)
     shape = attribute(graph_module, consumer.args[1]).shape  # type: ignore[arg-type]
-    return ChosenWeight(QuantizedWeight(quantized.codes.reshape(shape).contiguous(), quantized.scale.contiguous()), bias, errors)
+    return ChosenWeight(
+        QuantizedWeight(quantized.codes.reshape(shape).contiguous(), quantized.scale.contiguous()), bias, errors
+    )
 
 
 def as_matrix(graph_module: GraphModule, consumer: Node) -> Tensor:

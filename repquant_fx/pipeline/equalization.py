@@ -49,7 +49,10 @@ def absorb_scales(graph_module: GraphModule, plan: Plan, batches: Sequence[tuple
     if tensors is None or tensors.keys() != {f"{part}.{name}" for part in PARTS for name in sites}:
         tensors = _channel_bounds(graph_module, sites, absorbable, batches, checkpoint.world)
         checkpoint.save("absorb", tensors)
-    bounds = {name: (absorbable.sites[name].reshape(-1), Bounds(*(tensors[f"{part}.{name}"] for part in PARTS))) for name in absorbable.sites}
+    bounds = {
+        name: (absorbable.sites[name].reshape(-1), Bounds(*(tensors[f"{part}.{name}"] for part in PARTS)))
+        for name in absorbable.sites
+    }
     equalization = equalize(bounds, absorbable.signed, absorbable.shiftable)
     shard = checkpoint.world.shard(len(batches))
     probe = _probe(absorbable, batches[shard[0]]) if len(shard) else None
@@ -58,7 +61,9 @@ def absorb_scales(graph_module: GraphModule, plan: Plan, batches: Sequence[tuple
 
 
 def _probe(absorbable: Absorbable, batch: tuple[Tensor, ...]) -> Probe:
-    """What equalization must leave as it is: the Linears that undo factors and carry none themselves, and the outputs."""
+    """What equalization must leave as it is: the Linears that undo factors and carry none themselves, and the
+    outputs.
+    """
     readers = {f"{n.name} in {module_path(n)}": n for n in absorbable.columns if n not in absorbable.rows}
 
     def probe(graph_module: GraphModule) -> dict[str, Any]:
@@ -67,9 +72,16 @@ def _probe(absorbable: Absorbable, batch: tuple[Tensor, ...]) -> Probe:
     return probe
 
 
-def _channel_bounds(graph_module: GraphModule, sites: Mapping[str, Site], absorbable: Absorbable, batches: Sequence[tuple[Tensor, ...]],
-                    world: World) -> Tensors:
-    """Clipping bounds of every channel of the sites in the float model, float32, shape (C,) each, in the order of its pattern."""
+def _channel_bounds(
+    graph_module: GraphModule,
+    sites: Mapping[str, Site],
+    absorbable: Absorbable,
+    batches: Sequence[tuple[Tensor, ...]],
+    world: World,
+) -> Tensors:
+    """Clipping bounds of every channel of the sites in the float model, float32, shape (C,) each, in the order of its
+    pattern.
+    """
     observers = {name: Observer(True, CHANNEL_SAMPLE) for name in sites}
     wanted: dict[Node, list[str]] = {}
     mine = world.shard(len(batches))
@@ -92,7 +104,10 @@ def _channel_bounds(graph_module: GraphModule, sites: Mapping[str, Site], absorb
         bounds = {name: search_bounds(observers[name].sample(), site.bits) for name, site in sites.items()}
         for name, bound in bounds.items():
             if not bool(torch.isfinite(bound.low).all() and torch.isfinite(bound.up).all()):
-                raise CalibrationError(f"the activation at {name} is not finite on the calibration data; check the data and the model's weights")
+                raise CalibrationError(
+                    f"the activation at {name} is not finite on the calibration data; check the data and the model's "
+                    "weights"
+                )
         return {f"{part}.{name}": getattr(bound, part) for name, bound in bounds.items() for part in PARTS}
 
     tensors = world.broadcast(search)

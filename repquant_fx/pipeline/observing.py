@@ -17,8 +17,15 @@ from repquant_fx.pipeline.segments import Segment
 from repquant_fx.quantizers.observers import Observer
 
 
-def observe_group(graph_module: GraphModule, group: Group, runner: SegmentRunner, segment: Segment, numbers: range, total: int,
-                  world: World) -> dict[str, Observer]:
+def observe_group(
+    graph_module: GraphModule,
+    group: Group,
+    runner: SegmentRunner,
+    segment: Segment,
+    numbers: range,
+    total: int,
+    world: World,
+) -> dict[str, Observer]:
     """Fill the observers in a group's slots; gives them by site name, each holding what all ranks' recorded.
 
     Args:

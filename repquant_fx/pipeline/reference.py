@@ -17,7 +17,9 @@ from repquant_fx.pipeline.segments import Segment
 class Reference:
     """The float model, run beside the quantized one segment by segment: what each layer should give."""
 
-    def __init__(self, graph_module: GraphModule, batches: Sequence[tuple[Tensor, ...]], offload_dir: str | Path | None = None) -> None:
+    def __init__(
+        self, graph_module: GraphModule, batches: Sequence[tuple[Tensor, ...]], offload_dir: str | Path | None = None
+    ) -> None:
         self.graph_module = shared_copy(graph_module)
         self.runner = SegmentRunner(self.graph_module, batches, offload_dir)
         self.twin = dict(zip(graph_module.graph.nodes, self.graph_module.graph.nodes))

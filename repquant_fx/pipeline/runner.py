@@ -20,7 +20,9 @@ class SegmentRunner:
         cuts: the values live at the node reached, one set per batch; in a file where an offload directory is given.
     """
 
-    def __init__(self, graph_module: GraphModule, batches: Sequence[tuple[Tensor, ...]], offload_dir: str | Path | None = None) -> None:
+    def __init__(
+        self, graph_module: GraphModule, batches: Sequence[tuple[Tensor, ...]], offload_dir: str | Path | None = None
+    ) -> None:
         self.graph_module = graph_module
         placeholders = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
         self.cuts = cuts_of([dict(zip(placeholders, batch)) for batch in batches], offload_dir)
@@ -38,7 +40,9 @@ class SegmentRunner:
         """Replace each batch's cut by the values live at `stop`."""
         before = list(between(first, stop))
         position = {node: i for i, node in enumerate(before)}
-        live = {n for n in [*before, *(self.cuts[0] if self.cuts else {})] if n.op != "get_attr" and _used_from(n, stop)}
+        live = {
+            n for n in [*before, *(self.cuts[0] if self.cuts else {})] if n.op != "get_attr" and _used_from(n, stop)
+        }
 
         def following(cut: Values) -> Values:
             needed = _ancestors([n for n in live if n in position], position, cut)

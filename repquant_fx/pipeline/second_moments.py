@@ -1,4 +1,6 @@
-"""Second moments of the inputs of weighted layers, and of what their outputs still lack: what GPTQ and the correction start from."""
+"""Second moments of the inputs of weighted layers, and of what their outputs still lack: what GPTQ and the correction
+start from.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ class SecondMoments:
 
     Attributes:
         hessians: `2 X^T X`, shape (in, in), where no correction follows.
-        halves: moments of the input and of what each consumer's output lacks, over the even and the odd batches, where one does.
+        halves: moments of the input and of what each consumer's output lacks, over the even and the odd batches, where
+            one does.
     """
 
     hessians: dict[str, Tensor] = field(default_factory=dict)
@@ -38,10 +41,15 @@ class SecondMoments:
 
     def tensors(self) -> list[Tensor]:
         """All sums, to be added to those over other batches."""
-        return [*self.hessians.values(), *(t for halves in self.halves.values() for half in halves for t in half.tensors())]
+        return [
+            *self.hessians.values(),
+            *(t for halves in self.halves.values() for half in halves for t in half.tensors()),
+        ]
 
     def hessian(self, site: Site, inputs: int) -> Tensor | None:
-        """`2 X^T X` of a site, centred where a bias correction follows; None where there is none for this kind of layer."""
+        """`2 X^T X` of a site, centred where a bias correction follows; None where there is none for this kind of
+        layer.
+        """
         if site.name in self.halves:
             first, second = self.halves[site.name]
             return (first + second).hessian
@@ -86,10 +94,11 @@ def second_moments(runner: SegmentRunner, reference: Reference | None, segment: 
 
 
 def _compared(consumer: Node, inside: set[Node]) -> Node:
-    """Where a layer's output is compared with the float model's: after the residual addition it leads to, if one follows.
+    """Where a layer's output is compared with the float model's: after the residual addition it leads to, if one
+    follows.
 
-    There the layer can also make up for the error that the residual stream carries. Only reshapes that keep the order of the
-    tokens may stand between.
+    There the layer can also make up for the error that the residual stream carries. Only reshapes that keep the order
+    of the tokens may stand between.
     """
     node, channels = consumer, consumer.meta["val"].shape[-1]
     while consumer.target is aten.linear.default and len(node.users) == 1:
@@ -140,5 +149,7 @@ def as_rows(x: Tensor, site: Site) -> Tensor | None:
     if not _input_size(site):
         return None
     stride, padding, dilation, _ = _geometry(consumer)
-    patches = torch.nn.functional.unfold(x, tuple(_weight_shape(consumer)[2:]), dilation=dilation, padding=padding, stride=stride)
+    patches = torch.nn.functional.unfold(
+        x, tuple(_weight_shape(consumer)[2:]), dilation=dilation, padding=padding, stride=stride
+    )
     return patches.transpose(1, 2).reshape(-1, patches.shape[1])

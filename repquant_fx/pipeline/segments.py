@@ -1,4 +1,6 @@
-"""Cut a graph into segments: consecutive nodes with the groups that are calibrated in them, where few values are live."""
+"""Cut a graph into segments: consecutive nodes with the groups that are calibrated in them, where few values are
+live.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ NEIGHBOURS = 6
 
 @dataclass
 class Segment:
-    """Consecutive nodes from `first` up to (not including) the next segment's first, and the groups calibrated in them."""
+    """Consecutive nodes from `first` up to (not including) the next segment's first, and the groups calibrated in
+    them.
+    """
 
     first: Node
     stop: Node | None

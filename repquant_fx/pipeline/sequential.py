@@ -121,9 +121,16 @@ class _State:
     def finish(self) -> Quantized:
         """The result, with what it took."""
         if self.unseen:
-            warnings.warn(f"{self.unseen} of {len(self.order)} groups of layers were finished before without statistics: the page has no figures of "
-                          "them; take a new work directory for all", RepQuantWarning, stacklevel=2)
-        self.result.node_executions = self.runner.node_executions + (self.reference.runner.node_executions if self.reference is not None else 0)
+            warnings.warn(
+                f"{self.unseen} of {len(self.order)} groups of layers were finished before without statistics: the "
+                "page has no figures of "
+                "them; take a new work directory for all",
+                RepQuantWarning,
+                stacklevel=2,
+            )
+        self.result.node_executions = self.runner.node_executions + (
+            self.reference.runner.node_executions if self.reference is not None else 0
+        )
         return self.result
 
 
@@ -176,7 +183,9 @@ def _calibrate(state: _State, segment: Segment, group: Group, statistics: Statis
         if world.size == 1:
             quantizers = choose_quantizers(graph_module, group, state.recipe)
         else:
-            sent = world.broadcast(lambda: Decision(choose_quantizers(graph_module, group, state.recipe)).to_tensors(group))
+            sent = world.broadcast(
+                lambda: Decision(choose_quantizers(graph_module, group, state.recipe)).to_tensors(group)
+            )
             assert sent is not None
             quantizers = dict(Decision.from_tensors(group, moved(sent, state.device)).quantizers)
     if statistics is not None:
@@ -197,13 +206,16 @@ def _rewrite_activations(state: _State, group: Group, quantizers: dict[str, nn.M
 
 
 def _probe(runner: SegmentRunner, segment: Segment, group: Group) -> Probe:
-    """What the first batch gives at the group's consumers, and all else that leaves the segment, without the group's quantizers.
+    """What the first batch gives at the group's consumers, and all else that leaves the segment, without the group's
+    quantizers.
 
     Groups behind this one are not calibrated yet and hold observers: no code lies between that could flip.
     """
     def probe(graph_module: GraphModule) -> dict[str, Any]:
         inside = dict.fromkeys(between(segment.first, segment.stop))
-        leaving = [n for n in inside if any(u not in inside and u.target is not torch.ops.aten.sym_size.int for u in n.users)]
+        leaving = [
+            n for n in inside if any(u not in inside and u.target is not torch.ops.aten.sym_size.int for u in n.users)
+        ]
         wanted = {f"{n.name} in {module_path(n)}, behind {group.path},": n for n in group.consumers}
         wanted |= {n.name: n for n in leaving}
         quantizers = {site: slot_module(graph_module, site) for site in group.sites}
@@ -217,11 +229,15 @@ def _probe(runner: SegmentRunner, segment: Segment, group: Group) -> Probe:
     return probe
 
 
-def _choose_weights(state: _State, segment: Segment, group: Group, statistics: Statistics | None) -> dict[Node, ChosenWeight]:
+def _choose_weights(
+    state: _State, segment: Segment, group: Group, statistics: Statistics | None
+) -> dict[Node, ChosenWeight]:
     """The integer weights of a group's consumers, on the second moments over all ranks' batches."""
     world = state.checkpoint.world
     with log.part("second moments"):
         moments = second_moments(state.runner, state.reference, segment, group, state.recipe, state.mine)
         world.all_reduce(moments.tensors())
     with log.part("quantize weights"):
-        return choose_weights(state.graph_module, group, state.recipe, moments, world, None if statistics is None else statistics.weights)
+        return choose_weights(
+            state.graph_module, group, state.recipe, moments, world, None if statistics is None else statistics.weights
+        )

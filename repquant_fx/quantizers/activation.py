@@ -28,8 +28,11 @@ def tensor_quantizer(sample: Tensor, bits: int, recipe: Recipe) -> UniformQuanti
     return UniformQuantizer(*parameters_from_range(low, up, bits, include_zero=True), bits)
 
 
-def norm_quantizer(sample: Tensor, bits: int, recipe: Recipe, weight_reach: Tensor, *, keep_zero: bool) -> UniformQuantizer:
-    """The output of a norm: one scale per channel (to be reparameterized), or one for all where the recipe says `layerwise`.
+def norm_quantizer(
+    sample: Tensor, bits: int, recipe: Recipe, weight_reach: Tensor, *, keep_zero: bool
+) -> UniformQuantizer:
+    """The output of a norm: one scale per channel (to be reparameterized), or one for all where the recipe says
+    `layerwise`.
 
     Args:
         sample: shape (D, N), float32.
@@ -46,7 +49,9 @@ def norm_quantizer(sample: Tensor, bits: int, recipe: Recipe, weight_reach: Tens
     return UniformQuantizer(*parameters, bits)
 
 
-def softmax_quantizer(values: Tensor, largest: float, bits: int, softmax: str, product: Callable[[Tensor], Tensor]) -> LogQuantizer:
+def softmax_quantizer(
+    values: Tensor, largest: float, bits: int, softmax: str, product: Callable[[Tensor], Tensor]
+) -> LogQuantizer:
     """Codes per octave and scale with the smallest error of the product that reads the probabilities.
 
     Args:
@@ -72,7 +77,9 @@ def softmax_quantizer_by_percentile(sample: Tensor, bits: int, softmax: str) -> 
     return _smallest_error(sample, bits, scales, lambda values: values)
 
 
-def _smallest_error(values: Tensor, bits: int, scales: Mapping[int, Sequence[float]], product: Callable[[Tensor], Tensor]) -> LogQuantizer:
+def _smallest_error(
+    values: Tensor, bits: int, scales: Mapping[int, Sequence[float]], product: Callable[[Tensor], Tensor]
+) -> LogQuantizer:
     """Of the scales to try, by codes per octave."""
     exact, log, best = product(values), torch.log(values), (math.inf, 1.0, 1)
     for steps, candidates in scales.items():
@@ -110,7 +117,8 @@ def _around_zero(low: Tensor, up: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def _smoothed(sample: Tensor, bits: int, recipe: Recipe, weight_reach: Tensor) -> UniformQuantizer:
-    """SmoothQuant (arXiv 2211.10438, Eq. 4): divide channel j by `max|X_j|^a / max|W_j|^(1-a)`, then use one scale for all.
+    """SmoothQuant (arXiv 2211.10438, Eq. 4): divide channel j by `max|X_j|^a / max|W_j|^(1-a)`, then use one scale for
+    all.
 
     As per-channel scales with a common zero point; the reparameterization of norms then does the rest.
     """

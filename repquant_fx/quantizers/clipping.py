@@ -1,10 +1,11 @@
 """Per-channel dual clipping (RepQuant Eq. 18-20): an upper and a lower bound for every channel of an activation.
 
 `learn_bounds` is the paper's optimisation with Adam and a straight-through estimator, kept as the reference.
-`search_bounds` is the default. Channels do not interact in Eq. 20, so each is a two-dimensional search; alternating line
-searches over the lower and the upper bound, for all channels at once, need no gradient. From a histogram of each channel a
-candidate's error costs a few lookups, whatever the size of the sample.
-Both start from min-max and return whichever bounds had the smallest error on the sample, so they never do worse than it.
+`search_bounds` is the default. Channels do not interact in Eq. 20, so each is a two-dimensional search; alternating
+line searches over the lower and the upper bound, for all channels at once, need no gradient. From a histogram of each
+channel a candidate's error costs a few lookups, whatever the size of the sample.
+Both start from min-max and return whichever bounds had the smallest error on the sample, so they never do worse than
+it.
 """
 
 from __future__ import annotations
@@ -65,16 +66,17 @@ def percentile_bounds(x: Tensor, bits: int, percentile: float, *, include_zero: 
 
 
 class _Histogram:
-    """Histograms of the rows of a sample, with running sums: the error of a candidate costs `2^bits` lookups, not a pass over the data.
+    """Histograms of the rows of a sample, with running sums: the error of a candidate costs `2^bits` lookups, not a
+    pass over the data.
 
-    Code all values with the largest level `v`, and let the values below each threshold `t` (midway between two levels that
-    lie `s` apart) drop by one level. A drop lowers the squared error of `x` by `2 s (t - x)`, so a row's error is
+    Code all values with the largest level `v`, and let the values below each threshold `t` (midway between two levels
+    that lie `s` apart) drop by one level. A drop lowers the squared error of `x` by `2 s (t - x)`, so a row's error is
 
         sum (x - v)^2 - 2 s sum_t f(t),    f(t) = sum_{x < t} (t - x) = t * (how many) - (their sum).
 
-    `f` is known at the bins' edges and linear between them as far as anyone can tell. Bins are narrow around the median and widen
-    with the distance `u` from it (evenly spaced in `sqrt(1 + |u|)`, in distances of the quartiles), so that an outlier costs the
-    others no resolution.
+    `f` is known at the bins' edges and linear between them as far as anyone can tell. Bins are narrow around the median
+    and widen with the distance `u` from it (evenly spaced in `sqrt(1 + |u|)`, in distances of the quartiles), so that
+    an outlier costs the others no resolution.
 
     Attributes:
         low, up, median: of each row, shape (D, 1); the median to the width of a bin.
@@ -87,7 +89,9 @@ class _Histogram:
         some = x[:, :: max(1, self.n // 256)].sort(dim=1).values
         quarter = [some[:, [(some.shape[1] - 1) * k // 4]] for k in (1, 2, 3)]
         self.centre = quarter[1]
-        self.spread = torch.maximum(quarter[2] - quarter[0], (self.up - self.low) * 1e-5).clamp(min=torch.finfo(x.dtype).tiny ** 0.5)
+        self.spread = torch.maximum(quarter[2] - quarter[0], (self.up - self.low) * 1e-5).clamp(
+            min=torch.finfo(x.dtype).tiny ** 0.5
+        )
         ends = [_squash((end - self.centre) / self.spread) for end in (self.low, self.up)]
         self.first, self.step = ends[0], ((ends[1] - ends[0]) / bins).clamp(min=torch.finfo(x.dtype).tiny ** 0.5)
         steps = torch.arange(bins + 1, dtype=torch.float64, device=x.device)
@@ -99,7 +103,8 @@ class _Histogram:
         index, values = index.reshape(-1), x.double().reshape(-1)
         counts = torch.bincount(index, minlength=rows * bins).view(rows, bins).cumsum(1)
         sums = torch.bincount(index, weights=values, minlength=rows * bins).view(rows, bins).cumsum(1)
-        self.below = edges * torch.nn.functional.pad(counts, (1, 0)) - torch.nn.functional.pad(sums, (1, 0))  # f at the edges
+        # f at the edges
+        self.below = edges * torch.nn.functional.pad(counts, (1, 0)) - torch.nn.functional.pad(sums, (1, 0))
         self.total, self.squares = sums[:, -1:], values.square().view(rows, -1).sum(1, keepdim=True)
         half = torch.searchsorted(counts, torch.full_like(counts[:, :1], (self.n + 1) // 2))
         self.median = edges.gather(1, half).to(x.dtype).clamp(self.low, self.up)
@@ -119,7 +124,9 @@ class _Histogram:
         drops = torch.lerp(self.below.gather(1, index), self.below.gather(1, index + 1), (position - index).double())
         drops += self.n * (thresholds - self.up).clamp_(min=0)  # beyond the largest value f is a straight line
         s, v = scale.double(), scale.double() * (top - zero_point.double())
-        return (self.squares - 2 * v * self.total - 2 * s * drops.unflatten(1, (-1, top)).sum(dim=2)) / self.n + v.square()
+        return (
+            self.squares - 2 * v * self.total - 2 * s * drops.unflatten(1, (-1, top)).sum(dim=2)
+        ) / self.n + v.square()
 
 
 def _squash(u: Tensor) -> Tensor:
@@ -129,9 +136,9 @@ def _squash(u: Tensor) -> Tensor:
 def search_bounds(x: Tensor, bits: int, *, include_zero: bool = False) -> Bounds:
     """Bounds that minimise Eq. 20, by alternating line searches.
 
-    Bounds move from the extremes of a channel towards its median rather than towards 0, so a channel that lies wholly on
-    one side of 0 is handled alike. First both move together (at few bits neither alone pays), then one after the other:
-    each line search tries evenly spaced positions around the best so far, then again on a finer interval.
+    Bounds move from the extremes of a channel towards its median rather than towards 0, so a channel that lies wholly
+    on one side of 0 is handled alike. First both move together (at few bits neither alone pays), then one after the
+    other: each line search tries evenly spaced positions around the best so far, then again on a finer interval.
     The bounds returned are compared with min-max on the data itself, channel by channel, and are never worse.
 
     Args:
@@ -143,7 +150,9 @@ def search_bounds(x: Tensor, bits: int, *, include_zero: bool = False) -> Bounds
     start = minmax_bounds(x, bits, include_zero=include_zero)
     error = clipping_error(x, low, up, bits, include_zero=include_zero)
     worse = error > start.error
-    return Bounds(torch.where(worse, start.low, low), torch.where(worse, start.up, up), torch.minimum(error, start.error))
+    return Bounds(
+        torch.where(worse, start.low, low), torch.where(worse, start.up, up), torch.minimum(error, start.error)
+    )
 
 
 def _bins(bits: int) -> int:
@@ -229,4 +238,6 @@ def learn_bounds(
     best_low, best_up = best_low.detach(), best_up.detach()
     final = clipping_error(x, best_low, best_up, bits, include_zero=include_zero)
     worse = final > start.error
-    return Bounds(torch.where(worse, low0, best_low), torch.where(worse, up0, best_up), torch.minimum(final, start.error))
+    return Bounds(
+        torch.where(worse, low0, best_low), torch.where(worse, up0, best_up), torch.minimum(final, start.error)
+    )

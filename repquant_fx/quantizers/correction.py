@@ -1,12 +1,15 @@
 """Least-squares correction of a Linear for what quantization upstream and at its own input did to its output.
 
-GPTQ preserves `X^ W^T`, the product with the *quantized* input. What the layer should give is the float model's `Y = X W^T + b`.
-Before rounding, the weights and bias are moved to the ridge regression of Y on the quantized input X^; after rounding the bias is
-set so that the mean output is that of Y. Beyond the paper; both are closed forms of second moments that GPTQ needs anyway.
+GPTQ preserves `X^ W^T`, the product with the *quantized* input. What the layer should give is the float model's `Y = X
+W^T + b`. Before rounding, the weights and bias are moved to the ridge regression of Y on the quantized input X^; after
+rounding the bias is set so that the mean output is that of Y. Beyond the paper; both are closed forms of second moments
+that GPTQ needs anyway.
 
-The strength of the ridge is chosen by cross-validation between two halves of the batches, so that a layer with few samples
-(a classifier head) is not overfitted: where no correction helps on the other half, none is made. Of the fitted correction half is
-applied: the next layers make up for what is left, so that nothing is lost on data like the calibration's, and a model that then sees
+The strength of the ridge is chosen by cross-validation between two halves of the batches, so that a layer with few
+samples (a classifier head) is not overfitted: where no correction helps on the other half, none is made. Of the fitted
+correction half is
+applied: the next layers make up for what is left, so that nothing is lost on data like the calibration's, and a model
+    that then sees
 other data (a sentence encoder calibrated on encyclopaedia text) is bent less towards what it was calibrated on.
 """
 
@@ -22,7 +25,8 @@ RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # of the mean variance of the 
 
 
 class Moments:
-    """Sums over tokens, in float64: of one quantized input x (n, in), and of what each layer that reads it still lacks, r (n, out).
+    """Sums over tokens, in float64: of one quantized input x (n, in), and of what each layer that reads it still lacks,
+    r (n, out).
 
     The input's own sums are kept once, however many layers share it.
 
@@ -84,7 +88,9 @@ class Moments:
 
 
 def fit(first: Moments, second: Moments) -> list[Tensor]:
-    """What to add to each layer's weight, shape (out, in): ridge chosen across the two halves, refitted on both, 0 where none helps."""
+    """What to add to each layer's weight, shape (out, in): ridge chosen across the two halves, refitted on both, 0
+    where none helps.
+    """
     whole = first + second
     layers = range(len(whole.r))
     if min(first.count, second.count) < 2:

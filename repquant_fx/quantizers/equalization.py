@@ -1,4 +1,6 @@
-"""Cross-layer equalization: factors (and shifts) that give the channels of an activation like ranges, as pure functions on tensors."""
+"""Cross-layer equalization: factors (and shifts) that give the channels of an activation like ranges, as pure functions
+on tensors.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ LARGEST = 1e4  # a dead channel gets no factor beyond this
 
 @dataclass(frozen=True)
 class Equalization:
-    """`x -> (x - shift) / factor` of each channel, by the channel's label; without an entry a factor is 1 and a shift 0."""
+    """`x -> (x - shift) / factor` of each channel, by the channel's label; without an entry a factor is 1 and a shift
+    0.
+    """
 
     factors: Mapping[int, float] = field(default_factory=dict)
     shifts: Mapping[int, float] = field(default_factory=dict)
@@ -29,13 +33,17 @@ class Equalization:
         return torch.tensor([self.shifts.get(label, 0.0) for label in labels.tolist()], dtype=torch.float64)
 
 
-def equalize(bounds: Mapping[str, tuple[Tensor, Bounds]], signed: Mapping[int, tuple[int, int]], shiftable: Collection[int]) -> Equalization:
-    """The geometric mean of the channels' ranges over the activations that a factor reaches, each relative to its own mean.
+def equalize(
+    bounds: Mapping[str, tuple[Tensor, Bounds]], signed: Mapping[int, tuple[int, int]], shiftable: Collection[int]
+) -> Equalization:
+    """The geometric mean of the channels' ranges over the activations that a factor reaches, each relative to its own
+    mean.
 
     Args:
-        bounds: of each activation, by name: the labels of its channels, shape (C,), 0 and less for those that get no factor, and the
-            clipping bounds of these channels.
-        signed: (representative, sign) of each label that gets a factor: it is the representative's to the power of the sign.
+        bounds: of each activation, by name: the labels of its channels, shape (C,), 0 and less for those that get no
+            factor, and the clipping bounds of these channels.
+        signed: (representative, sign) of each label that gets a factor: it is the representative's to the power of the
+            sign.
         shiftable: labels that may get a shift too.
     """
     wishes: dict[int, list[float]] = {}
@@ -52,5 +60,15 @@ def equalize(bounds: Mapping[str, tuple[Tensor, Bounds]], signed: Mapping[int, t
                 wishes.setdefault(root, []).append(sign * wish)
                 centres.setdefault(label, []).append((a + b) / 2)
     wanted = {root: sum(w) / len(w) for root, w in wishes.items()}
-    factors = {label: float(torch.exp(torch.tensor(sign * wanted.get(root, 0.0), dtype=torch.float64))) for label, (root, sign) in signed.items()}
-    return Equalization(factors, {label: sum(centres[label]) / len(centres[label]) for label in signed if label in shiftable and label in centres})
+    factors = {
+        label: float(torch.exp(torch.tensor(sign * wanted.get(root, 0.0), dtype=torch.float64)))
+        for label, (root, sign) in signed.items()
+    }
+    return Equalization(
+        factors,
+        {
+            label: sum(centres[label]) / len(centres[label])
+            for label in signed
+            if label in shiftable and label in centres
+        },
+    )

@@ -1,6 +1,8 @@
-"""GPTQ (arXiv 2210.17323): weight rounding that compensates its own error through the inverse Hessian of the layer's input.
+"""GPTQ (arXiv 2210.17323): weight rounding that compensates its own error through the inverse Hessian of the layer's
+input.
 
-Works on W of shape (out, in), codes per output channel. The arithmetic is batched over rows, and Linears that share an input
+Works on W of shape (out, in), codes per output channel. The arithmetic is batched over rows, and Linears that share an
+input
 share one factorisation: stack their rows.
 """
 
@@ -64,9 +66,9 @@ def weight_grid(
 ) -> WeightGrid:
     """Per-output-channel scale and code range.
 
-    An asymmetric grid has `2^bits` consecutive integer codes that contain 0, anywhere: the zero point is folded into the
-    code range, so that the file stores zero point 0. That needs room in the container, which 4 bits in INT4 and 8 bits in
-    INT8 do not have; the caller then asks for a symmetric one.
+    An asymmetric grid has `2^bits` consecutive integer codes that contain 0, anywhere: the zero point is folded into
+    the code range, so that the file stores zero point 0. That needs room in the container, which 4 bits in INT4 and 8
+    bits in INT8 do not have; the caller then asks for a symmetric one.
 
     Args:
         weight: shape (out, in).
@@ -142,7 +144,8 @@ def inverse_factor(hessian: Tensor, damping: float, where: str = "") -> tuple[Te
     while True:
         damped = hessian.clone()
         damped.diagonal().add_(factor * mean)
-        # H = R R^T with R upper (the Cholesky factor of H in reverse order, reversed back) gives H^-1 = U^T U with U = R^-1
+        # H = R R^T with R upper (the Cholesky factor of H in reverse order, reversed back) gives H^-1 = U^T U with U =
+        # R^-1
         lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if int(info) == 0:
             upper = torch.linalg.solve_triangular(lower.flip(0, 1), torch.eye(len(lower)).to(lower), upper=True)
@@ -150,8 +153,10 @@ def inverse_factor(hessian: Tensor, damping: float, where: str = "") -> tuple[Te
                 return upper, dead
         factor = max(factor * 10, 1e-4)
         if factor > 10:
-            raise PassError(f"the Hessian of {where or 'a layer'} cannot be factorised even with damping {factor / 10:g}; "
-                            "use more calibration data or switch GPTQ off for this layer")
+            raise PassError(
+                f"the Hessian of {where or 'a layer'} cannot be factorised even with damping {factor / 10:g}; "
+                "use more calibration data or switch GPTQ off for this layer"
+            )
 
 
 def gptq(
@@ -165,13 +170,18 @@ def gptq(
         hessian: `2 X^T X` of the *quantized* layer input, shape (in, in).
         grid: fixed before the sweep.
         block: columns updated lazily at once (the paper's 128).
-        activation_order: sweep columns by decreasing Hessian diagonal. A permutation of the order only; codes come back in place.
+        activation_order: sweep columns by decreasing Hessian diagonal. A permutation of the order only; codes come back
+            in place.
 
     Returns:
         codes and scale. Rows whose output error would exceed round-to-nearest's keep round-to-nearest.
     """
     w0 = weight.to(hessian.dtype)
-    order = torch.argsort(hessian.diagonal(), descending=True, stable=True) if activation_order else torch.arange(weight.shape[1])
+    order = (
+        torch.argsort(hessian.diagonal(), descending=True, stable=True)
+        if activation_order
+        else torch.arange(weight.shape[1])
+    )
     upper, dead = inverse_factor(hessian[order][:, order], damping, where)
     w = w0.T[order].contiguous()  # one row an input, so that every step below reads contiguous memory
     w[dead] = 0

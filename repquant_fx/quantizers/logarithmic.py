@@ -1,8 +1,9 @@
 """Logarithmic quantization of Softmax activations (RepQuant Eq. 15-17), as pure functions on tensors.
 
-`steps` is the number of codes an octave: 2 is the paper's log-sqrt2 quantizer, 1 is log2; with many bits more steps pay, since 2 leave
-an error of up to 19 % however many bits there are. The top code `2^b - 1` is reserved
-for exact zero: an attention mask makes exact zeros, and the plain formula would turn each into the smallest level, a leak
+`steps` is the number of codes an octave: 2 is the paper's log-sqrt2 quantizer, 1 is log2; with many bits more steps
+pay, since 2 leave an error of up to 19 % however many bits there are. The top code `2^b - 1` is reserved
+for exact zero: an attention mask makes exact zeros, and the plain formula would turn each into the smallest level, a
+    leak
 that grows with the number of masked tokens. So b bits hold `2^b - 1` levels and a zero.
 """
 
@@ -24,10 +25,11 @@ def zero_code(bits: int) -> int:
 def quantize_log(log_a: Tensor, scale: float, bits: int, steps: int = 2) -> Tensor:
     """Codes `clip(round(-steps * log2(A / scale)), 0, 2^bits - 1)` (Eq. 15) from the *natural logarithm* of A.
 
-    Taking the logarithm as input lets LogSoftmax feed the quantizer directly: log2 quantization is uniform quantization of
-    the logarithm. A scale that is a whole number of steps below 1 (see `snap`) is then a zero point, and the arithmetic below
-    (divide, round half to even, add, saturate) is that of ONNX QuantizeLinear with scale `ln 2 / steps`, in float32, so that codes
-    agree. `log_a = -inf` gives the zero code.
+    Taking the logarithm as input lets LogSoftmax feed the quantizer directly: log2 quantization is uniform quantization
+        of
+    the logarithm. A scale that is a whole number of steps below 1 (see `snap`) is then a zero point, and the arithmetic
+    below (divide, round half to even, add, saturate) is that of ONNX QuantizeLinear with scale `ln 2 / steps`, in
+    float32, so that codes agree. `log_a = -inf` gives the zero code.
     """
     width = torch.tensor(math.log(2) / steps, dtype=log_a.dtype, device=log_a.device)
     offset = steps * math.log2(scale)
@@ -61,8 +63,8 @@ def dequantize(codes: Tensor, scale: float, bits: int, steps: int = 2) -> Tensor
 def dequantize_shift(codes: Tensor, scale: float, bits: int, steps: int = 2) -> Tensor:
     """The same values by a shift of the reparameterized scale (Eq. 16-17 for `steps = 2`).
 
-    `s' * 2^floor(-q/steps)` with `s' = s * 2^(r/steps)`, `r = -q mod steps`: the low bits of the code choose one of `steps`
-    scales (for two, `s` and `s * sqrt2`) and the rest of the code is a shift.
+    `s' * 2^floor(-q/steps)` with `s' = s * 2^(r/steps)`, `r = -q mod steps`: the low bits of the code choose one of
+    `steps` scales (for two, `s` and `s * sqrt2`) and the rest of the code is a shift.
     """
     scales = torch.tensor([scale * 2 ** (r / steps) for r in range(steps)], dtype=codes.dtype, device=codes.device)
     values = torch.ldexp(scales[torch.remainder(-codes, steps).long()], torch.floor(-codes / steps))
@@ -80,7 +82,8 @@ def fake_quantize(a: Tensor, scale: float, bits: int, steps: int = 2) -> Tensor:
 
 
 def scale_candidates(largest: float, bits: int, steps: int = 2) -> list[float]:
-    """Scales worth trying for values up to `largest`, from there down, in steps of the code, or coarser where these are many.
+    """Scales worth trying for values up to `largest`, from there down, in steps of the code, or coarser where these are
+    many.
 
     A smaller scale saturates the few large values and moves the levels towards the many small ones; the range searched
     lets the smallest level fall to about 2^-16 of the largest value.

@@ -1,7 +1,7 @@
 """What sits in the graph at a quantized activation: an observer while calibrating, a quantizer afterwards.
 
-Both are modules that take the activation and return one of the same shape, so that a pass swaps one for the other under the
-same name and the graph always runs.
+Both are modules that take the activation and return one of the same shape, so that a pass swaps one for the other under
+the same name and the graph always runs.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Observer(nn.Module):
     def start(self, batches: int, order: Iterable[int] | None = None) -> None:
         """Begin recording; the sample is shared out evenly over all `batches`.
 
-        `order` numbers the batches that this observer will see, where others see the rest. What is kept of a batch depends on
-        the batch and its number alone.
+        `order` numbers the batches that this observer will see, where others see the rest. What is kept of a batch
+        depends on the batch and its number alone.
         """
         self.recording, self.quota = True, max(1, -(-self.capacity // max(1, batches)))
         self._order = itertools.count() if order is None else iter(order)
@@ -68,7 +68,9 @@ class Observer(nn.Module):
         """
         if self._low is None or self._up is None:
             raise PassError("an observer has seen no data")
-        return torch.cat([*(self._sample[n] for n in sorted(self._sample)), self._low[None], self._up[None]]).T.contiguous()
+        return torch.cat(
+            [*(self._sample[n] for n in sorted(self._sample)), self._low[None], self._up[None]]
+        ).T.contiguous()
 
     def whole(self) -> Tensor:
         """The slices kept whole, concatenated along the first axis."""
@@ -76,7 +78,9 @@ class Observer(nn.Module):
 
     def recorded(self) -> dict[str, Tensor]:
         """All that was recorded, to be merged into another observer of the same activation."""
-        tensors = {f"sample.{n}": t for n, t in self._sample.items()} | {f"whole.{n}": t for n, t in self._whole.items()}
+        tensors = {f"sample.{n}": t for n, t in self._sample.items()} | {
+            f"whole.{n}": t for n, t in self._whole.items()
+        }
         return tensors if self._low is None or self._up is None else tensors | {"low": self._low, "up": self._up}
 
     def merge(self, parts: Sequence[Mapping[str, Tensor]]) -> None:
@@ -119,7 +123,9 @@ class UniformQuantizer(nn.Module):
 
 
 class LogQuantizer(nn.Module):
-    """Fake-quantizes non-negative values on a logarithmic grid: `steps` codes an octave. Buffer: `scale`, float32, 0-d."""
+    """Fake-quantizes non-negative values on a logarithmic grid: `steps` codes an octave. Buffer: `scale`, float32,
+    0-d.
+    """
 
     scale: Tensor
 
@@ -140,8 +146,12 @@ class Passthrough(nn.Module):
 
 
 class ShiftLogQuantizer(LogQuantizer):
-    """A logarithmic quantizer after scale reparameterization: the same codes and values, dequantized by a shift (Eq. 16-17)."""
+    """A logarithmic quantizer after scale reparameterization: the same codes and values, dequantized by a shift (Eq.
+    16-17).
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         scale = float(self.scale)
-        return logarithmic.dequantize_shift(logarithmic.quantize(x, scale, self.bits, self.steps), scale, self.bits, self.steps)
+        return logarithmic.dequantize_shift(
+            logarithmic.quantize(x, scale, self.bits, self.steps), scale, self.bits, self.steps
+        )

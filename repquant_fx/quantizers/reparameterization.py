@@ -1,4 +1,6 @@
-"""Scale reparameterization (RepQuant Eq. 10-14): from a per-channel quantizer to a per-tensor one with the same codes."""
+"""Scale reparameterization (RepQuant Eq. 10-14): from a per-channel quantizer to a per-tensor one with the same
+codes.
+"""
 
 from __future__ import annotations
 
@@ -48,4 +50,6 @@ def reparameterize(scale: Tensor, zero_point: Tensor, bits: int) -> ChannelAffin
     """
     tensor_scale = scale.mean()
     tensor_zero_point = zero_point.mean().round().clamp(0, (1 << bits) - 1)
-    return ChannelAffine(scale / tensor_scale, scale * (zero_point - tensor_zero_point), tensor_scale, tensor_zero_point)
+    return ChannelAffine(
+        scale / tensor_scale, scale * (zero_point - tensor_zero_point), tensor_scale, tensor_zero_point
+    )

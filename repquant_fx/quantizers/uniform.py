@@ -50,8 +50,8 @@ def parameters_from_range(low: Tensor, up: Tensor, bits: int, *, include_zero: b
 
     Args:
         low, up: same shape, `low <= up`.
-        include_zero: widen the range to contain 0, so that the zero point lies in [0, 2^bits - 1] as a stored zero point
-            must. A per-channel quantizer that is reparameterized later does not need it.
+        include_zero: widen the range to contain 0, so that the zero point lies in [0, 2^bits - 1] as a stored zero
+            point must. A per-channel quantizer that is reparameterized later does not need it.
 
     Returns:
         scale > 0 and an integral zero point, both of the shape and dtype of `low`. A dead range (`low == up`) gets a
@@ -61,7 +61,8 @@ def parameters_from_range(low: Tensor, up: Tensor, bits: int, *, include_zero: b
         low, up = low.clamp(max=0), up.clamp(min=0)
     top = levels(bits) - 1
     width = up - low
-    # A range so narrow that its zero point would not be exact in floating point is a constant: widen it around its value.
+    # A range so narrow that its zero point would not be exact in floating point is a constant: widen it around its
+    # value.
     magnitude = torch.maximum(low.abs(), up.abs())
     floor = torch.maximum(magnitude * 1e-4, torch.full_like(magnitude, 1e-8))
     scale = torch.maximum(width, floor) / top

@@ -44,7 +44,9 @@ def round_weight(weight: Tensor, bits: int, hessian: Tensor | None, recipe: Reci
     if not use_gptq or hessian is None:
         return nearest, nearest
     # a second grid, chosen where the inputs have their energy; keep whichever ends with the smaller output error
-    weighted = weight_grid(weight, bits, symmetric=needs_symmetric(bits), search=search, importance=hessian.diagonal().float())
+    weighted = weight_grid(
+        weight, bits, symmetric=needs_symmetric(bits), search=search, importance=hessian.diagonal().float()
+    )
     results = [gptq(weight, hessian, g, damping=recipe.gptq_damping, block=recipe.gptq_block,
                     activation_order=recipe.gptq_activation_order, where=where) for g in (grid, weighted)]
     costs = [output_error(weight, r.dequantize(), hessian) for r in results]
@@ -53,7 +55,9 @@ def round_weight(weight: Tensor, bits: int, hessian: Tensor | None, recipe: Reci
                                     torch.where(first, results[0].scale, results[1].scale))
 
 
-def corrected_bias(weight: Tensor, bias: Tensor | None, quantized: QuantizedWeight, moments: Moments, layer: int) -> Tensor:
+def corrected_bias(
+    weight: Tensor, bias: Tensor | None, quantized: QuantizedWeight, moments: Moments, layer: int
+) -> Tensor:
     """The bias that makes the mean output the float model's, float32, shape (out,).
 
     Args:
@@ -68,7 +72,9 @@ def corrected_bias(weight: Tensor, bias: Tensor | None, quantized: QuantizedWeig
 
 
 def with_ordinary_scales(quantized: QuantizedWeight) -> QuantizedWeight:
-    """The same weight; the scales of all-zero rows, which are free to choose, made ordinary, so that their bias fits an int32."""
+    """The same weight; the scales of all-zero rows, which are free to choose, made ordinary, so that their bias fits an
+    int32.
+    """
     codes, scale = quantized.codes, quantized.scale
     dead = codes.reshape(len(codes), -1).eq(0).all(dim=1)
     if not bool(dead.any()) or bool(dead.all()):

@@ -1,1 +1,3 @@
-"""What keeps a file from doing harm: names, escapes, a guard on what a model does while it runs, a supervised process."""
+"""What keeps a file from doing harm: names, escapes, a guard on what a model does while it runs, a supervised
+process.
+"""

@@ -1,8 +1,8 @@
 """What the working process tells its supervisor, and asks it; where there is no supervisor, nothing is sent.
 
-Messages are JSON objects, one a line. `ask` waits for one byte: the supervisor does not answer once it has been told to stop, and
-ends this process instead. So what needs leave (renaming outputs, ending) either happens as a whole or not at all, and nothing is
-written when nobody supervises any more.
+Messages are JSON objects, one a line. `ask` waits for one byte: the supervisor does not answer once it has been told to
+stop, and ends this process instead. So what needs leave (renaming outputs, ending) either happens as a whole or not at
+all, and nothing is written when nobody supervises any more.
 
 | message | fields | asked |
 |---|---|---|
@@ -105,12 +105,18 @@ def committing(paths: Sequence[Path]) -> Iterator[None]:
 
 @contextmanager
 def _signals_later() -> Iterator[None]:
-    """Signals that end a process come after the block. Handlers belong to the main thread, others are not interrupted by one."""
+    """Signals that end a process come after the block. Handlers belong to the main thread, others are not interrupted
+    by one.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     came: list[int] = []
-    before = {number: signal.getsignal(number) for name in ("SIGINT", "SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)) is not None}
+    before = {
+        number: signal.getsignal(number)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP")
+        if (number := getattr(signal, name, None)) is not None
+    }
     mine = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
     for number in mine:
         signal.signal(number, lambda number, _: came.append(number))

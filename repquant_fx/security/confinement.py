@@ -3,13 +3,13 @@
 | what | by | where |
 |---|---|---|
 | no dump of memory after a crash | RLIMIT_CORE | everywhere, see `supervisor` |
-| no more address space than the machine has memory, and 16 GiB | RLIMIT_AS | without `--allow-pickle`, `--offload-dir` |
+| no more address space than memory and 16 GiB | RLIMIT_AS | without `--allow-pickle`, `--offload-dir` |
 | writing to the folders of the outputs and a temporary one only, no program | Landlock | `landlock` is installed |
 | no program, no socket, no tracing, no signal to others | seccomp | `pyseccomp` is installed |
 
-The packages come with `pip install "repquant-fx[sandbox]"`, for Linux; pyseccomp needs the system's libseccomp. Not confined are commands
-in which the user's own code runs (`--allow-pickle`, `--calib module:callable`), that need the network (the hub, torchrun) or a GPU,
-whose driver writes and connects where it likes. Reading is never restricted.
+The packages come with `pip install "repquant-fx[sandbox]"`, for Linux; pyseccomp needs the system's libseccomp. Not
+confined are commands in which the user's own code runs (`--allow-pickle`, `--calib module:callable`), that need the
+network (the hub, torchrun) or a GPU, whose driver writes and connects where it likes. Reading is never restricted.
 """
 
 from __future__ import annotations
@@ -26,17 +26,49 @@ from repquant_fx import log
 from repquant_fx.security import channel
 
 SLACK = 16 << 30  # bytes of address space beside what is used: libraries, stacks, arenas of the allocator
-_DENIED = ("execve", "execveat", "ptrace", "process_vm_readv", "process_vm_writev", "socket", "io_uring_setup", "pidfd_open", "pidfd_getfd",
-           "mount", "umount2", "pivot_root", "chroot", "unshare", "setns", "bpf", "perf_event_open", "userfaultfd", "keyctl", "add_key",
-           "request_key", "init_module", "finit_module", "delete_module", "kexec_load", "reboot", "swapon", "swapoff", "settimeofday",
-           "clock_settime", "sethostname", "setdomainname", "open_by_handle_at")
+_DENIED = (
+    "execve",
+    "execveat",
+    "ptrace",
+    "process_vm_readv",
+    "process_vm_writev",
+    "socket",
+    "io_uring_setup",
+    "pidfd_open",
+    "pidfd_getfd",
+    "mount",
+    "umount2",
+    "pivot_root",
+    "chroot",
+    "unshare",
+    "setns",
+    "bpf",
+    "perf_event_open",
+    "userfaultfd",
+    "keyctl",
+    "add_key",
+    "request_key",
+    "init_module",
+    "finit_module",
+    "delete_module",
+    "kexec_load",
+    "reboot",
+    "swapon",
+    "swapoff",
+    "settimeofday",
+    "clock_settime",
+    "sethostname",
+    "setdomainname",
+    "open_by_handle_at",
+)
 _HUB, _PRETRAINED = "hf:", ",pretrained"
 
 _boundable = False
 
 
 def confine(options: argparse.Namespace) -> list[str]:
-    """Confine this process as far as the command allows. Before any thread runs: what is set holds for this thread and later ones.
+    """Confine this process as far as the command allows. Before any thread runs: what is set holds for this thread and
+    later ones.
 
     Returns:
         what is in force, in words; empty where nothing is.
@@ -63,12 +95,16 @@ def _free(options: argparse.Namespace) -> bool:
 
 
 def _writable(options: argparse.Namespace) -> list[Path]:
-    """Folders that the command writes to: those of its outputs; of a folder that is yet to be made the first one that exists."""
+    """Folders that the command writes to: those of its outputs; of a folder that is yet to be made the first one that
+    exists.
+    """
     wanted = [Path(tempfile.gettempdir())]
     for name in ("out", "report", "html", "work_dir", "offload_dir"):
         path = getattr(options, name, None)
         if path is not None:
-            wanted += [path.absolute(), path.absolute().parent] if name in ("out", "report", "html") else [path.absolute()]
+            wanted += (
+                [path.absolute(), path.absolute().parent] if name in ("out", "report", "html") else [path.absolute()]
+            )
     found = []
     for path in wanted:
         try:

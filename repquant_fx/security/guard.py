@@ -1,16 +1,19 @@
-"""A guard while a file that nobody vouches for is loaded and run: what a model has no business to do is refused, and named.
+"""A guard while a file that nobody vouches for is loaded and run: what a model has no business to do is refused, and
+named.
 
-Python tells an audit hook before it starts a process, opens a socket or a file to write, or calls into C by ctypes. A hook cannot be
-removed, so there is one for the process, and `guarded` switches it on. It holds for the thread that entered the block and for
-every thread started since; threads that ran before go on as they like.
+Python tells an audit hook before it starts a process, opens a socket or a file to write, or calls into C by ctypes. A
+hook cannot be removed, so there is one for the process, and `guarded` switches it on. It holds for the thread that
+entered the block and for every thread started since; threads that ran before go on as they like.
 
-The guard stops chains of calls through installed libraries, which is what a model of known classes can be bent to. It is no
-boundary against Python code that an attacker writes freely, and sees nothing of what a C library does by itself: such code is not
+The guard stops chains of calls through installed libraries, which is what a model of known classes can be bent to. It
+is no
+boundary against Python code that an attacker writes freely, and sees nothing of what a C library does by itself: such
+    code is not
 loaded in the first place, and `confinement` is the kernel's part.
 
 | refused | audit events |
 |---|---|
-| processes | `os.system`, `os.exec`, `os.fork`, `os.posix_spawn`, `os.spawn`, `subprocess.Popen`, `pty.spawn`, ..., `os.kill` |
+| processes | `os.system`, `os.exec`, `os.fork`, `os.spawn`, `subprocess.Popen`, `pty.spawn`, ..., `os.kill` |
 | network | `socket.*`, `http.client.*`, `urllib.Request`, ... |
 | C | `ctypes.*` |
 | code from elsewhere | modules, libraries and compiled code outside the standard library and the installed packages |
@@ -37,33 +40,92 @@ from repquant_fx.errors import ModelFileError
 from repquant_fx.security import channel, confinement
 
 _ACTIONS = {  # events, or their first part where it ends in a dot, to what was tried
-    "start a process": ("os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.startfile", "os.startfile/2",
-                        "subprocess.Popen", "pty.spawn", "_winapi.CreateProcess", "sys.remote_exec", "_posixsubprocess.fork_exec"),
+    "start a process": (
+        "os.system",
+        "os.exec",
+        "os.fork",
+        "os.forkpty",
+        "os.posix_spawn",
+        "os.spawn",
+        "os.startfile",
+        "os.startfile/2",
+        "subprocess.Popen",
+        "pty.spawn",
+        "_winapi.CreateProcess",
+        "sys.remote_exec",
+        "_posixsubprocess.fork_exec",
+    ),
     "send a signal": ("os.kill", "os.killpg", "signal.pthread_kill"),
-    "use the network": ("socket.", "http.", "urllib.", "ftplib.", "smtplib.", "imaplib.", "poplib.", "nntplib.", "telnetlib.", "webbrowser."),
+    "use the network": (
+        "socket.",
+        "http.",
+        "urllib.",
+        "ftplib.",
+        "smtplib.",
+        "imaplib.",
+        "poplib.",
+        "nntplib.",
+        "telnetlib.",
+        "webbrowser.",
+    ),
     "call into C": ("ctypes.",),
     "read compiled code": ("marshal.load",),
     "open a database": ("sqlite3.",),
     "write to the system's log": ("syslog.",),
-    "change the registry": ("winreg.CreateKey", "winreg.DeleteKey", "winreg.DeleteValue", "winreg.SetValue", "winreg.LoadKey", "winreg.SaveKey"),
-    "change this process": ("os.chdir", "os.fchdir", "resource.setrlimit", "resource.prlimit", "sys.addaudithook", "setopencodehook",
-                            "builtins.breakpoint", "builtins.input", "code.interact"),
+    "change the registry": (
+        "winreg.CreateKey",
+        "winreg.DeleteKey",
+        "winreg.DeleteValue",
+        "winreg.SetValue",
+        "winreg.LoadKey",
+        "winreg.SaveKey",
+    ),
+    "change this process": (
+        "os.chdir",
+        "os.fchdir",
+        "resource.setrlimit",
+        "resource.prlimit",
+        "sys.addaudithook",
+        "setopencodehook",
+        "builtins.breakpoint",
+        "builtins.input",
+        "code.interact",
+    ),
 }
 _EXACT = {event: action for action, events in _ACTIONS.items() for event in events if not event.endswith(".")}
 _FAMILIES = {event[:-1]: action for action, events in _ACTIONS.items() for event in events if event.endswith(".")}
-_HARMLESS = {"socket.gethostname", "ctypes.get_errno", "ctypes.set_errno", "http.client.send"}  # the last follows a connection
+# the last follows a connection
+_HARMLESS = {"socket.gethostname", "ctypes.get_errno", "ctypes.set_errno", "http.client.send"}
 _PATHS = {  # events that change the file system: (index of the path, index of the descriptor it is relative to)
-    "os.chflags": ((0, None),), "os.chmod": ((0, 2),), "os.chown": ((0, 3),), "os.link": ((0, 2), (1, 3)), "os.mkdir": ((0, 2),),
-    "os.remove": ((0, 1),), "os.removexattr": ((0, None),), "os.rename": ((0, 2), (1, 3)), "os.rmdir": ((0, 1),),
-    "os.mkfifo": ((0, None),), "os.mknod": ((0, None),),
-    "os.setxattr": ((0, None),), "os.symlink": ((1, 2),), "os.truncate": ((0, None),), "os.utime": ((0, 3),),
+    "os.chflags": ((0, None),),
+    "os.chmod": ((0, 2),),
+    "os.chown": ((0, 3),),
+    "os.link": ((0, 2), (1, 3)),
+    "os.mkdir": ((0, 2),),
+    "os.remove": ((0, 1),),
+    "os.removexattr": ((0, None),),
+    "os.rename": ((0, 2), (1, 3)),
+    "os.rmdir": ((0, 1),),
+    "os.mkfifo": ((0, None),),
+    "os.mknod": ((0, None),),
+    "os.setxattr": ((0, None),),
+    "os.symlink": ((1, 2),),
+    "os.truncate": ((0, None),),
+    "os.utime": ((0, 3),),
 }
 _SILENT = (  # functions that Python does not announce, and the events that they become
-    ("_posixsubprocess", "fork_exec", "_posixsubprocess.fork_exec"), ("subprocess", "_fork_exec", "_posixsubprocess.fork_exec"),
-    ("os", "mkfifo", "os.mkfifo"), ("os", "mknod", "os.mknod"), ("posix", "mkfifo", "os.mkfifo"), ("posix", "mknod", "os.mknod"),
+    ("_posixsubprocess", "fork_exec", "_posixsubprocess.fork_exec"),
+    ("subprocess", "_fork_exec", "_posixsubprocess.fork_exec"),
+    ("os", "mkfifo", "os.mkfifo"),
+    ("os", "mknod", "os.mknod"),
+    ("posix", "mkfifo", "os.mkfifo"),
+    ("posix", "mknod", "os.mknod"),
 )
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-_NOISY = tuple(os.path.join(sysconfig.get_paths()["stdlib"], name) for name in ("antigravity.py", "idlelib", "lib2to3", "test", "turtledemo"))
+_NOISY = tuple(
+    os.path.join(sysconfig.get_paths()["stdlib"], name)
+    for name in ("antigravity.py", "idlelib", "lib2to3", "test", "turtledemo")
+)
 _SHOWN = 120  # characters of an argument
 
 
@@ -171,7 +233,11 @@ def _hook(event: str, args: tuple[Any, ...]) -> None:
 def _judge(guard: _Guard, event: str, args: tuple[Any, ...]) -> None:
     if event == "open":
         path, mode, flags = args
-        if not isinstance(path, int) and (flags & _WRITING or any(letter in (mode or "") for letter in "wax+")) and not _may_write(guard, path):
+        if (
+            not isinstance(path, int)
+            and (flags & _WRITING or any(letter in (mode or "") for letter in "wax+"))
+            and not _may_write(guard, path)
+        ):
             guard.refuse("write a file", event, os.fspath(path))
     elif event == "import":  # by name it is only looked for; what is found is executed, or is a library
         if args[1] is not None and not _installed_file(os.fsdecode(args[1])):
@@ -208,7 +274,10 @@ def _may_write(guard: _Guard, path: Any, folder: int = -1) -> bool:
         if folder != -1 and not os.path.isabs(text):
             text = os.path.join(os.readlink(f"/proc/self/fd/{folder}"), text)
         # the entry itself is changed, not what it links to; where it is opened, what it links to
-        places = {os.path.realpath(text), os.path.join(os.path.realpath(os.path.dirname(text) or "."), os.path.basename(text))}
+        places = {
+            os.path.realpath(text),
+            os.path.join(os.path.realpath(os.path.dirname(text) or "."), os.path.basename(text)),
+        }
     except (OSError, ValueError, TypeError):
         return False
     return all(place == os.devnull or any(_below(place, root) for root in guard.writable) for place in places)
@@ -219,15 +288,21 @@ def _importing() -> bool:
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         code, caller = frame.f_code, frame.f_back
-        if code.co_name == "<module>" and caller is not None and caller.f_code.co_filename == "<frozen importlib._bootstrap>" and \
-                _installed_file(code.co_filename):
+        if (
+            code.co_name == "<module>"
+            and caller is not None
+            and caller.f_code.co_filename == "<frozen importlib._bootstrap>"
+            and _installed_file(code.co_filename)
+        ):
             return True
         frame = caller
     return False
 
 
 def _known_bytecode(reader: Any) -> bool:
-    """Whether compiled code is read by the import system, for a module that is installed; the names within the code can lie."""
+    """Whether compiled code is read by the import system, for a module that is installed; the names within the code can
+    lie.
+    """
     if reader.f_code.co_filename not in ("<frozen importlib._bootstrap_external>", "<frozen zipimport>"):
         return False
     paths = [reader.f_locals.get(name) for name in ("bytecode_path", "source_path", "pathname")]
@@ -242,10 +317,16 @@ def _installed_file(path: str) -> bool:
 
 def _roots() -> set[str]:
     if not _known_roots:
-        folders = {path for key, path in sysconfig.get_paths().items() if key in ("stdlib", "platstdlib", "purelib", "platlib")}
+        folders = {
+            path for key, path in sysconfig.get_paths().items() if key in ("stdlib", "platstdlib", "purelib", "platlib")
+        }
         folders |= {path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")}
-        folders |= {os.path.abspath(path) for name in ("repquant_fx", "repquant_fx.passes", "repquant_fx.exporters") if name in sys.modules
-                    for path in sys.modules[name].__path__}
+        folders |= {
+            os.path.abspath(path)
+            for name in ("repquant_fx", "repquant_fx.passes", "repquant_fx.exporters")
+            if name in sys.modules
+            for path in sys.modules[name].__path__
+        }
         _known_roots.update(folders | {os.path.realpath(folder) for folder in folders})
     return _known_roots
 

@@ -23,7 +23,8 @@ def check_names(names: Iterable[str], where: str) -> None:
         where: the file, for the message.
 
     Raises:
-        ModelFileError: a name is something else, a double underscore's (`__class__`), or absurdly long; it is shown escaped.
+        ModelFileError: a name is something else, a double underscore's (`__class__`), or absurdly long; it is shown
+            escaped.
     """
     for name in names:
         if not isinstance(name, str) or len(name) > _LONGEST or not all(_is_part(part) for part in name.split(".")):
@@ -48,7 +49,9 @@ def check_module_names(module: nn.Module, where: str) -> None:
                     f"{where} has a module or parameter called {_shown(dotted)}; a single name holds no dot"
                 )
             if reserved := next((name for name in names if iskeyword(name)), None):
-                raise ModelFileError(f"{where} has a module or parameter called {reserved}, a word of Python; rename it")
+                raise ModelFileError(
+                    f"{where} has a module or parameter called {reserved}, a word of Python; rename it"
+                )
 
 
 def modules_in(module: nn.Module, where: str) -> Iterator[nn.Module]:

@@ -1,19 +1,21 @@
 """The command line's two processes: a small one that watches, and its child that does the work.
 
-The child is forked before any library is loaded and before any thread runs. The supervisor runs no library, so no signal is lost
-in one. It is told (see `channel`) which stage runs, which temporary files exist, and is asked before outputs are renamed into place:
+The child is forked before any library is loaded and before any thread runs. The supervisor runs no library, so no
+signal is lost in one. It is told (see `channel`) which stage runs, which temporary files exist, and is asked before
+outputs are renamed into place:
 
 | what happens | what follows |
 |---|---|
-| SIGINT, SIGTERM, SIGHUP, to either process | the child is killed at once, what it left is removed, one line; 130, 143, 129 |
+| SIGINT, SIGTERM, SIGHUP, to either process | it is killed at once, what it left is removed, one line; 130, 143, 129 |
 | ... while outputs are renamed | the same afterwards; the line says what was written |
 | ... while the command is ending | its own exit code |
-| the child crashes | one line with the stage and the signal; 2 where a file that nobody vouches for was involved, else 1 |
+| the child crashes | one line with stage and signal; 2 where a file that nobody vouches for was involved, else 1 |
 | the child is killed (out of memory) | one line; 2 |
 | a file that nobody vouches for takes longer than its deadline | one line; 2 |
 | the supervisor is killed | the kernel kills the child (Linux), and it has no leave to write outputs (everywhere) |
 
-The child is killed rather than asked to stop: an exception raised from outside, in whatever a C library is doing, is swallowed by
+The child is killed rather than asked to stop: an exception raised from outside, in whatever a C library is doing, is
+    swallowed by
 one callback and turned into an abort by the next. Nothing is lost, since every output appears by renaming.
 
 Not for Windows, nor for a process that has threads already; there the work runs in the process itself.
@@ -55,7 +57,11 @@ def supervise(work: Callable[[], int], say: Say) -> int:
     """
     if not hasattr(os, "fork") or threading.active_count() > 1 or "torch" in sys.modules or sys.gettrace() is not None:
         return work()
-    numbers = [number for name in STOPS if signal.getsignal(number := getattr(signal, name)) in (signal.SIG_DFL, signal.default_int_handler)]
+    numbers = [
+        number
+        for name in STOPS
+        if signal.getsignal(number := getattr(signal, name)) in (signal.SIG_DFL, signal.default_int_handler)
+    ]
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     heard, out = os.pipe()
     back, answers = os.pipe()
@@ -107,7 +113,9 @@ def _become_child(supervisor: int, numbers: list[int], folder: str | None) -> No
 
 
 def _own_stderr() -> None:
-    """What Python writes to stderr goes there; what C libraries write by themselves, the trace of an abort above all, goes nowhere."""
+    """What Python writes to stderr goes there; what C libraries write by themselves, the trace of an abort above all,
+    goes nowhere.
+    """
     if sys.stderr is None:
         return
     with suppress(OSError, ValueError):
@@ -158,7 +166,8 @@ class _Watch:
             with suppress(BlockingIOError):
                 os.read(wake, 4096)
             self._listen()
-            self._pass(min(time.monotonic() - began, TICK) if self.left is due else 0.0)  # a deadline counts from where it was set
+            # a deadline counts from where it was set
+            self._pass(min(time.monotonic() - began, TICK) if self.left is due else 0.0)
         self._listen()
         signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # it is over: one line at most
         for path in self.temporary:
@@ -229,24 +238,44 @@ class _Watch:
             state += f"; was just writing {', '.join(self.committing)}"
         if self.reason == "signal" and self.stop is not None:
             name = signal.Signals(self.stop).name
-            return self._say(f"{STOPS[name]}; {state}", "KeyboardInterrupt" if name == "SIGINT" else "Terminated", 128 + self.stop)
+            return self._say(
+                f"{STOPS[name]}; {state}", "KeyboardInterrupt" if name == "SIGINT" else "Terminated", 128 + self.stop
+            )
         if self.reason == "deadline" and self.left is not None:
-            return self._say(f"error: {self.untrusted}: it did not end within {self.left[1]:g} s, in the stage {self.stage}; {state}; "
-                             "give it more with --load-timeout", "ModelFileError", 2)
+            return self._say(
+                f"error: {self.untrusted}: it did not end within {self.left[1]:g} s, in the stage {self.stage}; "
+                f"{state}; "
+                "give it more with --load-timeout",
+                "ModelFileError",
+                2,
+            )
         if not os.WIFSIGNALED(status):
             if self.code is None and self.untrusted is not None:  # it ended without leave
-                return self._say(f"error: {self.untrusted}: the process ended by itself (exit code {os.WEXITSTATUS(status)}) in the stage "
-                                 f"{self.stage}; {state}", "ModelFileError", 2)
+                return self._say(
+                    f"error: {self.untrusted}: the process ended by itself (exit code {os.WEXITSTATUS(status)}) in the "
+                    "stage "
+                    f"{self.stage}; {state}",
+                    "ModelFileError",
+                    2,
+                )
             return os.WEXITSTATUS(status)
         if self.code is not None and self.reason is None:  # a library that crashes when all is done changes nothing
             return self.code
         number = os.WTERMSIG(status)
         name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
         if number == signal.SIGKILL:
-            return self._say(f"error: the process was killed ({name}) in the stage {self.stage}, most likely because the memory ran out; {state}",
-                             "MemoryError", 2)
+            return self._say(
+                f"error: the process was killed ({name}) in the stage {self.stage}, most likely because the memory ran "
+                f"out; {state}",
+                "MemoryError",
+                2,
+            )
         if self.untrusted is not None:
-            return self._say(f"error: {self.untrusted}: the process crashed ({name}) in the stage {self.stage}; {state}", "ModelFileError", 2)
+            return self._say(
+                f"error: {self.untrusted}: the process crashed ({name}) in the stage {self.stage}; {state}",
+                "ModelFileError",
+                2,
+            )
         return self._say(f"internal error: the process crashed ({name}) in the stage {self.stage}; {state}; "
                          "please report it with the output of the same command and --debug", "Crash", 1)
 

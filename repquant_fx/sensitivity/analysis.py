@@ -55,9 +55,14 @@ class Sensitivity:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON data, worst unit first."""
-        return {"loss": self.loss, "unit": "nats per prediction" if self.loss == "kl" else "noise power over signal power of the output",
-                "samples": self.samples, "probes": self.probes, "recipe": self.recipe.to_dict(),
-                "ranking": [{"rank": i, **_finite(u.to_dict())} for i, u in enumerate(self.ranking(), 1)]}
+        return {
+            "loss": self.loss,
+            "unit": "nats per prediction" if self.loss == "kl" else "noise power over signal power of the output",
+            "samples": self.samples,
+            "probes": self.probes,
+            "recipe": self.recipe.to_dict(),
+            "ranking": [{"rank": i, **_finite(u.to_dict())} for i, u in enumerate(self.ranking(), 1)],
+        }
 
     def table(self, limit: int | None = None) -> str:
         """The ranking as text."""
@@ -67,10 +72,25 @@ class Sensitivity:
         others = sorted({b for u in ranked for b in u.damage}) if any(len(u.damage) > 1 for u in ranked) else []
         rows = [["rank", "kind", "bits", "share %", what, "own dB", *(f"at {b}" for b in others), "name"]]
         for index, unit in enumerate(ranked[:limit], 1):
-            rows.append([str(index), unit.kind, str(unit.bits), f"{100 * unit.damage[unit.bits] / total:.1f}", self.damage(unit),
-                         f"{unit.sqnr_db[unit.bits]:.1f}", *(self.damage(unit, b) if b in unit.damage else "" for b in others), printable(unit.name)])
+            rows.append(
+                [
+                    str(index),
+                    unit.kind,
+                    str(unit.bits),
+                    f"{100 * unit.damage[unit.bits] / total:.1f}",
+                    self.damage(unit),
+                    f"{unit.sqnr_db[unit.bits]:.1f}",
+                    *(self.damage(unit, b) if b in unit.damage else "" for b in others),
+                    printable(unit.name),
+                ]
+            )
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-        lines = ["  ".join([*(cell.ljust(w) if i == 1 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))), row[-1]]) for row in rows]
+        lines = [
+            "  ".join(
+                [*(cell.ljust(w) if i == 1 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))), row[-1]]
+            )
+            for row in rows
+        ]
         if limit is not None and len(ranked) > limit:
             lines.append(f"... and {len(ranked) - limit} more")
         return "\n".join(lines)
@@ -136,8 +156,18 @@ def analyse(
         for site in group.sites if group.kind != "matmul" else ():
             weights.update(rounded_weights(graph_module, group, site, quantizers[site.name][site.bits], weight_bits,
                                            observed.moments.get(site.name), prepared.recipe))
-    estimated = estimate(graph_module, plan, batches, quantizers, weights, observed, loss=loss, probes=probes, seed=seed,
-                         mask_index=mask_index)
+    estimated = estimate(
+        graph_module,
+        plan,
+        batches,
+        quantizers,
+        weights,
+        observed,
+        loss=loss,
+        probes=probes,
+        seed=seed,
+        mask_index=mask_index,
+    )
     measured = tuple(u.measured(estimated, observed.elements, observed.samples) for u in units)
     return Sensitivity(measured, loss, observed.samples, probes, recipe)
 

@@ -1,7 +1,8 @@
-"""What each choice of bits would do to each activation and each weight, calibrated on the float model in one run over the data.
+"""What each choice of bits would do to each activation and each weight, calibrated on the float model in one run over
+the data.
 
-The compiler calibrates a layer on what the quantized prefix produces; here every layer sees float values, so that the errors are those
-of quantizing one layer at a time.
+The compiler calibrates a layer on what the quantized prefix produces; here every layer sees float values, so that the
+errors are those of quantizing one layer at a time.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ class RoundedWeight:
 
 
 @torch.no_grad()
-def observe(graph_module: GraphModule, plan: Plan, batches: Sequence[tuple[Tensor, ...]], mask_index: int | None) -> Observed:
+def observe(
+    graph_module: GraphModule, plan: Plan, batches: Sequence[tuple[Tensor, ...]], mask_index: int | None
+) -> Observed:
     """Run the float model once; observers in the slots record, and the moments that GPTQ needs are summed up.
 
     Args:
@@ -108,7 +111,9 @@ def observe(graph_module: GraphModule, plan: Plan, batches: Sequence[tuple[Tenso
 
 
 def valid(output: Tensor, mask: Tensor | None) -> Tensor:
-    """1 where an output counts, in a shape that broadcasts to it: padded tokens do not, where the mask has the output's tokens."""
+    """1 where an output counts, in a shape that broadcasts to it: padded tokens do not, where the mask has the output's
+    tokens.
+    """
     if mask is None or output.ndim < 2 or output.shape[:2] != mask.shape:
         return torch.ones((1,) * max(1, output.ndim))
     return (mask != 0).to(torch.float32).reshape(*mask.shape, *(1,) * (output.ndim - 2))
@@ -130,17 +135,30 @@ def activation_quantizers(graph_module: GraphModule, group: Group, choices: Mapp
     return quantizers
 
 
-def rounded_weights(graph_module: GraphModule, group: Group, site: Site, quantizer: nn.Module, choices: Mapping[Node, Sequence[int]],
-                    moments: Moments | None, recipe: Recipe) -> dict[Node, dict[int, RoundedWeight]]:
+def rounded_weights(
+    graph_module: GraphModule,
+    group: Group,
+    site: Site,
+    quantizer: nn.Module,
+    choices: Mapping[Node, Sequence[int]],
+    moments: Moments | None,
+    recipe: Recipe,
+) -> dict[Node, dict[int, RoundedWeight]]:
     """The weights that read one site, by consumer and bits, rounded as the compiler would on float inputs.
 
     Args:
-        quantizer: the site's, at the recipe's bits: its channel scales move into the weights where norms are reparameterized.
+        quantizer: the site's, at the recipe's bits: its channel scales move into the weights where norms are
+            reparameterized.
         choices: bits to try, by consumer.
-        moments: of the site's rows; None where there are none for this kind of layer (weights are then rounded to nearest).
+        moments: of the site's rows; None where there are none for this kind of layer (weights are then rounded to
+            nearest).
     """
     channels = None
-    if recipe.norm in ("reparameterize", "smooth") and isinstance(quantizer, UniformQuantizer) and quantizer.axis is not None:
+    if (
+        recipe.norm in ("reparameterize", "smooth")
+        and isinstance(quantizer, UniformQuantizer)
+        and quantizer.axis is not None
+    ):
         channels = (quantizer.exact[0] / quantizer.exact[0].mean()).float()
     hessian = mean = None
     if moments is not None:
@@ -151,7 +169,9 @@ def rounded_weights(graph_module: GraphModule, group: Group, site: Site, quantiz
     rounded: dict[Node, dict[int, RoundedWeight]] = {consumer: {} for consumer in site.consumers}
     for bits in sorted({b for c in site.consumers for b in choices[c]}):
         for use_gptq in (True, False):  # those that share a method share one sweep
-            consumers = [c for c in site.consumers if bits in choices[c] and (group.plans[c].gptq and recipe.gptq) is use_gptq]
+            consumers = [
+                c for c in site.consumers if bits in choices[c] and (group.plans[c].gptq and recipe.gptq) is use_gptq
+            ]
             if not consumers:
                 continue
             flat = [as_matrix(graph_module, c) for c in consumers]

@@ -1,17 +1,23 @@
-"""What the error of one activation or weight does to the model's output, to second order and without running the model for it.
+"""What the error of one activation or weight does to the model's output, to second order and without running the model
+for it.
 
-Let an error `d` at some value inside the model change the output by `J d` (J the Jacobian). Two losses, both zero at the float model:
+Let an error `d` at some value inside the model change the output by `J d` (J the Jacobian). Two losses, both zero at
+the float model:
 
 - `error`: noise power over signal power of the output, `|J d|^2 / |y|^2`, so that -10 log10 of it is an SQNR in dB;
-- `kl`: divergence of the predicted distributions, `1/2 d^T J^T (diag(p) - p p^T) J d` nats per prediction, for outputs that are logits.
+- `kl`: divergence of the predicted distributions, `1/2 d^T J^T (diag(p) - p p^T) J d` nats per prediction, for outputs
+  that are logits.
 
-Both are `E[(v^T J d)^2]` for a random `v` with the right covariance (Hutchinson), and `J^T v` at all values of the model at once is one
-backward pass: `g`. So the damage of every error of every layer is the mean of `(g . d)^2` over samples and probes. Errors of different
-samples do not mix, as their `v` are independent; the sum over the tokens of a sample comes before the square, since errors of one
-weight add up coherently over tokens.
+Both are `E[(v^T J d)^2]` for a random `v` with the right covariance (Hutchinson), and `J^T v` at all values of the
+model at once is one
+backward pass: `g`. So the damage of every error of every layer is the mean of `(g . d)^2` over samples and probes.
+    Errors of different
+samples do not mix, as their `v` are independent; the sum over the tokens of a sample comes before the square, since
+errors of one weight add up coherently over tokens.
 
-The published relatives use the labels' gradient (empirical Fisher) or the trace of a Hessian (HAWQ, arXiv 1905.03696 and 1911.03852);
-neither is needed where the float model's own output is the target, and the direction of the error is known.
+The published relatives use the labels' gradient (empirical Fisher) or the trace of a Hessian (HAWQ, arXiv 1905.03696
+and 1911.03852); neither is needed where the float model's own output is the target, and the direction of the error is
+known.
 """
 
 from __future__ import annotations
@@ -64,11 +70,21 @@ class Estimate:
 
 
 def estimate(
-    graph_module: GraphModule, plan: Plan, batches: Sequence[tuple[Tensor, ...]], quantizers: Mapping[str, Mapping[int, nn.Module]],
-    weights: Mapping[Node, Mapping[int, RoundedWeight]], observed: Observed, *, loss: str, probes: int, seed: int,
+    graph_module: GraphModule,
+    plan: Plan,
+    batches: Sequence[tuple[Tensor, ...]],
+    quantizers: Mapping[str, Mapping[int, nn.Module]],
+    weights: Mapping[Node, Mapping[int, RoundedWeight]],
+    observed: Observed,
+    *,
+    loss: str,
+    probes: int,
+    seed: int,
     mask_index: int | None = None,
 ) -> Estimate:
-    """One forward and `probes` backward passes of the float graph a batch.
+    """One forward and `probes` backward passes of the float graph per batch.
+
+    Long because the hooks of its one pass share what they collect.
 
     Args:
         graph_module: with observers (that no longer record) in the slots.
@@ -90,11 +106,20 @@ def estimate(
         nodes, values = list(recorded), list(recorded.values())
         gradients: dict[Node, list[Tensor]] = {node: [] for node in nodes}
         for probe in range(probes):
-            pairs = [(o, c) for o, c in zip(outputs, _cotangents(outputs, observed, loss, generator,
-                                                                 None if mask_index is None else batch[mask_index])) if o.requires_grad]
+            pairs = [
+                (o, c)
+                for o, c in zip(
+                    outputs,
+                    _cotangents(outputs, observed, loss, generator, None if mask_index is None else batch[mask_index]),
+                )
+                if o.requires_grad
+            ]
             if not pairs:
-                raise InputError("no output of the model has a gradient (are they indices or flags?), so nothing can be said of errors in it; "
-                                 "analyse a model that gives its logits or embeddings")
+                raise InputError(
+                    "no output of the model has a gradient (are they indices or flags?), so nothing can be said of "
+                    "errors in it; "
+                    "analyse a model that gives its logits or embeddings"
+                )
             grads = torch.autograd.grad([o for o, _ in pairs], values, [c for _, c in pairs],
                                         retain_graph=probe + 1 < probes, allow_unused=True)
             for node, gradient in zip(nodes, grads):
@@ -105,14 +130,28 @@ def estimate(
             for slot, site in slots.items():
                 x = recorded[slot].detach()
                 for bits, quantizer in quantizers.get(site.name, {}).items():
-                    _add(result.activations[site.name][bits], quantizer(x) - x, x, gradients[slot], _samples(site.value, counts), probes)
+                    _add(
+                        result.activations[site.name][bits],
+                        quantizer(x) - x,
+                        x,
+                        gradients[slot],
+                        _samples(site.value, counts),
+                        probes,
+                    )
                 for consumer in site.consumers:
                     y = recorded[consumer].detach() if consumer in weights else None
                     for bits, rounded in weights.get(consumer, {}).items():
                         assert y is not None and isinstance(consumer.args[1], Node)
                         difference, shift = rounded.error(attribute(graph_module, consumer.args[1]))
                         error = consumer.target(x, difference, shift, *consumer.args[3:])  # type: ignore[operator]
-                        _add(result.weights[consumer][bits], error, y, gradients[consumer], _samples(consumer, counts), probes)
+                        _add(
+                            result.weights[consumer][bits],
+                            error,
+                            y,
+                            gradients[consumer],
+                            _samples(consumer, counts),
+                            probes,
+                        )
     return result
 
 
@@ -123,7 +162,9 @@ def _with_gradient(recorded: dict[Node, Tensor], node: Node, value: Tensor) -> T
     return recorded[node]
 
 
-def _cotangents(outputs: Sequence[Tensor], observed: Observed, loss: str, generator: torch.Generator, mask: Tensor | None) -> list[Tensor]:
+def _cotangents(
+    outputs: Sequence[Tensor], observed: Observed, loss: str, generator: torch.Generator, mask: Tensor | None
+) -> list[Tensor]:
     """A random v for each output, of its shape, with the covariance that makes E[(v^T J d)^2] the loss."""
     cotangents = []
     for output, power, rows in zip(outputs, observed.power, observed.rows):

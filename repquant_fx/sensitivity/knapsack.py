@@ -14,8 +14,9 @@ CELLS = 1 << 20  # budgets told apart
 class Knapsack:
     """Solves for every budget at once, by dynamic programming over budgets.
 
-    Costs are integers and mostly multiples of a large common divisor (layers have round sizes), so that the budgets fall into few cells and
-    the solution is exact. Where there would be more than CELLS of them they are made coarser and costs rounded up: still within the budget.
+    Costs are integers and mostly multiples of a large common divisor (layers have round sizes), so that the budgets
+    fall into few cells and the solution is exact. Where there would be more than CELLS of them they are made coarser
+    and costs rounded up: still within the budget.
     """
 
     def __init__(self, costs: Sequence[Sequence[int]], damages: Sequence[Sequence[float]]) -> None:

@@ -1,7 +1,9 @@
-"""Mixed precision: the bits of each layer that do the least damage within a size, or the smallest size that is good enough.
+"""Mixed precision: the bits of each layer that do the least damage within a size, or the smallest size that is good
+enough.
 
-Damages of single layers are taken to add up (their errors are nearly independent), so the choice is a knapsack, solved exactly for every
-size at once. A size is then met without trying anything. For a quality the recipes along that frontier are compiled and measured, and
+Damages of single layers are taken to add up (their errors are nearly independent), so the choice is a knapsack, solved
+exactly for every size at once. A size is then met without trying anything. For a quality the recipes along that
+frontier are compiled and measured, and
 the smallest that reaches it is found by bisection: what is promised was measured, not predicted.
 """
 
@@ -52,7 +54,8 @@ class SearchResult:
         bits_per_weight: the same, divided by the number of weights.
         mean_abits: mean over activation values, but those that rules or `input_bits` fix.
         predicted: damage of the recipe, all layers together; see `Sensitivity.loss`.
-        predicted_uniform: the same for the uniform bits (among the choices) that cost no more, and their number; None where none do.
+        predicted_uniform: the same for the uniform bits (among the choices) that cost no more, and their number; None
+            where none do.
         trials: what was compiled and measured on the way.
         sensitivity: that the choice is made from.
     """
@@ -72,11 +75,19 @@ class SearchResult:
         """JSON data."""
         uniform = self.predicted_uniform
         return {
-            "recipe": self.recipe.to_dict(), "count": self.count, "weight_bytes": self.weight_bytes, "bits_per_weight": self.bits_per_weight,
-            "mean_abits": self.mean_abits, "loss": self.sensitivity.loss, "predicted": self.predicted,
+            "recipe": self.recipe.to_dict(),
+            "count": self.count,
+            "weight_bytes": self.weight_bytes,
+            "bits_per_weight": self.bits_per_weight,
+            "mean_abits": self.mean_abits,
+            "loss": self.sensitivity.loss,
+            "predicted": self.predicted,
             "predicted_uniform": None if uniform is None else {"bits": uniform[0], "damage": uniform[1]},
             "trials": [vars(t) for t in self.trials],
-            "units": [{"kind": u.kind, "name": u.name, "paths": list(u.paths), "bits": b, "elements": u.elements} for u, b in self.bits.items()],
+            "units": [
+                {"kind": u.kind, "name": u.name, "paths": list(u.paths), "bits": b, "elements": u.elements}
+                for u, b in self.bits.items()
+            ],
         }
 
     def __str__(self) -> str:
@@ -85,8 +96,11 @@ class SearchResult:
             used[bits] += unit.elements if unit.kind == WEIGHTS else 0
         total = sum(used.values()) or 1
         shares = ", ".join(f"{100 * n / total:.0f} % at {b}" for b, n in sorted(used.items()) if n)
-        lines = [f"weights {self.weight_bytes / 1e6:.3f} MB as {self.count}, {self.bits_per_weight:.2f} bits each ({shares}); "
-                 f"activations {self.mean_abits:.2f} bits"]
+        lines = [
+            f"weights {self.weight_bytes / 1e6:.3f} MB as {self.count}, {self.bits_per_weight:.2f} bits each "
+            f"({shares}); "
+            f"activations {self.mean_abits:.2f} bits"
+        ]
         predicted = f"predicted {_damage(self.predicted, self.sensitivity.loss)} for rounding layers one at a time"
         if self.predicted_uniform is not None:
             bits, damage = self.predicted_uniform
@@ -164,10 +178,12 @@ def search(
             which compiles several times.
         recipe: everything but the bits of weights; bits that a rule of it sets stay.
         target_size: of the weights at most: `400kB`, `1.5MB`, or `3.5b` for bits per weight.
-        target_sqnr: dB of the output against the float model's on held-back samples, as in the report of `compile`, at least.
+        target_sqnr: dB of the output against the float model's on held-back samples, as in the report of `compile`, at
+            least.
         quality, at_least: any other measure of a compiled model, larger is better, and what it must reach.
         choices: bits of weights.
-        mean_abits: let the bits of activations vary too, with this mean over their values; all as the recipe says where None.
+        mean_abits: let the bits of activations vary too, with this mean over their values; all as the recipe says where
+            None.
         activation_choices: bits of activations, where they vary.
         count: what size means: see `sensitivity.size`.
         loss, probes: see `sensitivity`.
@@ -233,8 +249,11 @@ def _bisect(
     low, high = space.knapsack.least, space.knapsack.most
     best = space.result(high)
     if not accepted(best):
-        raise InputError(f"the target of {at_least:g} is out of reach: {done[-1].quality:.4g} with all choices at their largest; raise the bits "
-                         "of activations, allow more bits, or lower the target")
+        raise InputError(
+            f"the target of {at_least:g} is out of reach: {done[-1].quality:.4g} with all choices at their largest; "
+            "raise the bits "
+            "of activations, allow more bits, or lower the target"
+        )
     budget, fine = guess if guess is not None else (low + high) // 2, FINE * (high - low)
     if space.knapsack.solve(low) is not None and low < high:
         while len(done) < trials and high - low > fine:
@@ -275,7 +294,9 @@ class _Space:
                             [[u.damage[b] for b in choices] for u in free])
         chosen = knapsack.solve(math.floor(mean * sum(u.elements for u in free)))
         if chosen is None:
-            raise InputError(f"activations of {mean:g} bits in the mean cannot be had from choices of {min(choices)} bits and more")
+            raise InputError(
+                f"activations of {mean:g} bits in the mean cannot be had from choices of {min(choices)} bits and more"
+            )
         return {u: u.bits for u in self.units[ACTIVATIONS] if u.pinned} | {u: choices[i] for u, i in zip(free, chosen)}
 
     def result(self, budget: int) -> SearchResult:
@@ -287,9 +308,16 @@ class _Space:
         chosen = self.knapsack.solve(budget)
         if chosen is None:
             least = self.knapsack.least
-            hint = "; up to 4 bits are stored as 4: count the size as information to use fewer" if self.count == "stored" else ""
-            raise InputError(f"the weights do not fit {budget / 8e6:.3f} MB ({budget / self.weights:.2f} bits each): with the least bits they take "
-                             f"{least / 8e6:.3f} MB ({least / self.weights:.2f} bits each){hint}")
+            hint = (
+                "; up to 4 bits are stored as 4: count the size as information to use fewer"
+                if self.count == "stored"
+                else ""
+            )
+            raise InputError(
+                f"the weights do not fit {budget / 8e6:.3f} MB ({budget / self.weights:.2f} bits each): with the least "
+                "bits they take "
+                f"{least / 8e6:.3f} MB ({least / self.weights:.2f} bits each){hint}"
+            )
         by_unit = {u: o[i] for u, o, i in zip(self.units[WEIGHTS], self.options, chosen)} | self.abits
         bits = {u: by_unit[u] for u in self.sensitivity.units}  # in graph order
         size = weight_bits(self.sensitivity.units, bits, self.count)
@@ -299,8 +327,18 @@ class _Space:
             same = {u: b if u.kind == WEIGHTS and not u.pinned else bits[u] for u in bits}
             if weight_bits(self.sensitivity.units, same, self.count) <= budget:
                 uniform = (b, _total(same))
-        return SearchResult(_recipe(self.sensitivity.recipe, bits), bits, self.count, size / 8, size / self.weights,
-                            sum(n * bits[u] for u, n in values.items()) / (sum(values.values()) or 1), _total(bits), uniform, (), self.sensitivity)
+        return SearchResult(
+            _recipe(self.sensitivity.recipe, bits),
+            bits,
+            self.count,
+            size / 8,
+            size / self.weights,
+            sum(n * bits[u] for u, n in values.items()) / (sum(values.values()) or 1),
+            _total(bits),
+            uniform,
+            (),
+            self.sensitivity,
+        )
 
 
 def _options(unit: Unit, choices: list[int]) -> list[int]:

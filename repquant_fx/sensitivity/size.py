@@ -1,7 +1,8 @@
 """The size of weights, in two counts.
 
-`stored` is what the exporter writes: up to 4 bits two codes a byte, above that one. 2 and 3 bits then save nothing over 4, nor 5 to 7
-over 8. `information` counts the bits themselves, as a packed or compressed container would hold them. Scales and biases are left out
+`stored` is what the exporter writes: up to 4 bits two codes a byte, above that one. 2 and 3 bits then save nothing over
+4, nor 5 to 7 over 8. `information` counts the bits themselves, as a packed or compressed container would hold them.
+Scales and biases are left out
 of both: they cost the same at any bits.
 """
 
@@ -42,4 +43,6 @@ def read_size(text: str, weights: int) -> int:
         return round(float(match[1]) * weights)
     if match and match[2] in _UNITS:
         return round(float(match[1]) * 8 * _UNITS[match[2]])
-    raise InputError(f"--target-size takes a size such as 400kB or 1.5MB, or bits per weight such as 3.5b; found {text!r}")
+    raise InputError(
+        f"--target-size takes a size such as 400kB or 1.5MB, or bits per weight such as 3.5b; found {text!r}"
+    )

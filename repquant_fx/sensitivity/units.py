@@ -50,8 +50,16 @@ class Unit:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON data."""
-        return {"kind": self.kind, "name": self.name, "paths": list(self.paths), "bits": self.bits, "pinned": self.pinned, "elements": self.elements,
-                "damage": {str(b): v for b, v in self.damage.items()}, "sqnr_db": {str(b): v for b, v in self.sqnr_db.items()}}
+        return {
+            "kind": self.kind,
+            "name": self.name,
+            "paths": list(self.paths),
+            "bits": self.bits,
+            "pinned": self.pinned,
+            "elements": self.elements,
+            "damage": {str(b): v for b, v in self.damage.items()},
+            "sqnr_db": {str(b): v for b, v in self.sqnr_db.items()},
+        }
 
 
 @dataclass
@@ -69,8 +77,12 @@ class Members:
         """With what was estimated for its members; errors of several members are taken as independent."""
         parts = [estimate.weights[c] for c in self.consumers] or [estimate.activations[s.name] for s in self.sites]
         # members of a pinned unit may differ in their bits, and have those alone
-        totals = {bits: sum((part.get(bits) or next(iter(part.values())) for part in parts), Tally()) for bits in parts[0]}
-        count = sum(_weights(c) for c in self.consumers) or round(sum(elements[s.name] for s in self.sites) / max(1, samples))
+        totals = {
+            bits: sum((part.get(bits) or next(iter(part.values())) for part in parts), Tally()) for bits in parts[0]
+        }
+        count = sum(_weights(c) for c in self.consumers) or round(
+            sum(elements[s.name] for s in self.sites) / max(1, samples)
+        )
         return Unit(self.kind, self.paths, tuple(s.name for s in self.sites), self.bits, self.pinned, count,
                     {b: t.damage for b, t in totals.items()}, {b: t.sqnr_db for b, t in totals.items()})
 
@@ -102,8 +114,9 @@ def members(plan: Plan, recipe: Recipe) -> list[Members]:
             unit.pinned = unit.pinned or pinned
         for consumer in group.consumers if group.kind != "matmul" else ():
             path = path_of(consumer, group)
-            units.setdefault((WEIGHTS, path), Members(WEIGHTS, (path,), group.plans[consumer].wbits, _ruled(recipe, path, "wbits"))
-                             ).consumers.append(consumer)
+            units.setdefault(
+                (WEIGHTS, path), Members(WEIGHTS, (path,), group.plans[consumer].wbits, _ruled(recipe, path, "wbits"))
+            ).consumers.append(consumer)
     return list(units.values())
 
 

@@ -14,7 +14,19 @@ from typing import Any
 
 import pytest
 import torch
-from attacks import archive_of, as_key, bomb, deep, doubling, npy, records_of, safetensors_header, torch_file, torch_zip, zipped
+from attacks import (
+    archive_of,
+    as_key,
+    bomb,
+    deep,
+    doubling,
+    npy,
+    records_of,
+    safetensors_header,
+    torch_file,
+    torch_zip,
+    zipped,
+)
 from test_fuzz import ARCH, whole
 
 from repquant_fx import limits

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import calibrate, canonical, images, match, norm_groups, observed, output, quantized, redraw, relative, sequences, values_at
+from helpers import (
+    calibrate,
+    canonical,
+    images,
+    match,
+    norm_groups,
+    observed,
+    output,
+    quantized,
+    redraw,
+    relative,
+    sequences,
+    values_at,
+)
 from torch import Tensor, nn
 from torch.fx import GraphModule
 

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import Encoder, Function, PostNorm, aten, canonical, count, images, output, quantized, redraw, sequences, values_at
+from helpers import (
+    Encoder,
+    Function,
+    PostNorm,
+    aten,
+    canonical,
+    count,
+    images,
+    output,
+    quantized,
+    redraw,
+    sequences,
+    values_at,
+)
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import Encoder, aten, canonical, count, fused_as_promised, images, output, quantized, redraw, sequences, values_at
+from helpers import (
+    Encoder,
+    aten,
+    canonical,
+    count,
+    fused_as_promised,
+    images,
+    output,
+    quantized,
+    redraw,
+    sequences,
+    values_at,
+)
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import Encoder, aten, calibrate, canonical, match, observed, output, quantized, redraw, sequences, values_at
+from helpers import (
+    Encoder,
+    aten,
+    calibrate,
+    canonical,
+    match,
+    observed,
+    output,
+    quantized,
+    redraw,
+    sequences,
+    values_at,
+)
 from torch import Tensor, nn
 
 from repquant_fx import ops  # noqa: F401 - registers the operators

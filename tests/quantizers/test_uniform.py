@@ -7,7 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repquant_fx.quantizers.uniform import dequantize, fake_quantize, levels, parameters_from_range, quantize, squared_error
+from repquant_fx.quantizers.uniform import (
+    dequantize,
+    fake_quantize,
+    levels,
+    parameters_from_range,
+    quantize,
+    squared_error,
+)
 
 BITS = range(2, 9)
 finite = st.floats(-1e4, 1e4, allow_nan=False)
