@@ -41,7 +41,8 @@ from repquant_fx.passes.insert_observers import InsertObservers
 from repquant_fx.passes.lower_to_qdq import LowerToQDQ
 from repquant_fx.passes.match_sites import Plan
 from repquant_fx.passes.runtime_form import optimize_for_runtime
-from repquant_fx.pipeline import Quantized, absorb_scales, quantize_sequentially
+from repquant_fx.pipeline import Quantized, absorb_scales, quantize_sequentially, rotate
+from repquant_fx.pipeline.rotation import Trial
 from repquant_fx.preparation import HELD_BACK, Prepared, prepare
 from repquant_fx.recipe import RecipeLike
 from repquant_fx.statistics import Statistics
@@ -126,10 +127,19 @@ def compile_model(
     parity, kernels = _check(prepared, rewritten, exported, probe) if check else (None, None)
     log.finish()
     report = reports.build(
-        layers=exported.layers, plan=rewritten.plan, quantized=rewritten.quantized, sqnr=exported.sqnr,
-        output_sqnr=exported.output_sqnr, parity=parity, kernels=kernels, notes=notes,
+        layers=exported.layers,
+        plan=rewritten.plan,
+        quantized=rewritten.quantized,
+        sqnr=exported.sqnr,
+        output_sqnr=exported.output_sqnr,
+        parity=parity,
+        kernels=kernels,
+        notes=notes,
         runtime_form=exported.left_alone,
-        about=_about(prepared, exported.proto, calibration, calibrating.samples, held_back.samples))
+        about=_about(
+            prepared, rewritten.rotations, exported.proto, calibration, calibrating.samples, held_back.samples
+        ),
+    )
     if parity is not None:
         parity.raise_on_problems()
     if not isinstance(source.model, (str, Path)):
@@ -155,6 +165,7 @@ class _Rewritten:
 
     Attributes:
         reference: the float graph that it stands for, after equalization.
+        rotations: what was tried, and made where it paid.
         rank: of this process among those that share the work.
     """
 
@@ -163,6 +174,7 @@ class _Rewritten:
     plan: Plan
     quantized: Quantized
     statistics: Statistics | None
+    rotations: list[Trial]
     rank: int
 
 
@@ -175,6 +187,8 @@ def _quantize(
     with _checkpoint(prepared, batches, calibration.seed, run) as checkpoint:
         devices.move(graph_module, device)
         batches = devices.move_batches(batches, device)
+        with log.part("rotate"):
+            trials = rotate(graph_module, prepared.plan, batches, recipe, checkpoint, calibration.seed)
         with log.part("absorb scales"):
             plan = absorb_scales(graph_module, prepared.plan, batches, recipe, checkpoint)
         reference = shared_copy(graph_module)
@@ -184,7 +198,7 @@ def _quantize(
     for each in (graph_module, reference):
         devices.move(each, torch.device("cpu"))
     quantized.weights = {node: weight.to("cpu") for node, weight in quantized.weights.items()}
-    return _Rewritten(graph_module, reference, plan, quantized, statistics, checkpoint.world.rank)
+    return _Rewritten(graph_module, reference, plan, quantized, statistics, trials, checkpoint.world.rank)
 
 
 @contextmanager
@@ -260,13 +274,15 @@ def _check(
 
 
 def _about(
-    prepared: Prepared, proto: onnx.ModelProto, calibration: Calibration, samples: int, held_back: int
+    prepared: Prepared, rotations: list[Trial], proto: onnx.ModelProto, calibration: Calibration, samples: int,
+    held_back: int
 ) -> dict[str, Any]:
     """What the report says of the whole compile."""
     captured, data, recipe = prepared.captured, prepared.data, prepared.recipe
     return {
         "repquant_fx": VERSION, "source": prepared.loaded.source, "bits": f"W{recipe.wbits}A{recipe.abits}",
         "recipe": recipe.to_dict(),
+        **({"rotations": [trial.to_dict() for trial in rotations]} if recipe.rotate else {}),
         "calibration": {"origin": data.origin, "samples": samples, "held_back": held_back, "synthetic": data.synthetic,
                         "seed": calibration.seed},
         "capture": {"difference_from_eager": captured.eager_difference, "dynamic_batch": captured.dynamic_batch},

@@ -60,7 +60,7 @@ class Recipe:
         norm: norm activations per channel and reparameterized (the method), `layerwise` (one scale, no rewriting),
             `channelwise` (per-channel scales kept in the file: a reference, slow) or `smooth` (SmoothQuant's factors
             instead).
-        softmax: logarithmic, reparameterized to shifts: `log_sqrt2` with two codes an octave is the published method,
+        softmax: logarithmic, reparameterized to shifts: `log_sqrt2` with two codes per octave is the published method,
             `log` (the default) chooses 1, 2, 4 or 8 by the error; plain `log2`; or `uniform`.
         softmax_scale: `output` minimises the error of the MatMul's result on a sample, `percentile` that of the values
             over three percentiles.
@@ -73,14 +73,16 @@ class Recipe:
         absorb: where else per-channel scales move into constants, exactly (beyond the paper): `values` of attention,
             `linear` to linear through ReLU or a gate, and `query_key`, which gained nothing on the models measured and
             is off. Empty for none.
+        rotate: which channel vectors may be rotated, exactly (beyond the paper): the `residual` stream, and the `heads`
+            of attention. Each rotation is tried on calibration data and made where products get less noise. Empty for
+            none.
         gptq: error-compensating rounding; else round to nearest.
         gptq_damping: share of the mean diagonal that is added to the Hessian.
         gptq_block: columns that are updated at once.
         gptq_activation_order: columns in the order of decreasing input energy.
         container: how the file holds codes of up to 4 bits: `int8` (activations in bytes, weights packed and unpacked
-            when a session is
-            created: what ONNX Runtime runs fast on a CPU) or `int4` (UINT4 and INT4 Q/DQ for tool chains of
-                accelerators).
+            when a session is created: what ONNX Runtime runs fast on a CPU) or `int4` (UINT4 and INT4 Q/DQ for tool
+            chains of accelerators).
         layers: overrides by module path.
 
     Example (YAML)::
@@ -104,6 +106,7 @@ class Recipe:
     weights: str = setting("mse", choices=("mse", "minmax"))
     correction: bool = setting(True)
     absorb: tuple[str, ...] = setting(("values", "linear"), choices=("values", "query_key", "linear"))
+    rotate: tuple[str, ...] = setting((), choices=("residual", "heads"))
     gptq: bool = setting(True)
     gptq_damping: float = setting(0.01, low=0.0, high=10.0)
     gptq_block: int = setting(128, low=1)
@@ -114,7 +117,8 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, limits in settings_of(Recipe).items():
             limits.check(name, getattr(self, name))
-        object.__setattr__(self, "absorb", tuple(self.absorb))
+        for name in ("absorb", "rotate"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         for index, rule in enumerate(self.layers):
             for name, limits in settings_of(LayerRule).items():
                 if getattr(rule, name) is not None:
@@ -132,7 +136,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` reads back to an equal recipe."""
         data = asdict(self)
-        data["absorb"] = list(self.absorb)
+        data["absorb"], data["rotate"] = list(self.absorb), list(self.rotate)
         data["layers"] = [{k: v for k, v in asdict(rule).items() if v is not None} for rule in self.layers]
         return data
 
@@ -224,7 +228,7 @@ class Recipe:
 
 
 CHOICES = {name: limits.choices for name, limits in settings_of(Recipe).items() if limits.kind is str}
-ABSORB = settings_of(Recipe)["absorb"].choices
+ABSORB, ROTATE = settings_of(Recipe)["absorb"].choices, settings_of(Recipe)["rotate"].choices
 
 
 def repq_vit(wbits: int, abits: int, **changes: Any) -> Recipe:

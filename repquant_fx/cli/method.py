@@ -21,18 +21,17 @@ def add_method(command: argparse.ArgumentParser) -> None:
     words = descriptions(Recipe)
     for name, limits in settings_of(Recipe).items():
         default = getattr(Recipe(), name)
-        said = (
-            "on"
-            if default is True
-            else "off"
-            if default is False
-            else ",".join(default)
-            if limits.kind is tuple
-            else default
-        )
+        said = _said(default)
         allowed = "" if limits.kind is str else f" {limits.allowed()}"  # argparse shows choices itself
         text = f"{words.get(name, '')}{allowed}".replace("`", "").replace("%", "%%").strip()
         method.add_argument(f"--{name.replace('_', '-')}", help=f"{text} (default {said})", **_form(limits))
+
+
+def _said(default: Any) -> str:
+    """A default in words."""
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    return ",".join(default) or "none" if isinstance(default, tuple) else str(default)
 
 
 def _form(limits: Setting) -> dict[str, Any]:

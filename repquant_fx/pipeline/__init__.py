@@ -7,6 +7,7 @@ cut values.
 """
 
 from repquant_fx.pipeline.equalization import absorb_scales
+from repquant_fx.pipeline.rotation import rotate
 from repquant_fx.pipeline.sequential import Quantized, quantize_sequentially
 
-__all__ = ["Quantized", "absorb_scales", "quantize_sequentially"]
+__all__ = ["Quantized", "absorb_scales", "quantize_sequentially", "rotate"]

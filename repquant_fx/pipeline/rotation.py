@@ -1,0 +1,255 @@
+"""Which channel vectors to rotate, decided on calibration data.
+
+A rotation spreads outlier channels; where there are none it can only hurt. So every candidate is tried on a copy of the
+float graph: activations and weights of the layers that it touches are quantized there and in the original, to nearest
+    and with searched
+bounds, and a candidate stays where the products come out with less noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from repquant_fx.checkpoint import Checkpoint
+from repquant_fx.passes.base import aten, attribute, is_constant, run_passes, shared_copy
+from repquant_fx.passes.fold_layer_scale import FoldLayerScale
+from repquant_fx.passes.identity import Probe, values
+from repquant_fx.passes.match_sites import Group, Plan
+from repquant_fx.passes.rotate_vectors import RotateVectors, Rotation, gain_allows
+from repquant_fx.passes.vector_flow import VectorFlow, head_sizes
+from repquant_fx.passes.vector_spaces import Space, where
+from repquant_fx.quantizers.clipping import search_bounds
+from repquant_fx.quantizers.gptq import weight_grid
+from repquant_fx.quantizers.rotation import rotation
+from repquant_fx.quantizers.uniform import fake_quantize, parameters_from_range
+from repquant_fx.recipe import ROTATE, Recipe
+from repquant_fx.recorder import Recorder
+
+BATCHES, SAMPLES = 4, 16  # of the calibration data that a trial runs, and of each batch
+ROWS = 1024  # of a layer's input that it looks at
+PRODUCTS = 4  # samples of each batch, of an attention product
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Spaces that are rotated together or not at all: the residual stream, or the heads of one layer.
+
+    Attributes:
+        kind: one of `recipe.ROTATE`.
+        path: module path of what writes first.
+        reason: why it cannot be rotated, '' where it can.
+    """
+
+    kind: str
+    path: str
+    spaces: tuple[Space, ...]
+    reason: str = ""
+
+    def nodes(self) -> set[Node]:
+        """The layers and products whose operands a rotation changes."""
+        touched = {node for space in self.spaces for node, _ in (*space.writers, *space.readers)}
+        return touched | {product for space in self.spaces for product in space.products}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A candidate and the noise over signal power of the products that it touches, before and after: geometric means,
+    NaN untried.
+    """
+
+    candidate: Candidate
+    before: float
+    after: float
+
+    @property
+    def rotated(self) -> bool:
+        """Whether it pays."""
+        return self.after < self.before
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the report: SQNR in dB of the products on calibration data, to nearest, without and with the rotation."""
+        known = (
+            {"reason": self.candidate.reason}
+            if self.candidate.reason
+            else {
+                "sqnr_db": round(-10 * math.log10(self.before), 2),
+                "rotated_sqnr_db": round(-10 * math.log10(self.after), 2),
+            }
+        )
+        return {"kind": self.candidate.kind, "path": self.candidate.path, "rotated": self.rotated, **known}
+
+
+def find_candidates(graph_module: GraphModule, kinds: Iterable[str] = ROTATE) -> list[Candidate]:
+    """Everything that could be rotated, or nearly, in graph order."""
+    found = []
+    if "residual" in kinds:
+        for space in VectorFlow(graph_module).spaces:
+            if space.norms and (space.readers or space.reason):
+                reason = space.reason
+                if not reason and not all(gain_allows(graph_module, norm) for norm in space.norms):
+                    reason = "a norm before padding has channels without gain, which its bias cannot be divided by"
+                found.append(Candidate("residual", where(space), (space,), reason))
+    for size in head_sizes(graph_module) if "heads" in kinds else ():
+        together: dict[object, list[Space]] = {}
+        for space in VectorFlow(graph_module, size).spaces:
+            if not space.reason and (space.readers or space.products):
+                key = (*sorted({n.name for n, _ in space.writers}), bool(space.products))
+                together.setdefault(key, []).append(space)
+        found += [Candidate("heads", where(spaces[0]), tuple(spaces)) for spaces in together.values()]
+    return found
+
+
+def rotations(candidates: Sequence[Candidate], seed: int) -> list[Rotation]:
+    """A matrix for every space of the candidates; the same seed and graph give the same."""
+    spaces = [space for candidate in candidates for space in candidate.spaces]
+    return [
+        Rotation(space, rotation(space.size, seed * 10_007 + index, ones=space.fixes_ones))
+        for index, space in enumerate(spaces)
+    ]
+
+
+def rotate(graph_module: GraphModule, plan: Plan, batches: Sequence[tuple[Tensor, ...]], recipe: Recipe,
+           checkpoint: Checkpoint | None = None, seed: int = 0) -> list[Trial]:
+    """Try every candidate that the recipe names on the data, and rotate the matched float graph in place where it pays.
+
+    Call before anything else is rewritten. The plan stays valid: only constants change.
+
+    Returns:
+        every candidate, in graph order, with its figures where it could be tried.
+    """
+    checkpoint = checkpoint or Checkpoint()
+    if not recipe.rotate or not batches:
+        return []
+    probe = _probe(batches[0])
+    run_passes(graph_module, [FoldLayerScale()], probe)
+    candidates = find_candidates(graph_module, recipe.rotate)
+    possible = [candidate for candidate in candidates if not candidate.reason]
+    noise = checkpoint.load("rotations")
+    if noise is None or noise.keys() != {"noise"} or noise["noise"].shape != (len(possible), 2):
+        noise = checkpoint.world.broadcast(lambda: {"noise": _try(graph_module, plan, batches, possible, seed)})
+        assert noise is not None
+        checkpoint.save("rotations", noise)
+    figures = dict(zip(map(id, possible), noise["noise"].tolist()))
+    trials = [Trial(candidate, *figures.get(id(candidate), (math.nan, math.nan))) for candidate in candidates]
+    chosen = [trial.candidate for trial in trials if trial.rotated]
+    if chosen:
+        run_passes(graph_module, [RotateVectors(rotations(chosen, seed))], probe)
+    return trials
+
+
+def _probe(batch: tuple[Tensor, ...]) -> Probe:
+    """A rotation must leave the outputs as they are."""
+    def probe(graph_module: GraphModule) -> dict[str, Any]:
+        return values(graph_module, {"the output": graph_module.graph.output_node()}, batch)
+
+    return probe
+
+
+def _try(
+    graph_module: GraphModule, plan: Plan, batches: Sequence[tuple[Tensor, ...]], candidates: list[Candidate], seed: int
+) -> Tensor:
+    """Noise of each candidate's products, geometric means before and after, shape (candidates, 2), float64."""
+    before = _noise(graph_module, plan, batches, {})
+    copy = shared_copy(graph_module)
+    twin = dict(zip(graph_module.graph.nodes, copy.graph.nodes))
+    run_passes(copy, [RotateVectors(rotations([_twins(candidate, twin) for candidate in candidates], seed))])
+    after = _noise(copy, plan, batches, twin)
+    rows = [
+        [_mean([noise[node] for node in candidate.nodes() if node in noise]) for noise in (before, after)]
+        for candidate in candidates
+    ]
+    return torch.tensor(rows, dtype=torch.float64).reshape(-1, 2)
+
+
+def _mean(noise: list[float]) -> float:
+    return math.exp(sum(math.log(max(n, 1e-30)) for n in noise) / len(noise)) if noise else math.nan
+
+
+def _twins(candidate: Candidate, twin: Mapping[Node, Node]) -> Candidate:
+    spaces = tuple(
+        Space(
+            s.size,
+            [(twin[n], b) for n, b in s.writers],
+            [(twin[n], b) for n, b in s.readers],
+            [twin[n] for n in s.norms],
+            [twin[n] for n in s.products],
+        )
+        for s in candidate.spaces
+    )
+    return Candidate(candidate.kind, candidate.path, spaces)
+
+
+def _noise(
+    graph_module: GraphModule, plan: Plan, batches: Sequence[tuple[Tensor, ...]], twin: Mapping[Node, Node]
+) -> dict[Node, float]:
+    """Noise over signal power of each quantized product of the plan, by consumer; `twin`: the plan's nodes in this
+    graph.
+    """
+    groups = [g for g in plan.groups if g.kind != "conv"]
+    wanted = {twin.get(s.value, s.value) for g in groups for s in g.sites}
+    rows: dict[Node, list[Tensor]] = {}
+
+    def keep(node: Node, value: Tensor) -> Tensor:
+        rows.setdefault(node, []).append(value)
+        return value
+
+    for batch in batches[:BATCHES]:
+        with torch.no_grad():
+            Recorder(graph_module, wanted, keep).run(*(tensor[:SAMPLES] for tensor in batch))
+    found: dict[Node, float] = {}
+    for group in groups:
+        found.update(
+            _products(group, rows, twin) if group.kind == "matmul" else _linears(graph_module, group, rows, twin)
+        )
+    return found
+
+
+def _some_rows(values: list[Tensor], count: int) -> Tensor:
+    rows = torch.cat([v.reshape(-1, v.shape[-1]) for v in values])
+    return rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).long()]
+
+
+def _linears(graph_module: GraphModule, group: Group, rows: Mapping[Node, list[Tensor]],
+             twin: Mapping[Node, Node]) -> Iterator[tuple[Node, float]]:
+    for site in group.sites:
+        x = _some_rows(rows[twin.get(site.value, site.value)], ROWS)
+        if site.role == "norm":
+            bounds = search_bounds(x.T.contiguous(), site.bits)
+            quantized = fake_quantize(
+                x, *parameters_from_range(bounds.low, bounds.up, site.bits, include_zero=False), site.bits, axis=-1
+            )
+        else:
+            quantized = _per_tensor(x, site.bits)
+        for consumer in site.consumers:
+            weight_node = twin.get(consumer, consumer).args[1]
+            if consumer.target is not aten.linear.default or not is_constant(weight_node):
+                continue
+            weight = attribute(graph_module, weight_node)  # type: ignore[arg-type]
+            grid = weight_grid(weight, group.plans[consumer].wbits, symmetric=True)
+            yield consumer, _ratio(quantized @ grid.values(weight).T, x @ weight.T)
+
+
+def _products(
+    group: Group, rows: Mapping[Node, list[Tensor]], twin: Mapping[Node, Node]
+) -> Iterator[tuple[Node, float]]:
+    left, right = (torch.cat([v[:PRODUCTS] for v in rows[twin.get(s.value, s.value)]]) for s in group.sites)
+    parts = [v if s.role == "softmax" else _per_tensor(v, s.bits) for v, s in zip((left, right), group.sites)]
+    yield group.consumers[0], _ratio(torch.matmul(*parts), torch.matmul(left, right))
+
+
+def _per_tensor(x: Tensor, bits: int) -> Tensor:
+    flat = x.reshape(1, -1)
+    some = flat[:, :: max(1, flat.shape[1] >> 16)].contiguous()
+    bounds = search_bounds(some, bits, include_zero=True)
+    return fake_quantize(x, *parameters_from_range(bounds.low[0], bounds.up[0], bits, include_zero=True), bits)
+
+
+def _ratio(found: Tensor, exact: Tensor) -> float:
+    return float((found - exact).square().sum() / exact.square().sum().clamp(min=1e-30))
