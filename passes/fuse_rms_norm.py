@@ -42,9 +42,9 @@ def _match(node: Node) -> tuple[Node, Node, Node | None, float] | None:
     if len(node.users) == 1:
         (user,) = node.users
         others = [a for a in user.args if a is not node] if user.target is aten.mul.Tensor else []
-        # type: ignore[arg-type]
-        if len(others) == 1 and is_constant(others[0]) and is_tensor(others[0]) and shape_of(others[0]) == [channels]:
-            return user, x, others[0], eps  # type: ignore[return-value]
+        gain = others[0] if len(others) == 1 and is_constant(others[0]) and is_tensor(others[0]) else None
+        if isinstance(gain, Node) and shape_of(gain) == [channels]:
+            return user, x, gain, eps
     return node, x, None, eps
 
 

@@ -137,8 +137,8 @@ class MatchSites(Pass[Plan]):
 
     def _match_norm(self, graph_module: GraphModule, norm: Node, claimed: dict[Node, Group]) -> None:
         if len(norm.args[1]) != 1:  # type: ignore[arg-type]
-            # type: ignore[arg-type]
-            self._leave(norm, f"it normalises over {len(norm.args[1])} axes, not over channels alone")
+            axes = len(norm.args[1])  # type: ignore[arg-type]
+            self._leave(norm, f"it normalises over {axes} axes, not over channels alone")
             return
         size = shape_of(norm)[-1]
         if not isinstance(size, int):

@@ -193,7 +193,7 @@ class VectorFlow:
         if target is aten.linear.default:
             return self._read(node, -1)
         if target in CONVOLUTIONS:
-            return len(node.args) < 7 or (node.args[6] == 1 and self._read(node, 1))
+            return (len(node.args) < 7 or bool(node.args[6] == 1)) and self._read(node, 1)
         if target in NORMS:
             return self._norm(node)
         if target in MOVES:
@@ -414,15 +414,11 @@ def _flat(value: Any) -> list[Vectors]:
 
 def _is_weight_of(user: Node, constant: Node) -> bool:
     """Whether a constant is a parameter of a layer, which the layer's own rule covers."""
-    first = {
-        aten.linear.default: 1,
-        aten.conv1d.default: 1,
-        aten.conv2d.default: 1,
-        aten.layer_norm.default: 2,
-        aten.rms_norm.default: 2,
-        aten.embedding.default: 0,
-    }.get(user.target)  # type: ignore[arg-type]
-    return first is not None and any(a is constant for a in user.args[first:first + (1 if first == 0 else 2)])
+    parameters: dict[object, tuple[int, ...]] = {
+        aten.linear.default: (1, 2), aten.conv1d.default: (1, 2), aten.conv2d.default: (1, 2),
+        aten.layer_norm.default: (2, 3), aten.rms_norm.default: (2,), aten.embedding.default: (0,),
+    }
+    return any(user.args[i] is constant for i in parameters.get(user.target, ()) if i < len(user.args))
 
 
 def _reason(node: Node, value: Node) -> str:

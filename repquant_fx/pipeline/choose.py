@@ -96,8 +96,8 @@ def _choose_softmax(site: Site, bits: int, recipe: Recipe, observed: Observer, o
 
 def _weight_reach(graph_module: GraphModule, consumers: Iterable[Node]) -> Tensor:
     """The largest magnitude of the weights that read each channel, shape (in,)."""
-    # type: ignore[arg-type]
-    return torch.stack([attribute(graph_module, c.args[1]).abs().amax(0) for c in consumers]).amax(0)
+    weights = [attribute(graph_module, consumer.args[1]) for consumer in consumers]  # type: ignore[arg-type]
+    return torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
 
 
 def _keeps_zeros(graph_module: GraphModule, group: Group) -> bool:
