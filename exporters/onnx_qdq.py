@@ -124,7 +124,6 @@ def _translate(
     try:
         with warnings.catch_warnings(), torch.no_grad(), quiet_torch():
             warnings.simplefilter("ignore")
-            # type: ignore[arg-type]
             exported = torch.export.export(graph_module, inputs, dynamic_shapes=dynamic_shapes, strict=False)
             program = torch.onnx.export(exported, (), dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
                                         custom_translation_table=translation_table(),

@@ -97,7 +97,6 @@ def audit(model: str | Path | bytes | onnx.ModelProto) -> list[Product]:
             continue  # an operand is float on purpose
         kernel = kernels.get(node.name, "")
         integer = kernel in INTEGER
-        # type: ignore[arg-type]
         reason = "" if integer else _reason(node.op_type, origins, kernel, _narrow(origins, four_bit))
         products.append(Product(node.name.rsplit("/", 1)[0], node.name, node.op_type, kernel, integer, reason))
     return products

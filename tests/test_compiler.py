@@ -257,7 +257,7 @@ def test_sessions_of_what_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match="no such file"):
         session(tmp_path / "none.onnx")
     (tmp_path / "bad.onnx").write_bytes(b"not a model")
-    with pytest.raises(ModelFileError, match=r"cannot load .*bad\.onnx"):
+    with pytest.raises(ModelFileError, match=r"bad\.onnx is not an ONNX model"):
         session(tmp_path / "bad.onnx")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -120,17 +121,17 @@ def test_all_or_nothing(exists: bool, tmp_path: Path, monkeypatch: pytest.Monkey
     """The disk fills up at the second file."""
     import repquant_fx.files as module
 
-    out, real, written = tmp_path / "out", module.write_atomically, []
+    out, real, written = tmp_path / "out", module._write, []
     if exists:
         out.mkdir()
         (out / "a").write_text("old")
 
     def full(path: Path, data: bytes) -> None:
         if written:
-            raise OutputError("no space left")
+            raise OSError(errno.ENOSPC, "no space left")
         written.append(path)
         real(path, data)
-    monkeypatch.setattr(module, "write_atomically", full)
+    monkeypatch.setattr(module, "_write", full)
     with pytest.raises(OutputError):
         write_directory(out, {"a": b"1", "b": b"2"})
     assert names(tmp_path) == ({"out"} if exists else set()) and (not exists or (out / "a").read_text() == "old")
