@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import signal
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +13,11 @@ from helpers import Encoder, canonical, images, redraw, sequences, swin, vit
 from torch.fx import GraphModule
 
 os.environ.setdefault("REPQUANT_FX_DEBUG", "1")  # every contract of every pass is checked
+
+# a job in the background ignores some signals, and so would every process that a test starts
+for _name, _handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+    if hasattr(signal, _name) and signal.getsignal(getattr(signal, _name)) == signal.SIG_IGN:
+        signal.signal(getattr(signal, _name), _handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -139,7 +139,7 @@ def test_report_of_the_whole() -> None:
 
 def test_what_is_left_alone_is_reported() -> None:
     report = compiled("small_swin", 4).report
-    assert report["left_alone"] and {"path", "operator", "reason"} == set(report["left_alone"][0])
+    assert report["left_alone"] and {"path", "operator", "reason", "by"} == set(report["left_alone"][0])
     assert "left alone: layer_norm at patch_embed.norm" in repquant_fx.report.summary(report)  # type: ignore[attr-defined]
 
 

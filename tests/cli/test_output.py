@@ -88,7 +88,7 @@ def test_interruption_and_bugs_have_their_codes(tmp_path: Path, monkeypatch: pyt
         def fail(*args: object, raised: BaseException = error, **kwargs: object) -> None:
             raise raised
 
-        monkeypatch.setattr(repquant_fx.compiler, "compile", fail)
+        monkeypatch.setattr(repquant_fx.compiler, "compile_model", fail)
         assert main(["compile", "m.pt", "--out", str(tmp_path / "m.onnx"), "--log-json"]) == code
         assert events(capsys.readouterr().err)[-1]["exit_code"] == code
 

@@ -123,7 +123,7 @@ def test_module_that_contains_itself(tmp_path: Path) -> None:
     loop = nn.Sequential(nn.Linear(2, 2))
     loop._modules["1"] = loop
     torch.save(loop, tmp_path / "m.pt")
-    with pytest.raises(ModelFileError, match="not whole"):
+    with pytest.raises(ModelFileError, match="inside itself"):
         load_model(tmp_path / "m.pt", input_shape=(2,))
 
 

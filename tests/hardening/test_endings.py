@@ -180,7 +180,7 @@ def test_out_of_memory_is_no_internal_error(monkeypatch: pytest.MonkeyPatch, cap
     def fail(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(repquant_fx.compiler, "compile", fail)
+    monkeypatch.setattr(repquant_fx.compiler, "compile_model", fail)
     assert main(["compile", "m.pt2", "--out", str(tmp_path / "m.onnx")]) == 2
     assert "not enough memory" in capsys.readouterr().err and not names(tmp_path)
 

@@ -130,7 +130,7 @@ def test_activations_have_one_scale(case: tuple[str, int, CompiledModel]) -> Non
         if node.op_type == "DequantizeLinear":
             seen.add(node.input[0])
         elif node.input[1].endswith("output_scale"):
-            assert float(array(scale)) == 1 and int(array(zero)) == 0
+            assert float(array(scale)) == 1  # the Linear's own integers; the zero point is the first operand's
     assert len(seen) == sum(n.target is not LOG2_SOFTMAX for n in result.quantizers.values()) > 5
 
 

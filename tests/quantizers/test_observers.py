@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from repquant_fx.errors import PassError
 from repquant_fx.quantizers import uniform
 from repquant_fx.quantizers.clipping import percentile_bounds
 from repquant_fx.quantizers.observers import LogQuantizer, Observer, Passthrough, UniformQuantizer
@@ -71,7 +72,7 @@ def test_observers_are_repeatable_and_silent_until_started() -> None:
     assert torch.equal(a, b)
     idle = Observer(True, 64)
     idle(x)
-    with pytest.raises(RuntimeError, match="no data"):
+    with pytest.raises(PassError, match="no data"):
         idle.sample()
 
 

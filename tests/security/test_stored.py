@@ -112,7 +112,8 @@ def test_a_misfit_of_the_record_names_its_field(way: str, value: str, words: str
     assert code == 2 and words in err and "repquant_fx.layers" in err
 
 
-def test_names_are_shown_escaped(tmp_path: Path) -> None:
+def test_names_are_shown_escaped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # a narrow terminal cuts long names
     document = json.loads(metadata()["repquant_fx.layers"])
     text = set_at(document, "layers.0.sites.0.name", json.dumps("a\x1b[2J\nb\ud800\u202e"))
     path = write(tmp_path / "m.onnx", "layers", text)
