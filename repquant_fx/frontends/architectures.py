@@ -21,6 +21,7 @@ from repquant_fx import limits
 from repquant_fx.errors import InputError, ModelFileError
 
 BATCH = 2  # torch.export takes a dimension of 1 for a constant
+_LARGEST = 1_000_000  # of a number in an architecture: classes, pixels, channels, layers
 _SEED = 0
 # Arguments of timm.create_model that read other files or the hub.
 FORBIDDEN = ("checkpoint_path", "pretrained_cfg", "cache_dir")
@@ -74,7 +75,19 @@ def parse_architecture(text: str) -> Architecture:
                                  "give the weights as the model file and the architecture as --arch")
         else:
             options[key] = _value(value, text)
+    _check_numbers(options, f"architecture {text[:80]!r}")
     return Architecture(library, name.strip(), options, pretrained)
+
+
+def _check_numbers(value: Any, entry: str) -> None:
+    """Refuse a number that no architecture has: some make a list of that length before there is a model to measure."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for each in value:
+            _check_numbers(each, entry)
+    elif isinstance(value, int) and abs(value) > _LARGEST:
+        raise ModelFileError(f"{entry} asks for {str(value)[:40]}, more than any model has ({_LARGEST})")
 
 
 def build(architecture: Architecture) -> nn.Module:

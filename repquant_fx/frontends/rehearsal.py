@@ -18,6 +18,7 @@ from repquant_fx.torch_private import archive_reader
 # torch admits this by default; it calls a function that the file chooses and sets attributes on the result. A tensor
 # that carries Python attributes is saved so; nothing else needs it.
 _INDIRECT_CALL = "torch._tensor._rebuild_from_type_v2"
+_FROM_OTHER_DEVICES = "torch._utils._rebuild_device_tensor_from"  # they write out what was expanded
 _TENSOR_BUILDERS = {
     f"torch._utils._rebuild_{name}" for name in ("tensor_v2", "tensor_v3", "parameter", "parameter_with_state")
 }
@@ -80,6 +81,8 @@ class _Symbol(type):
     def __call__(cls, *args: object) -> object:
         if cls.named == _INDIRECT_CALL and not _rebuilds_plain_tensor(args):
             raise pickle.UnpicklingError(f"{_INDIRECT_CALL} of something that is not a tensor")
+        if cls.named.startswith(_FROM_OTHER_DEVICES):
+            raise pickle.UnpicklingError(f"{cls.named}, which writes out any claimed size; save it from the CPU")
         return _Inert.__new__(cls, *args)  # type: ignore[arg-type]
 
 

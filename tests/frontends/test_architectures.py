@@ -82,3 +82,10 @@ def test_preprocessing_of_a_transformers_model_without_an_image_processor() -> N
     found = arch.preprocessing(t.ViTModel(t.ViTConfig(**width, image_size=32, patch_size=16)))
     assert found is not None and found["input_size"] == [3, 32, 32] and found["mean"] == [0.5, 0.5, 0.5]
     assert arch.preprocessing(t.LlamaForCausalLM(t.LlamaConfig(**width, vocab_size=9))) is None
+
+
+@pytest.mark.parametrize("option", ["depth=100000000", "depths=(2, 10**9, 2)", f"embed_dim={10**30}"])
+def test_numbers_that_no_model_has(option: str) -> None:
+    """A list of that length is made before anything can be measured."""
+    with pytest.raises(ModelFileError, match=r"more than any model has|is not a Python literal"):
+        arch.parse_architecture(f"timm:vit_tiny_patch16_224,{option}")

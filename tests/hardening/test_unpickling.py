@@ -257,3 +257,14 @@ def test_indices_of_shards(index: Any, tmp_path: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ModelFileError, match=r"index of shards|outside of its directory"):
         load_directory(folder)
+
+
+def test_a_tensor_that_is_written_out_at_its_claimed_size() -> None:
+    """An expanded tensor takes its claimed size when it is rebuilt for another device."""
+    class Expanded:
+        def __reduce__(self) -> Any:
+            tensor = torch.zeros(1).expand(1 << 20)
+            return torch._utils._rebuild_device_tensor_from_cpu_tensor, (tensor, torch.float32, "cpu", False)
+
+    with pytest.raises(ModelFileError, match="_rebuild_device_tensor_from"):
+        load_pickled(torch_file({"w": Expanded()}), "m.pt")
