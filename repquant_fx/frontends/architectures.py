@@ -87,7 +87,7 @@ def _check_numbers(value: Any, entry: str) -> None:
         for each in value:
             _check_numbers(each, entry)
     elif isinstance(value, int) and abs(value) > _LARGEST:
-        raise ModelFileError(f"{entry} asks for {str(value)[:40]}, more than any model has ({_LARGEST})")
+        raise ModelFileError(f"{entry} is too large: {str(value)[:40]} is more than any model has ({_LARGEST})")
 
 
 def build(architecture: Architecture) -> nn.Module:
