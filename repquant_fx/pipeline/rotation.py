@@ -75,14 +75,11 @@ class Trial:
 
     def to_dict(self) -> dict[str, Any]:
         """For the report: SQNR in dB of the products on calibration data, to nearest, without and with the rotation."""
-        known = (
-            {"reason": self.candidate.reason}
-            if self.candidate.reason
-            else {
-                "sqnr_db": round(-10 * math.log10(self.before), 2),
-                "rotated_sqnr_db": round(-10 * math.log10(self.after), 2),
-            }
-        )
+        if self.candidate.reason or math.isnan(self.before):
+            known: dict[str, Any] = {"reason": self.candidate.reason or "no quantized product reads or writes it"}
+        else:
+            known = {"sqnr_db": round(-10 * math.log10(self.before), 2),
+                     "rotated_sqnr_db": round(-10 * math.log10(self.after), 2)}
         return {"kind": self.candidate.kind, "path": self.candidate.path, "rotated": self.rotated, **known}
 
 
