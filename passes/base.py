@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"  # torch.export's key for nodes that no module made
 HISTORY = "repquant_fx.passes"  # key of a graph module's meta: names of the passes that ran on it, in order
+LEFT_ALONE = "repquant_fx.left_alone"  # and what they left alone
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,14 @@ def _run(graph_module: GraphModule, each: Pass[Any], probe: Probe | None) -> Out
         raise PassError(f"pass {each.name!r} failed after {_history(graph_module)}: {what}") from error
     meta = outcome.graph_module.meta
     meta[HISTORY] = (*meta.get(HISTORY, ()), each.name)
+    meta[LEFT_ALONE] = tuple(dict.fromkeys((*left_alone(outcome.graph_module), *each.left_alone)))
     return outcome
+
+
+def left_alone(graph_module: GraphModule) -> tuple[LeftAlone, ...]:
+    """What the passes that `run_passes` ran on a graph left alone, in order."""
+    found: tuple[LeftAlone, ...] = graph_module.meta.get(LEFT_ALONE, ())
+    return found
 
 
 def debugging() -> bool:

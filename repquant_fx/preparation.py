@@ -26,7 +26,7 @@ from repquant_fx.frontends.loading import LoadedModel, load_model
 from repquant_fx.frontends.memory import from_memory
 from repquant_fx.frontends.tokenizer import load_tokenizer
 from repquant_fx.options import Calibration, Source
-from repquant_fx.passes.base import aten, module_path, run_pass
+from repquant_fx.passes.base import aten, left_alone, module_path, run_pass
 from repquant_fx.passes.match_sites import MatchSites, Plan
 from repquant_fx.passes.normal_form import normalize
 from repquant_fx.recipe import LayerRule, Recipe, RecipeLike
@@ -72,6 +72,7 @@ def match(source: Source, recipe: RecipeLike | None = None) -> Matched:
         captured = _capture(loaded)
         graph_module = normalize(captured.graph_module)
         plan = run_pass(graph_module, MatchSites(recipe))
+        plan = replace(plan, left_alone=(*plan.left_alone, *left_alone(graph_module)))
     paths = [module_path(node) for node in graph_module.graph.nodes if node.target in CONSUMERS]
     for sentence in replace(recipe, layers=given).unmatched(paths):
         warnings.warn(f"the recipe's {sentence}", RepQuantWarning, stacklevel=2)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +16,12 @@ from torch.fx import GraphModule, Interpreter, Node
 from repquant_fx.decision import Decision
 from repquant_fx.frontends.capture import capture
 from repquant_fx.parity import TIE, _Recorder
-from repquant_fx.passes.base import attribute, run_pass, run_passes
+from repquant_fx.passes.base import Pass, attribute, run_pass, run_passes
 from repquant_fx.passes.fuse_requantization import SLACK, FuseRequantization
 from repquant_fx.passes.insert_observers import InsertObservers
 from repquant_fx.passes.install_decision import InstallDecision
 from repquant_fx.passes.match_sites import Group, MatchSites, Plan
-from repquant_fx.passes.normal_form import normalize
+from repquant_fx.passes.normal_form import PASSES
 from repquant_fx.passes.operators import QUANTIZE
 from repquant_fx.passes.slots import install
 from repquant_fx.pipeline import Quantized, quantize_sequentially
@@ -143,8 +145,10 @@ def sequences(count: int = 32, tokens: int = 6, width: int = 8, seed: int = 1) -
     return torch.randn(count, tokens, width, generator=torch.Generator().manual_seed(seed))
 
 
-def canonical(model: nn.Module, *inputs: Tensor) -> GraphModule:
-    return normalize(capture(model, [t[:2] for t in inputs]).graph_module)
+def canonical(model: nn.Module, *inputs: Tensor, until: type[Pass[Any]] | None = None) -> GraphModule:
+    """The normal form, or the graph as a pass of the normal form finds it."""
+    passes = itertools.takewhile(lambda each: each is not until, PASSES)
+    return run_passes(capture(model, [t[:2] for t in inputs]).graph_module, [each() for each in passes])
 
 
 def match(graph_module: GraphModule, recipe: Recipe | None = None) -> Plan:

@@ -19,7 +19,6 @@ from torch.fx import GraphModule, Node
 
 from repquant_fx.checkpoint import Checkpoint
 from repquant_fx.passes.base import aten, attribute, is_constant, run_passes, shared_copy
-from repquant_fx.passes.fold_layer_scale import FoldLayerScale
 from repquant_fx.passes.identity import Probe, values
 from repquant_fx.passes.match_sites import Group, Plan
 from repquant_fx.passes.rotate_vectors import RotateVectors, Rotation, gain_allows
@@ -125,7 +124,6 @@ def rotate(graph_module: GraphModule, plan: Plan, batches: Sequence[tuple[Tensor
     if not recipe.rotate or not batches:
         return []
     probe = _probe(batches[0])
-    run_passes(graph_module, [FoldLayerScale()], probe)
     candidates = find_candidates(graph_module, recipe.rotate)
     possible = [candidate for candidate in candidates if not candidate.reason]
     noise = checkpoint.load("rotations")

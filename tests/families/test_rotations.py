@@ -11,7 +11,6 @@ from torch.fx import GraphModule
 
 from repquant_fx.frontends.capture import capture, tensors_in
 from repquant_fx.passes.base import run_passes, shared_copy
-from repquant_fx.passes.fold_layer_scale import FoldLayerScale
 from repquant_fx.passes.normal_form import normalize
 from repquant_fx.passes.rotate_vectors import RotateVectors
 from repquant_fx.pipeline.rotation import find_candidates, rotations
@@ -30,7 +29,6 @@ def captured(family: Family) -> tuple[GraphModule, list[torch.Tensor]]:
     names = [n for n in inputs if n != "x"] or None
     found = capture(family.model(), tuple(inputs.values()), input_names=names, dynamic_axes=family.free(list(inputs)), outputs=family.outputs)
     graph_module = normalize(found.graph_module)
-    run_passes(graph_module, [FoldLayerScale()])
     other = family.inputs(3, 12, 1)
     return graph_module, [other[n] for n in found.input_names] if names else list(other.values())
 
