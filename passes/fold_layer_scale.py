@@ -75,5 +75,6 @@ def _folds(linear: Node, factor: Node) -> bool:
     return (
         all(size == 1 for size in sizes[:-1])
         and sizes[-1:] == shape_of(linear)[-1:]
-        and factor.meta["val"].is_floating_point()
+        and len(sizes) <= len(shape_of(linear))
+        and factor.meta["val"].dtype == linear.meta["val"].dtype
     )
