@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from repquant_fx.errors import RepQuantError
+from repquant_fx.errors import InputError, RepQuantError
 from repquant_fx.exporters import functions
 from repquant_fx.exporters.naming import name_axes, name_by_module, separate_outputs, set_apart
 from repquant_fx.exporters.narrow_codes import narrow_codes
@@ -30,6 +30,10 @@ LOCAL_FUNCTIONS = {"Log2Softmax": functions.log2_softmax, "Log2Quantize": functi
 
 class ExportError(RepQuantError):
     """The lowered graph cannot be written as ONNX."""
+
+
+class UnwritableError(InputError, ExportError):
+    """The model computes something that has no counterpart in ONNX."""
 
 
 def export_onnx(
@@ -55,7 +59,8 @@ def export_onnx(
         a proto that passes `onnx.checker` in full mode. The same graph gives the same bytes.
 
     Raises:
-        ExportError: an operator has no ONNX counterpart (named), or the checker refuses the result.
+        UnwritableError: an operator has no ONNX counterpart (named).
+        ExportError: torch cannot export the lowered graph, or the checker refuses the result.
     """
     copy_outputs(graph_module)
     packed = narrow_weights(graph_module)
@@ -125,9 +130,14 @@ def _translate(
         with warnings.catch_warnings(), torch.no_grad(), quiet_torch():
             warnings.simplefilter("ignore")
             exported = torch.export.export(graph_module, inputs, dynamic_shapes=dynamic_shapes, strict=False)
-            program = torch.onnx.export(exported, (), dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
-                                        custom_translation_table=translation_table(),
-                                        input_names=list(input_names), output_names=list(output_names))
+            try:
+                program = torch.onnx.export(exported, (), dynamo=True, opset_version=OPSET, optimize=False,
+                                            verbose=False, custom_translation_table=translation_table(),
+                                            input_names=list(input_names), output_names=list(output_names))
+            except Exception as error:
+                raise UnwritableError(f"the model computes what cannot be written as ONNX: {_reason(error)}") from error
+    except UnwritableError:
+        raise
     except Exception as error:
         raise ExportError(f"cannot write the graph as ONNX: {_reason(error)}") from error
     assert program is not None
@@ -154,4 +164,4 @@ def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:400]

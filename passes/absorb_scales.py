@@ -23,7 +23,16 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from repquant_fx.naming import beside, site_operand
-from repquant_fx.passes.base import Pass, aten, attribute, is_constant, module_path, replace_constant, shape_of
+from repquant_fx.passes.base import (
+    Pass,
+    aten,
+    attribute,
+    is_constant,
+    is_float32,
+    module_path,
+    replace_constant,
+    shape_of,
+)
 from repquant_fx.passes.channel_flow import FIXED, ChannelFlow, is_empty, leads_to_softmax
 from repquant_fx.passes.match_sites import Plan
 from repquant_fx.passes.operators import NORMS
@@ -152,7 +161,7 @@ def _without_batch(pattern: Tensor, value: Node) -> Tensor | None:
 
 
 def _is_source(node: Node) -> bool:
-    if node.op != "call_function" or not node.args:
+    if node.op != "call_function" or not node.args or not is_float32(node):
         return False
     if node.target in NORMS:
         return len(node.args[1]) == 1 and len(node.args) > 2 and is_constant(node.args[2])  # type: ignore[arg-type]

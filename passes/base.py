@@ -231,6 +231,13 @@ def attribute(graph_module: GraphModule, node: Node) -> Tensor:
     return owner
 
 
+def is_float32(node: Node) -> bool:
+    """Whether what a node gives is float32, all of it."""
+    value = node.meta.get("val")
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return all(isinstance(each, Tensor) and each.dtype == torch.float32 for each in values)
+
+
 def is_constant(node: object) -> bool:
     """Whether an argument is a parameter or buffer."""
     return isinstance(node, Node) and node.op == "get_attr"

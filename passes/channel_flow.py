@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from repquant_fx.passes.base import aten, attribute, is_tensor, module_path, shape_of
+from repquant_fx.passes.base import aten, attribute, is_float32, is_tensor, module_path, shape_of
 from repquant_fx.passes.operators import LAYOUT
 from repquant_fx.torch_private import size_hint
 
@@ -205,7 +205,8 @@ class ChannelFlow:
 
     def _visit(self, node: Node, carriers: list[Node]) -> None:
         result, shifted = None, False
-        if node.op == "call_function" and not is_empty(node):
+        # constants in another precision are no weights that could take a factor
+        if node.op == "call_function" and not is_empty(node) and is_float32(node):
             try:
                 result, shifted = self._through(node)
             except _Unknown:
@@ -230,7 +231,7 @@ class ChannelFlow:
         if target in MOVES:
             return self._move(node), True
         if target in CASTS:
-            return (self._only(node) if node.meta["val"].is_floating_point() else None), True
+            return self._only(node), True
         if target in (aten.pad.default, aten.constant_pad_nd.default):
             return self._pad(node), True
         if target in (aten.index.Tensor, aten.index_select.default):

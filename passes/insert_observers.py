@@ -7,7 +7,7 @@ import math
 from torch.fx import GraphModule
 
 from repquant_fx.naming import Names, attribute_name, unique
-from repquant_fx.passes.base import Pass, copy_meta
+from repquant_fx.passes.base import Pass, copy_meta, module_path
 from repquant_fx.passes.channel_flow import hinted
 from repquant_fx.passes.match_sites import Group, Plan, Site
 from repquant_fx.passes.slots import mark
@@ -17,7 +17,7 @@ from repquant_fx.quantizers.observers import Observer
 CHANNEL_SAMPLE = 4096  # tokens kept per norm group
 TENSOR_SAMPLE = 1 << 17  # values kept per per-tensor site
 WHOLE_ELEMENTS = 1 << 19  # attention probabilities kept per site, to calibrate their scale by the product's output
-# the submodule that holds observers, then quantizers; numbered where the model has one of this name
+# the submodule that holds observers, then quantizers; numbered where the model calls a module so, even an empty one
 SLOTS = "quantizers"
 
 
@@ -34,7 +34,8 @@ class InsertObservers(Pass):
     def run(self, graph_module: GraphModule) -> bool:
         if not self.plan.groups:
             return False
-        slots, names = unique(SLOTS, lambda name: hasattr(graph_module, name)), Names()
+        called = {module_path(node).partition(".")[0] for node in graph_module.graph.nodes}
+        slots, names = unique(SLOTS, lambda name: hasattr(graph_module, name) or name in called), Names()
         order = {node: index for index, node in enumerate(graph_module.graph.nodes)}
         for group in self.plan.groups:
             for site in group.sites:

@@ -150,7 +150,8 @@ class MatchSites(Pass[Plan]):
         channels = torch.arange(1, size + 1, dtype=torch.int32)
         flow = ChannelFlow(graph_module, {norm: channels}, affine=True)
         readers = [r for r in flow.readers if r.node.target is aten.linear.default and is_constant(r.node.args[1])
-                   and r.node.args[0] is r.value and r.columns is not None and torch.equal(r.columns, channels)]
+                   and r.node.args[0] is r.value and r.columns is not None and torch.equal(r.columns, channels)
+                   and not is_empty(r.node)]
         plans = {r.node: self.recipe.layer(module_path(r.node)) for r in readers}
         readers = [r for r in readers if not plans[r.node].skip]
         if not readers:

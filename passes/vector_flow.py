@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from repquant_fx.passes.base import aten, attribute, is_constant, is_tensor, module_path, shape_of
+from repquant_fx.passes.base import aten, attribute, is_constant, is_float32, is_tensor, module_path, shape_of
 from repquant_fx.passes.channel_flow import (
     CASTS,
     MATMULS,
@@ -133,7 +133,7 @@ class VectorFlow:
     def _visit(self, node: Node) -> None:
         carriers = [p for p in node.all_input_nodes if p in self._values]
         handled = False
-        if node.op == "call_function" and carriers:
+        if node.op == "call_function" and carriers and is_float32(node):
             try:
                 handled = self._through(node)
             except _Stop:
@@ -151,13 +151,13 @@ class VectorFlow:
             if (
                 self.head_size is None
                 and isinstance(value, Tensor)
-                and value.is_floating_point()
+                and value.dtype == torch.float32
                 and value.ndim
                 and value.shape[-1] > 1
                 and not all(_is_weight_of(user, node) for user in node.users)
             ):
                 self._values[node] = self._vectors(list(value.shape), -1, [self._new(value.shape[-1], node, 0)])
-        elif node.op == "call_function" and is_tensor(node) and node.meta["val"].is_floating_point():
+        elif node.op == "call_function" and is_float32(node):
             axis = self._written_axis(node)
             if axis is None:
                 return
@@ -199,7 +199,7 @@ class VectorFlow:
         if target in MOVES:
             return self._move(node)
         if target in CASTS:
-            return node.meta["val"].is_floating_point() and self._keep(node, self._value(node.args[0]))
+            return self._keep(node, self._value(node.args[0]))
         if target in (aten.pad.default, aten.constant_pad_nd.default):
             return self._pad(node)
         if target in (aten.index.Tensor, aten.index_select.default):

@@ -29,6 +29,8 @@ from repquant_fx.errors import CaptureError, RepQuantWarning
 from repquant_fx.frontends.attention import VisibleAttention, decomposed
 from repquant_fx.torch_private import pytree, suggested_shapes
 
+_TYPES = {torch.float64, torch.float32, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
+          torch.bool}
 AXES = "dynamic_axes"  # in the meta of an input: axis to name
 
 
@@ -105,7 +107,7 @@ def capture(
         node.meta[AXES] = dict(named)
     try:
         with torch.no_grad(), VisibleAttention():
-            result = reference(*args, **kwargs)
+            result = reference(*(a.clone() for a in args), **{k: a.clone() for k, a in kwargs.items()})
     except Exception as error:
         raise CaptureError(
             f"the model does not run on its example inputs: {_first_line(error)}{_user_line(error)}"
@@ -115,6 +117,8 @@ def capture(
         kept = _select(labels, outputs)
         _keep_outputs(graph_module, kept)
         expected, labels = [expected[i] for i in kept], [labels[i] for i in kept]
+    _check_types(dict(zip(names, inputs)), "input")
+    _check_types(dict(zip(labels, expected)), "output")
     difference = _check_equal(graph_module, inputs, expected)
     return Captured(graph_module, names, labels, difference, any(0 in named for named in axes))
 
@@ -241,7 +245,7 @@ def _export_once(
     """Export; once more with the bounds that torch asks for, such as the number of positions that are embedded."""
     for last in (False, True):
         try:
-            with warnings.catch_warnings(), torch.no_grad(), quiet_torch():
+            with warnings.catch_warnings(), torch.no_grad(), quiet_torch(), _layers_in_parts():
                 warnings.simplefilter("ignore")
                 return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:
@@ -273,6 +277,19 @@ def quiet_torch() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _layers_in_parts() -> Iterator[None]:
+    """Keep torch's own encoder layer from running as the one operator that it has for inference: nothing in it could be
+    quantized.
+    """
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _per_parameter(module: nn.Module, names: Sequence[str], shapes: Sequence[Mapping[int, Any]]) -> object:
@@ -329,6 +346,9 @@ def _keep_nothing_but_the_graph(graph_module: GraphModule, order: Sequence[str] 
     graph = graph_module.graph
     for node in list(graph.nodes):
         if node.op == "call_module" and "guard" in str(node.target):
+            graph.erase_node(node)
+        elif node.target is torch.ops.aten.copy_.default and cast(Node, node.args[0]).op == "placeholder":
+            node.replace_all_uses_with(cast(Node, node.args[1]))  # a file writes into no input
             graph.erase_node(node)
         elif node.op == "output":
             kept = [
@@ -395,6 +415,18 @@ def _check_names(program: torch.export.ExportedProgram) -> None:
                 f"{name} is called by the Python keyword {part!r}, for which torch.fx writes code that is none; rename "
                 "it"
             )
+
+
+def _check_types(tensors: Mapping[str, Tensor], what: str) -> None:
+    """
+    Raises:
+        CaptureError: an input or output has a type that no array in Python has.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _TYPES:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise CaptureError(f"the {what} {name} is {kind}, which ONNX Runtime neither takes nor gives; convert it in "
+                               "the model, to float32 for example")
 
 
 def _select(labels: Sequence[str], wanted: Sequence[str]) -> list[int]:

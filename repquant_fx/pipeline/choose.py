@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from repquant_fx.distributed import World
-from repquant_fx.errors import PassError
-from repquant_fx.passes.base import attribute, module_path
+from repquant_fx.passes.base import attribute, is_constant, module_path
 from repquant_fx.passes.insert_observers import WHOLE_ELEMENTS
 from repquant_fx.passes.match_sites import Group, Site
-from repquant_fx.passes.slots import observer
+from repquant_fx.passes.slots import observer, slot_module
 from repquant_fx.pipeline.second_moments import SecondMoments
 from repquant_fx.quantizers.activation import (
+    STEPS,
     norm_quantizer,
     softmax_quantizer,
     softmax_quantizer_by_percentile,
@@ -27,7 +27,13 @@ from repquant_fx.quantizers.activation import (
 from repquant_fx.quantizers.correction import fit
 from repquant_fx.quantizers.gptq import QuantizedWeight, output_error
 from repquant_fx.quantizers.observers import LogQuantizer, Observer, UniformQuantizer
-from repquant_fx.quantizers.weight import ChosenWeight, corrected_bias, round_weight, with_ordinary_scales
+from repquant_fx.quantizers.weight import (
+    ChosenWeight,
+    corrected_bias,
+    round_weight,
+    with_ordinary_scales,
+    with_room_for_bias,
+)
 from repquant_fx.recipe import Recipe
 from repquant_fx.statistics import rounding
 
@@ -44,7 +50,7 @@ def choose_quantizers(
         bits: by site name, where others than those matched are wanted.
 
     Raises:
-        PassError: a slot holds no observer, it has seen no data, or all probabilities of a Softmax are zero.
+        PassError: a slot holds no observer, or it has seen no data.
     """
     bits = {site.name: site.bits for site in group.sites} | dict(bits or {})
     observers = {site.name: observer(graph_module, site) for site in group.sites}
@@ -82,8 +88,8 @@ def _choose_softmax(site: Site, bits: int, recipe: Recipe, observed: Observer, o
     """
     sample = observed.sample()[0]
     largest = float(sample.max())
-    if not largest > 0:
-        raise PassError(f"{site.name} is zero on all calibration data")
+    if not largest > 0:  # any scale will do: zero has a code of its own
+        return LogQuantizer(1.0, bits, STEPS[recipe.softmax][0])
     if recipe.softmax_scale == "percentile":
         return softmax_quantizer_by_percentile(sample, bits, recipe.softmax)
     probabilities, values = observed.whole(), other.whole()
@@ -189,12 +195,13 @@ def _finished(
     moments of it.
     """
     quantized, bias, errors = QuantizedWeight(found["codes"], found["scale"]), None, None
+    argument = consumer.args[2] if len(consumer.args) > 2 else None
+    old_bias = attribute(graph_module, argument) if is_constant(argument) else None  # type: ignore[arg-type]
     if site.name in moments.halves:
         first, second = moments.halves[site.name]
-        old_bias = consumer.args[2] if len(consumer.args) > 2 else None
         bias = corrected_bias(
             as_matrix(graph_module, consumer),
-            attribute(graph_module, old_bias) if isinstance(old_bias, Node) else None,
+            old_bias,
             quantized,
             first + second,
             site.consumers.index(consumer),
@@ -202,6 +209,9 @@ def _finished(
     if "errors" in found:
         errors = (float(found["errors"][:, 0].sum()), float(found["errors"][:, 1].sum()))
     quantized = with_ordinary_scales(quantized)
+    kept, quantizer = old_bias if bias is None else bias, slot_module(graph_module, site)
+    if kept is not None and isinstance(quantizer, UniformQuantizer) and quantizer.axis is None:
+        quantized = with_room_for_bias(quantized, kept, float(quantizer.scale))
     shape = attribute(graph_module, consumer.args[1]).shape  # type: ignore[arg-type]
     return ChosenWeight(
         QuantizedWeight(quantized.codes.reshape(shape).contiguous(), quantized.scale.contiguous()), bias, errors

@@ -11,6 +11,7 @@ from repquant_fx.quantizers.correction import Moments
 from repquant_fx.quantizers.gptq import QuantizedWeight, gptq, output_error, round_to_nearest, weight_grid
 from repquant_fx.recipe import Recipe
 
+BIAS_ROOM = 2.0**30  # of an int32: what a bias may take, so that the product can still be added to it
 ORDINARY_SCALE = 1e-4  # of a weight that is zero: fine enough for the bias, which is all there is
 
 
@@ -80,6 +81,22 @@ def with_ordinary_scales(quantized: QuantizedWeight) -> QuantizedWeight:
     if not bool(dead.any()) or bool(dead.all()):
         return QuantizedWeight(codes, torch.where(dead, torch.full_like(scale, ORDINARY_SCALE), scale))
     return QuantizedWeight(codes, torch.where(dead, scale[~dead].median(), scale))
+
+
+def with_room_for_bias(quantized: QuantizedWeight, bias: Tensor, step: float) -> QuantizedWeight:
+    """Scales so large that the bias fits int32 in steps of its product.
+
+    A bias that the file leaves in float ONNX Runtime turns into such an int32 all the same, and it saturates. What the
+    weight loses here is less than float32 holds beside that bias.
+
+    Args:
+        bias: shape (out,).
+        step: scale of the layer's input.
+    """
+    codes, scale = quantized.codes, quantized.scale
+    wanted = torch.maximum(scale, (bias.abs().double() / step / BIAS_ROOM).float())
+    shrunk = torch.round(codes * (scale / wanted).reshape(-1, *[1] * (codes.ndim - 1)))
+    return QuantizedWeight(shrunk.to(codes.dtype), wanted)
 
 
 def needs_symmetric(bits: int) -> bool:

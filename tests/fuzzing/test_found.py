@@ -133,3 +133,104 @@ def test_a_convolution_without_a_batch(layer: nn.Module, shape: tuple[int, ...])
     x = torch.randn(shape)
     result = compile(layer, [(x,)], example_inputs=[x])
     assert result.parity is not None and len(result.report["layers"]) == 1
+
+
+class Attention(nn.Module):
+    """Without a tensor of its own: the graph has no module of its name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(x @ x.transpose(-2, -1), -1) @ x
+
+
+def test_a_module_without_tensors_that_is_called_as_the_slots_are() -> None:
+    model = nn.Sequential()
+    model.add_module("fc", nn.Linear(4, 4))
+    model.add_module("quantizers", Attention())
+    assert compiled(model, shape=(3, 4)).parity
+
+
+def test_layers_in_double_precision_absorb_nothing() -> None:
+    """Beside layers that do."""
+
+    def use(m: nn.Module, x: Tensor) -> Any:
+        first, second = (layer.weight.double() for layer in m.extra)
+        y = nn.functional.linear(torch.relu(nn.functional.linear(x.double(), first)), second)
+        return m.extra[0](torch.relu(m.fc(x))), y
+
+    report = compiled(Around(use, nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]))).report
+    assert [entry["path"] for entry in report["layers"]] == ["fc", "extra.0"]
+
+
+def test_a_scale_of_more_axes_is_not_folded() -> None:
+    """Into the Linear before it: its output would lose them."""
+
+    def use(m: nn.Module, x: Tensor) -> Any:
+        linear, norm = m.extra
+        return linear(norm(m.fc(x) + m.table[0] * linear(norm(m.fc(x)))))
+
+    model = Around(use, nn.ModuleList([nn.Linear(4, 4), nn.LayerNorm(4)]))
+    model.table = nn.Parameter(torch.rand(1, 1, 1, 1, 4) + 0.5)
+    result = compiled(model, Recipe(rotate=("residual", "heads")), (3, 4))
+    assert result.parity and result.graph_module(torch.randn(2, 3, 4)).shape == (1, 2, 3, 4)
+
+
+def test_probabilities_that_are_all_zero() -> None:
+    """What is cut out of a Softmax may be."""
+    offset = torch.tensor([0.0, 0.0, 1e4, 0.0])
+    assert compiled(Around(lambda m, x: torch.softmax(m.fc(x) + offset, -1)[..., :2] @ x[:, :2]), shape=(3, 4)).parity
+
+
+def test_the_encoder_layer_of_torch_is_quantized_in_its_parts() -> None:
+    """For inference torch runs it as one operator, which has no counterpart in ONNX."""
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    report = compiled(layer, shape=(3, 4)).report
+    assert [entry["operator"] for entry in report["layers"]].count("linear") == 4
+    assert [entry["operator"] for entry in report["layers"]].count("matmul") == 2
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_what_has_no_counterpart_in_onnx_is_refused() -> None:
+    with pytest.raises(InputError, match="cannot be written as ONNX.*bessel_j0"):
+        compiled(Around(lambda m, x: torch.special.bessel_j0(m.fc(x))))
+
+
+def test_a_layer_of_no_channels_behind_a_norm() -> None:
+    layers = nn.ModuleList([nn.LayerNorm(4), nn.Linear(4, 0), nn.Linear(4, 2)])
+
+    def use(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.extra[0](m.fc(x))
+        return torch.cat([m.extra[1](y), m.extra[2](y)], -1)
+
+    report = compiled(Around(use, layers)).report
+    assert [entry["path"] for entry in report["layers"]] == ["fc", "extra.2"]
+
+
+@pytest.mark.parametrize("write", [lambda x: x.add_(1), lambda x: x[..., :1].mul_(2)], ids=["all of it", "a part"])
+def test_a_model_that_writes_into_its_input(write: Callable[[Tensor], Any]) -> None:
+    """Its file does not, nor does compiling it change what is given."""
+    model = Around(lambda m, x: (write(x), m.fc(x))[1]).eval()
+    x = torch.randn(8, 4)
+    given, batch = x[:2].clone(), x.clone()
+    result = compile(model, [batch], example_inputs=[given])
+    assert torch.equal(given, x[:2]) and torch.equal(batch, x)
+    expected = result.graph_module(batch)
+    assert torch.equal(batch, x) and torch.allclose(expected, model(batch), atol=0.1)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.complex64])
+def test_an_output_of_a_type_that_no_array_has_is_refused(kind: torch.dtype) -> None:
+    with pytest.raises(InputError, match=rf"output output_1 is {str(kind)[6:]}"):
+        compiled(Around(lambda m, x: (m.fc(x), m.fc(x).to(kind))))
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-20])
+def test_a_bias_far_above_the_steps_of_its_product(value: float) -> None:
+    """Activations that are constant on the calibration data, or a weight of tiny numbers: ONNX Runtime makes an int32 of
+    a bias in float, too, and lets it saturate.
+    """
+    x = torch.full((8, 4), value)
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    assert compile(model, [x], example_inputs=[x[:2]]).parity
+    with torch.no_grad():
+        model[0].weight.mul_(1e-20)
+    assert compiled(model).parity
