@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from repquant_fx.distributed import World
-from repquant_fx.errors import PassError
+from repquant_fx.errors import CalibrationError
 from repquant_fx.passes.base import attribute, module_path
 from repquant_fx.passes.insert_observers import WHOLE_ELEMENTS
 from repquant_fx.passes.match_sites import Group, Site
@@ -44,7 +44,8 @@ def choose_quantizers(
         bits: by site name, where others than those matched are wanted.
 
     Raises:
-        PassError: a slot holds no observer, it has seen no data, or all probabilities of a Softmax are zero.
+        PassError: a slot holds no observer, or it has seen no data.
+        CalibrationError: all probabilities of a Softmax are zero, or no numbers.
     """
     bits = {site.name: site.bits for site in group.sites} | dict(bits or {})
     observers = {site.name: observer(graph_module, site) for site in group.sites}
@@ -83,7 +84,9 @@ def _choose_softmax(site: Site, bits: int, recipe: Recipe, observed: Observer, o
     sample = observed.sample()[0]
     largest = float(sample.max())
     if not largest > 0:
-        raise PassError(f"{site.name} is zero on all calibration data")
+        raise CalibrationError(
+            f"{site.name} is zero, or no number, on all calibration data; check the data and the weights"
+        )
     if recipe.softmax_scale == "percentile":
         return softmax_quantizer_by_percentile(sample, bits, recipe.softmax)
     probabilities, values = observed.whole(), other.whole()

@@ -384,7 +384,7 @@ def test_a_tokenizer_is_read_under_the_guard(folder: Path, monkeypatch: pytest.M
     from repquant_fx.frontends.tokenizer import load_tokenizer
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: os.system("touch ran"))
-    with pytest.raises(InputError, match="loading the tokenizer of .* it tried to start a process"):
+    with pytest.raises(InputError, match=r"loading the tokenizer of .* it tried to start a process"):
         load_tokenizer(folder)
 
 
