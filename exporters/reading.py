@@ -23,7 +23,9 @@ from repquant_fx.security.escape import printable
 
 _MOST_BYTES = (1 << 31) - 1  # of a file of protobuf
 _MOST_FIELDS = 4_000_000  # strings and messages outside of tensors; a vision transformer has some thousands
-_MOST_NODES, _MOST_COPIED = 1_000_000, 1 << 28  # that calls expand to, and their bytes; our functions have 20 nodes
+# What calls expand to, and its bytes. Our functions have 20 nodes each, one for each Softmax; ONNX Runtime takes 10 s
+# for 16,000 nodes and eight times as long for four times as many.
+_MOST_NODES, _MOST_COPIED = 20_000, 1 << 28
 _DEEPEST_CALLS = 32
 _LONGEST_NAME = 10_000
 # Of each kind of message the fields, by number, that are messages with many fields in them.
@@ -231,13 +233,13 @@ class _Screen:
                                  f"{_LONGEST_NAME} characters")
 
     def _expanded(self, nodes: Iterable[onnx.NodeProto], callers: tuple[tuple[str, str], ...]) -> tuple[int, int, int]:
-        """How many nodes these become when every call is replaced by what it calls, how many bytes that copies, and how
-        many levels of calls there are."""
+        """How many nodes calls become when each is replaced by what it calls, how many bytes that copies, and how many
+        levels of calls there are."""
         total = copied = levels = 0
         for node in nodes:
             called = _operator(node.domain, node.op_type)
             if called not in self.functions:
-                total, copied = total + 1, copied + (node.ByteSize() if callers else 0)
+                total, copied = total + bool(callers), copied + (node.ByteSize() if callers else 0)
                 continue
             if called in callers:
                 raise ModelFileError(f"{self.source}: the function {called[1]!r} calls itself")

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from repquant_fx.errors import InputError
 from repquant_fx.passes.base import aten, attribute, is_float32, is_tensor, module_path, shape_of
 from repquant_fx.passes.operators import LAYOUT
 from repquant_fx.torch_private import size_hint
@@ -209,6 +210,8 @@ class ChannelFlow:
         if node.op == "call_function" and not is_empty(node) and is_float32(node):
             try:
                 result, shifted = self._through(node)
+                if isinstance(result, Tensor):
+                    hinted(node)  # labels are read at the example sizes
             except _Unknown:
                 result = None
         if result is _ABSORBED:
@@ -379,8 +382,13 @@ class ChannelFlow:
         return labels
 
 
-class _Unknown(Exception):
+class _Unknown(InputError):
     """A size or value that is not known at compile time."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "a size of the graph depends on values; give a model whose shapes follow from its inputs' shapes"
+        )
 
 
 _ABSORBED = object()  # the factors of both operands cancel

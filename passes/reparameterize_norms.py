@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from repquant_fx.errors import PassError
+from repquant_fx.errors import CalibrationError
 from repquant_fx.naming import beside
 from repquant_fx.passes.base import Made, Pass, aten, attribute, constant_node, copy_meta, replace_constant
 from repquant_fx.passes.match_sites import Group, Site
@@ -138,5 +138,7 @@ def _optional(graph_module: GraphModule, node: Node, index: int) -> Tensor | Non
 
 def _check(node: Node, *tensors: Tensor) -> None:
     if not all(bool(torch.isfinite(t.float()).all()) for t in tensors):
-        raise PassError(f"reparameterizing {node.name} gives values that are not finite in float32; "
-                        "its activations span too wide a range: exclude it in the recipe or check the calibration data")
+        raise CalibrationError(
+            f"reparameterizing {node.name} gives values that are not finite in float32; its activations span too wide "
+            "a range: exclude it in the recipe or check the calibration data"
+        )

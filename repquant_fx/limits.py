@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Graph
 
 from repquant_fx.errors import InputError
-from repquant_fx.torch_private import TorchDispatchMode, watched_registration
+from repquant_fx.torch_private import TorchDispatchMode, pytree, size_hint, watched_registration
 
 _MOST_MODULES = 30_000  # the largest public transformers have a few thousand
 _SPARE = 1 << 24  # elements that a model may have beyond its files: new heads, tables, tied weights under two names
@@ -74,6 +75,24 @@ def check_size(shape: Iterable[int], what: str, itemsize: int = 4) -> None:
         raise InputError(
             f"{what} of shape {_short(shape)} takes {readable(size)}, and this machine has {readable(memory())}"
         )
+
+
+def check_results(graph: Graph, what: str) -> None:
+    """Refuse a graph with a result that this machine cannot hold, before it runs.
+
+    Args:
+        graph: exported; its nodes know their results on the example inputs.
+        what: for the message.
+
+    Raises:
+        InputError: see `check_size`.
+    """
+    for node in graph.nodes:
+        for value in pytree.tree_leaves(node.meta.get("val")):
+            sizes = [size_hint(size) for size in value.shape] if isinstance(value, Tensor) else []
+            known = [size for size in sizes if size is not None]
+            if sizes and len(known) == len(sizes):
+                check_size(known, f"{what}: a result of {node.target}", value.element_size())
 
 
 @contextmanager

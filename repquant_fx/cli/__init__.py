@@ -123,6 +123,8 @@ def _explained(error: BaseException) -> tuple[str, str, int]:
             "",
             2,
         )
+    if type(error).__name__ == "GuardOnDataDependentSymNode":  # of torch, which is not imported for its sake
+        return "error: a size of the model depends on values; its shapes must follow from its inputs' shapes", "", 2
     return f"internal error: {type(error).__name__}: {error}", REPORT, 1
 
 

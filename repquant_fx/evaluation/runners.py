@@ -18,6 +18,7 @@ from repquant_fx.calibration.images import shape_text
 from repquant_fx.calibration.inputs import InputSpec
 from repquant_fx.errors import InputError, RepQuantError, first_line
 from repquant_fx.exporters.reading import read_onnx
+from repquant_fx.security.guard import guarded
 from repquant_fx.torch_private import pytree
 
 Call: TypeAlias = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -155,7 +156,8 @@ def _onnx_runner(path: str, threads: int | None) -> Runner:
 
     file = read_onnx(path)
     preprocessing = file.metadata.preprocessing()
-    found = session(file.data, threads=threads)
+    with guarded(f"reading {path}"):
+        found = session(file.data, threads=threads)
     unknown = [f"{i.name} {i.type}" for i in found.get_inputs() if i.type not in _ONNX_TYPES]
     if unknown:
         raise InputError(f"evaluate cannot feed inputs of {path}: {', '.join(unknown)}")
@@ -169,7 +171,8 @@ def _onnx_runner(path: str, threads: int | None) -> Runner:
 
     def call(feed: dict[str, Tensor]) -> dict[str, Tensor]:
         try:
-            return dict(zip(names, run(found, feed)))
+            with guarded(f"running {path}"):
+                return dict(zip(names, run(found, feed)))
         except Exception as error:
             raise InputError(f"{path} fails under ONNX Runtime: {first_line(error)}") from error
 

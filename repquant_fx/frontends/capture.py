@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 
+from repquant_fx import limits
 from repquant_fx.errors import CaptureError, RepQuantWarning
 from repquant_fx.frontends.attention import VisibleAttention, decomposed
 from repquant_fx.torch_private import pytree, suggested_shapes
@@ -75,6 +76,7 @@ def capture(
     Raises:
         CaptureError: control flow that depends on values, unsupported inputs, an unknown output, or a graph that does
             not equal the model.
+        InputError: a result on the way that this machine cannot hold.
     """
     inputs = tuple(example_inputs)
     reference: nn.Module
@@ -88,6 +90,7 @@ def capture(
         reference = module.eval()
         args, kwargs = (inputs, {}) if input_names is None else ((), dict(zip(input_names, inputs, strict=True)))
         program, axes = _export(reference, args, kwargs, _wanted_axes(inputs, dynamic_axes, dynamic_batch))
+        limits.check_results(program.graph, "the model")  # nothing has computed yet
     _check_names(program)
     try:
         unlifted = decomposed(program)

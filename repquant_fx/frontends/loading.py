@@ -403,7 +403,7 @@ def _from_weights(weights: dict[str, Tensor], arch: str | None, where: str, inpu
         weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
     check_finite(weights.items(), (), where)
     # a misfit is known before memory is taken
-    if (skeleton := architectures.skeleton(named) if named.options else None) is not None:
+    if (skeleton := architectures.skeleton(named)) is not None:
         _check_fit(skeleton.state_dict(), weights, f"the weights of {where} do not fit {named}")
     module = architectures.build(named)
     _check_fit(module.state_dict(), weights, f"the weights of {where} do not fit {named}")

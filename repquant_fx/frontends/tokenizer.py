@@ -11,6 +11,7 @@ from repquant_fx.frontends.directory import ModelDirectory, find_files, staged
 from repquant_fx.frontends.offline import library, quiet_offline
 from repquant_fx.frontends.screening import screen
 from repquant_fx.frontends.tokenizer_growth import check_growth
+from repquant_fx.security.guard import guarded
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 # What the tokenizers of transformers look for beside these, in a folder that may hold much else.
@@ -57,7 +58,7 @@ def load_tokenizer(folder: Path | ModelDirectory) -> Any:
         )
     files = find_files(folder)
     try:
-        with staged(_screened(files)) as private, quiet_offline():
+        with guarded(f"loading the tokenizer of {files.path}"), staged(_screened(files)) as private, quiet_offline():
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 private, local_files_only=True, trust_remote_code=False
             )

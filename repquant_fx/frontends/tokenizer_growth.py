@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from repquant_fx.errors import InputError, first_line, is_failure
 _MOST_GROWTH = 1000  # times as long; composed characters alone make 18 of one
 _MOST_STEPS, _MOST_LETTERS, _MOST_ADDED = 200, 10_000, 10_000
 _PROBE = "".join(map(chr, range(32, 127))) + "  aa  bb  the red fox, 1234567890 ...\n\tÀé ß 中文 ﷺ ① 👍🏽 "
+_OTHERS = ("vocab", "merges", "max_input_chars_per_word")
 _PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "truncation", "padding")
 
 
@@ -31,6 +33,9 @@ def check_growth(description: Any, where: str) -> None:
         _check_entries(description.get(part), f"{where}: its {part}")
     steps = list(_steps(description.get("normalizer"), "normalizers"))
     _check_normalizer(steps, f"{where}: its normalizer")
+    split = list(_steps(description.get("pre_tokenizer"), "pretokenizers"))
+    if (growth := math.prod(map(_bound, split))) > _MOST_GROWTH:
+        raise InputError(f"{where}: its pre_tokenizer makes a text {growth:g} times as long")
     times, added = 1, 0
     for step in _steps(description.get("post_processor"), "processors"):
         often, more = _template(step)
@@ -38,7 +43,10 @@ def check_growth(description: Any, where: str) -> None:
         if times > _MOST_GROWTH or added > _MOST_ADDED:
             raise InputError(f"{where}: its post_processor repeats a text {times} times and adds {added} tokens")
     model = description.get("model")
-    longest = model.get("max_input_chars_per_word") if isinstance(model, Mapping) else None
+    model = model if isinstance(model, Mapping) else {}
+    affixes = {name: value for name, value in model.items() if name not in _OTHERS}  # put before or after each piece
+    _check_entries(affixes, f"{where}: its model")
+    longest = model.get("max_input_chars_per_word")
     if isinstance(longest, int) and longest > _MOST_LETTERS:
         raise InputError(
             f"{where}: max_input_chars_per_word = {longest} takes time without end; no word has more than "
@@ -109,6 +117,8 @@ def _bound(step: Mapping[str, Any]) -> float:
         pattern = step.get("pattern")
         plain = pattern.get("String") if isinstance(pattern, Mapping) else None
         return max(1.0, len(content) / len(plain)) if isinstance(plain, str) and plain else max(1, len(content))
+    if kind == "ByteLevel":  # a letter of several bytes becomes as many letters of two bytes
+        return 2.0
     if kind == "Precompiled" and isinstance(step.get("precompiled_charsmap"), str):
         return _longest_replacement(step["precompiled_charsmap"])
     return 1.0

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from repquant_fx.distributed import World
+from repquant_fx.errors import CalibrationError
 from repquant_fx.passes.base import attribute, is_constant, module_path
 from repquant_fx.passes.insert_observers import WHOLE_ELEMENTS
 from repquant_fx.passes.match_sites import Group, Site
@@ -51,6 +53,7 @@ def choose_quantizers(
 
     Raises:
         PassError: a slot holds no observer, or it has seen no data.
+        CalibrationError: probabilities of a Softmax are no numbers.
     """
     bits = {site.name: site.bits for site in group.sites} | dict(bits or {})
     observers = {site.name: observer(graph_module, site) for site in group.sites}
@@ -88,6 +91,8 @@ def _choose_softmax(site: Site, bits: int, recipe: Recipe, observed: Observer, o
     """
     sample = observed.sample()[0]
     largest = float(sample.max())
+    if math.isnan(largest):
+        raise CalibrationError(f"{site.name} is no number on calibration data; check the data and the weights")
     if not largest > 0:  # any scale will do: zero has a code of its own
         return LogQuantizer(1.0, bits, STEPS[recipe.softmax][0])
     if recipe.softmax_scale == "percentile":

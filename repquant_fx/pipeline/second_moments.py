@@ -22,6 +22,7 @@ from repquant_fx.pipeline.runner import SegmentRunner
 from repquant_fx.pipeline.segments import Segment, between
 from repquant_fx.quantizers.correction import Moments
 from repquant_fx.recipe import Recipe
+from repquant_fx.torch_private import size_hint
 
 Halves = tuple[Moments, Moments]
 
@@ -104,8 +105,10 @@ def _compared(consumer: Node, inside: set[Node]) -> Node:
     while consumer.target is aten.linear.default and len(node.users) == 1:
         (user,) = node.users
         value = user.meta.get("val")
-        if user not in inside or not isinstance(value, Tensor) or value.ndim < 2 or value.shape[-1] != channels:
+        if user not in inside or not isinstance(value, Tensor) or value.ndim < 2:
             break
+        if any(size_hint(size) is None for size in value.shape) or value.shape[-1] != channels:
+            break  # a size that depends on values compares with nothing
         if user.target is aten.add.Tensor and all(isinstance(a, Node) for a in user.args) and not user.kwargs:
             same = all(a.meta["val"].shape == value.shape for a in user.args)  # type: ignore[union-attr]
             return user if same else consumer

@@ -174,8 +174,10 @@ def guarded(what: str, writable: Iterable[Path] = ()) -> Iterator[None]:
     guard, bytecode = _Guard(what, writable), sys.dont_write_bytecode
     confinement.bound_memory()
     sys.dont_write_bytecode = True  # a module that a library imports late would be compiled into its own folder
+    outermost = not _active  # a deadline holds for the whole of a block, whatever is guarded within
     _active.append(guard)
-    channel.tell("guarded", what=what, seconds=channel.load_seconds)
+    if outermost:
+        channel.tell("guarded", what=what, seconds=channel.load_seconds)
     try:
         yield
     except (Exception, SystemExit) as error:
@@ -186,7 +188,8 @@ def guarded(what: str, writable: Iterable[Path] = ()) -> Iterator[None]:
         raise
     finally:
         _active.remove(guard)
-        channel.tell("free")
+        if outermost:
+            channel.tell("free")
         sys.dont_write_bytecode = bytecode
     if guard.violation is not None:
         raise guard.violation

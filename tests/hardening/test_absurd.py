@@ -92,6 +92,15 @@ def test_input_shapes(shape: tuple[int, ...]) -> None:
         load_model(ARCH, input_shape=shape)
 
 
+@pytest.mark.parametrize("layer", [torch.nn.Upsample(scale_factor=1e5), torch.nn.ConstantPad2d(1 << 20, 0.0)], ids=["resized", "padded"])
+def test_results_beyond_the_memory(layer: torch.nn.Module) -> None:
+    """What a pickled layer of torch may ask for is known before anything runs."""
+    from repquant_fx.frontends.capture import capture
+
+    with pytest.raises(InputError, match=r"the model: a result of aten\.\S+ of shape .* this machine has"):
+        capture(torch.nn.Sequential(layer), (torch.ones(2, 3, 8, 8),))
+
+
 def bert(folder: Path, **changes: Any) -> Path:
     import transformers
 

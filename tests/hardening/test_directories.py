@@ -260,8 +260,16 @@ def test_nested_descriptions(folder: Path) -> None:
             load_model(folder)
 
 
+@pytest.mark.parametrize(
+    "arch",
+    [
+        "timm:vit_tiny_patch16_224,embed_dim=8192,num_heads=8,depth=2",
+        "timm:vit_giant_patch14_224",
+        "torchvision:vit_h_14",
+    ],
+)
 def test_weights_that_do_not_fit_are_known_before_memory_is_taken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import safetensors.torch
 
@@ -269,11 +277,7 @@ def test_weights_that_do_not_fit_are_known_before_memory_is_taken(
 
     monkeypatch.setattr(architectures, "build", lambda _: pytest.fail("it was built"))
     path = tmp_path / "m.safetensors"
-    path.write_bytes(
-        safetensors.torch.save(
-            {"a": torch.ones(1)}, {"arch": "timm:vit_tiny_patch16_224,embed_dim=8192,num_heads=8,depth=2"}
-        )
-    )
+    path.write_bytes(safetensors.torch.save({"a": torch.ones(1)}, {"arch": arch}))
     with pytest.raises(ModelFileError, match="do not fit"):
         load_model(path)
 
@@ -281,6 +285,7 @@ def test_weights_that_do_not_fit_are_known_before_memory_is_taken(
 # ---- tokenizers -----------------------------------------------------------------------------------------------------
 
 DOUBLE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+BYTES = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": False}
 WORD = {"type": "Split", "pattern": {"Regex": "x"}, "behavior": "Removed", "invert": False}
 
 
@@ -320,12 +325,34 @@ def charsmap(text: bytes) -> str:
             "repeats a text 2000 times",
         ),
         ({"padding": {"strategy": {"Fixed": 10**12}}}, "length"),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTES] * 60}}, "times as long"),
+        (
+            {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Sequence", "pretokenizers": [BYTES] * 8}] * 8}},
+            "times as long",
+        ),
+        (
+            {"model": {"type": "WordPiece", "vocab": {"a": 0}, "continuing_subword_prefix": "#" * 100_000}},
+            "rule of 100000 letters",
+        ),
         (
             {"model": {"type": "WordPiece", "vocab": {"a": 0}, "max_input_chars_per_word": 10**12}},
             "max_input_chars_per_word",
         ),
     ],
-    ids=["doubling", "regex", "prepend", "table", "rules", "pattern", "template", "padding", "words"],
+    ids=[
+        "doubling",
+        "regex",
+        "prepend",
+        "table",
+        "rules",
+        "pattern",
+        "template",
+        "padding",
+        "bytes",
+        "nested bytes",
+        "prefix",
+        "words",
+    ],
 )
 def test_tokenizers_that_multiply(changes: dict[str, Any], message: str, folder: Path) -> None:
     edit(folder / "tokenizer.json", **changes)
@@ -350,6 +377,15 @@ def test_a_tokenizer_that_panics(tmp_path: Path) -> None:
         tokenize(panics, ["a"])
     with pytest.raises(CalibrationError, match="the tokenizer fails"):
         encode(tmp_path / "t.txt", Tokenization(panics, 4, False), 4, 0)
+
+
+def test_a_tokenizer_is_read_under_the_guard(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of a directory beside an ONNX file, or of --tokenizer, too."""
+    from repquant_fx.frontends.tokenizer import load_tokenizer
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: os.system("touch ran"))
+    with pytest.raises(InputError, match=r"loading the tokenizer of .* it tried to start a process"):
+        load_tokenizer(folder)
 
 
 @pytest.mark.parametrize("kind", ["BertTokenizerFast", "T5TokenizerFast"])

@@ -30,7 +30,7 @@ from helpers import (
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from repquant_fx.errors import PassError
+from repquant_fx.errors import CalibrationError
 from repquant_fx.parity import sqnr
 from repquant_fx.passes.base import run_passes
 from repquant_fx.passes.match_sites import Group
@@ -230,7 +230,7 @@ def test_values_that_are_not_finite_are_an_error() -> None:
     scale[0] = 1e43  # fits float64 only, and so does the other channels' share of the mean
     quantizer = UniformQuantizer(scale, torch.zeros(8), 4)
     install(graph_module, group.sites[0], quantizer)
-    with pytest.raises(PassError, match="not finite in float32"):
+    with pytest.raises(CalibrationError, match="not finite in float32"):
         run_passes(graph_module, [ReparameterizeNorms(group)])
 
 

@@ -178,3 +178,13 @@ def test_an_installed_module_may_do_what_it_likes_while_it_is_imported(place: Pa
     assert (place / "made").is_dir()
     with pytest.raises(ModelFileError, match=r"os\.mkdir 'later'"), guarded("loading m.pt"):
         module.later()
+
+
+def test_a_deadline_holds_for_the_outermost_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[str, object]] = []
+    monkeypatch.setattr(guard.channel, "tell", lambda event, **fields: told.append((event, fields.get("what"))))
+    with guarded("loading m.pt"):
+        with guarded("loading its tokenizer"):
+            pass
+        assert told == [("guarded", "loading m.pt")]
+    assert told == [("guarded", "loading m.pt"), ("free", None)]
