@@ -144,8 +144,8 @@ def _grid(site: Mapping[str, Any]) -> str:
     kind = site.get("quantizer", "none")
     if kind == "none":
         return "float"
-    steps = site.get("codes_an_octave")
-    return kind if steps is None else f"log2, {steps} code{'s' * (steps > 1)} an octave"
+    steps = site.get("codes_per_octave")
+    return kind if steps is None else f"log2, {steps} code{'s' * (steps > 1)} per octave"
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

@@ -1,11 +1,10 @@
-"""Where per-channel factors and shifts go: one dataflow analysis for every affine that a graph's constants could
-absorb.
+"""Where per-channel factors and shifts go: one dataflow analysis for every affine map that a graph's constants could
+take in.
 
 Each element of an activation carries a *label*: the channel of the source (a norm, a Linear) whose factor it has.
-    Operators that
-only move elements are run on the labels themselves; the few others that commute with a factor have a rule each. What
-reads a labelled value and has no rule is a *reader*: a Linear can undo the factor in its columns, anything else forbids
-    it.
+Operators that only move elements are run on the labels themselves; the few others that commute with a factor have a
+rule each. What reads a labelled value and has no rule is a *reader*: a Linear can undo the factor in its columns,
+anything else forbids it.
 
 `x -> x / factor` passes more operators than `x -> (x - shift) / factor` does. Norms are rewritten with both, so for
 them an operator that carries the factor alone is a reader like any other (`affine=True`).
@@ -210,7 +209,7 @@ class ChannelFlow:
                 result, shifted = self._through(node)
             except _Unknown:
                 result = None
-        if result is _ABSORBED:
+        if result is _CANCELLED:
             return
         shifted = shifted and all(p in self._shifted for p in carriers)
         if result is None or (self.affine and not shifted):
@@ -358,7 +357,7 @@ class ChannelFlow:
         left, right = torch.broadcast_tensors(left, right)
         self.ties.tie_all(left, right, -1)
         self.products.append(Product(node, left, right, shifted and not self._padded(node.args[1])))
-        return _ABSORBED
+        return _CANCELLED
 
     def _padded(self, node: Any) -> bool:
         """Whether zeros put in are among a value's elements.
@@ -382,7 +381,7 @@ class _Unknown(Exception):
     """A size or value that is not known at compile time."""
 
 
-_ABSORBED = object()  # the factors of both operands cancel
+_CANCELLED = object()  # the factors of both operands cancel
 
 
 def _pattern(labels: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def check_size(shape: Iterable[int], what: str, itemsize: int = 4) -> None:
     Args:
         shape: of the tensor.
         what: for the message.
-        itemsize: bytes an element.
+        itemsize: bytes per element.
 
     Raises:
         InputError: it is larger than the memory, or a size is negative.

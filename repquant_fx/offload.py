@@ -18,7 +18,7 @@ Values = dict[Node, Any]
 
 
 class Cuts(Sequence[Values]):
-    """One set of values a batch, kept in memory."""
+    """One set of values per batch, kept in memory."""
 
     def __init__(self, values: Sequence[Values]) -> None:
         self._values = list(values)
@@ -47,7 +47,7 @@ class _View:
 
 
 class OffloadedCuts(Cuts):
-    """One set of values a batch, in a temporary file without a name: nothing is left of it, however the process ends.
+    """One set of values per batch, in a temporary file without a name: nothing is left of it, however the process ends.
 
     Whole storages are written and read back, so that a tensor returns with its strides and the same kernels run on it.
     What the caller holds anyway (the batches given) stays in memory.

@@ -1,7 +1,7 @@
 """What the HTML report draws, summarised while the data are at hand: no raw sample is kept.
 
 Collected only when asked for, at the moment a group is calibrated, from the samples that calibrated it. An activation
-with channels gives quantiles and a histogram a channel for at most `CHANNELS` channels, any other one a histogram, and
+with channels gives quantiles and a histogram per channel for at most `CHANNELS` channels, any other a histogram, and
 a weight the errors of its rounding.
 """
 
@@ -52,7 +52,7 @@ class Statistics:
 
         Args:
             observers, quantizers: by site name; sites without an observer are left out.
-            reparameterized: whether per-channel quantizers become one a tensor afterwards.
+            reparameterized: whether per-channel quantizers become one per tensor afterwards.
         """
         sites = [site for site in sites if site.name in observers]
         norms = [site for site in sites if site.role == "norm"]

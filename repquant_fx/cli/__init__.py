@@ -36,7 +36,7 @@ COMMANDS = {
 EXIT_CODES = (
     "exit codes: 0 done; 1 internal error, a bug; 2 bad input: one message, nothing written; 3 the exported file "
     "disagrees with "
-    "the reference, nothing written; 130 interrupted (SIGINT), 143 terminated (SIGTERM), 129 hung up (SIGHUP); 141 "
+    "the FX reference, nothing written; 130 interrupted (SIGINT), 143 terminated (SIGTERM), 129 hung up (SIGHUP); 141 "
     "nobody reads stdout any "
     "more. What ends after the outputs were written (a signal, a stdout that is full) says so"
 )

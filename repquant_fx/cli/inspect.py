@@ -219,8 +219,8 @@ def _fused(row: Row) -> str:
 
 
 def _short(grid: str) -> str:
-    """`log2, 4 codes an octave` as `log2 ×4`."""
-    return re.sub(r"log2, (\d+) codes? an octave", r"log2 ×\1", grid)
+    """`log2, 4 codes per octave` as `log2 ×4`."""
+    return re.sub(r"log2, (\d+) codes? \w+ octave", r"log2 ×\1", grid)
 
 
 def _size(count: int) -> str:

@@ -151,7 +151,7 @@ def _layer(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _ranges(item: Mapping[str, Any]) -> dict[str, Any]:
-    """With scales and zero points a channel as their range."""
+    """With per-channel scales and zero points as their range."""
     return {
         k: [min(v), max(v)] if k in ("scale", "zero_point") and isinstance(v, list) and v else v
         for k, v in item.items()

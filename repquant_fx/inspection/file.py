@@ -60,7 +60,7 @@ def inspect_file(path: str | Path, *, audit: bool = True) -> Inspection:
 
 def _rows(layers: Sequence[StoredLayer], tensors: Mapping[str, onnx.TensorProto],
           audited: Mapping[int, tuple[bool, str]], source: str) -> list[Row]:
-    """One row a site: layers that share a site share its row."""
+    """One row per site: layers that share a site share its row."""
     readers: dict[str, list[int]] = {}
     for index, layer in enumerate(layers):
         for site in layer.sites:
@@ -92,7 +92,7 @@ def _site_row(layer: StoredLayer, site: StoredSite, tensors: Mapping[str, onnx.T
 
 
 def _numbers(tensor: onnx.TensorProto, types: set[int], source: str) -> Any:
-    """A scale or zero point: one number, or one a channel.
+    """A scale or zero point: one number, or one per channel.
 
     Raises:
         ModelFileError: of another type or rank, or not finite.

@@ -19,8 +19,8 @@ class Row:
         site: module path and operand, such as `blocks.0.attn/probabilities`.
         layers: module paths of what reads it.
         kind: such as `norm → linear`, `softmax → matmul`.
-        bits: of the activation's codes; weight_bits: of the weights behind, one a layer that has some.
-        grid: `uniform`, `uniform per channel`, `log2, N codes an octave`; empty before compiling, `float` where it was
+        bits: of the activation's codes; weight_bits: of the weights behind, one for each layer that has some.
+        grid: `uniform`, `uniform per channel`, `log2, N codes per octave`; empty before compiling, `float` where it was
             not quantized.
         scale, zero_point: of the activation; lists where it has one per channel. The zero point of a logarithmic grid
             is its code of exact zero. None before compiling.

@@ -56,7 +56,7 @@ def choose_quantizers(
                                 keep_zero=group.padded and _keeps_zeros(graph_module, group))
         chosen |= {site.name: UniformQuantizer(*shared.exact, shared.bits) for site in norm_sites}
     # the value operand first: the Softmax scale is chosen with it already quantized
-    for site in (site for site in group.sites if site.role == "value"):
+    for site in (site for site in group.sites if site.role == "plain"):
         chosen[site.name] = tensor_quantizer(observers[site.name].sample(), bits[site.name], recipe)
     for site in (site for site in group.sites if site.role == "softmax"):
         other = next(s for s in group.sites if s is not site)

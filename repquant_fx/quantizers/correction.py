@@ -33,7 +33,7 @@ class Moments:
     Attributes:
         count: tokens, a scalar.
         x, xx: sums of x, shape (in,), and of x^T x, shape (in, in).
-        r, rx: sums of r, shape (out,), and of r^T x, shape (out, in), one a layer.
+        r, rx: sums of r, shape (out,), and of r^T x, shape (out, in), one per layer.
     """
 
     def __init__(self, inputs: int, outputs: Sequence[int] = (), device: torch.device | None = None) -> None:
