@@ -9,7 +9,7 @@
   judgements on sentence pairs. Calibrated on 128 lines of `--text`.
 
 Rows: float; RTN with min-max per tensor, what common tools do; SmoothQuant; RepQ-ViT's parts; RepQuant as published; RepQuant as it is
-by default here, with and without each kind of absorption past the norm. Rows that `--results` already holds are not run again.
+by default here, with and without each kind of cross-layer equalization. Rows that `--results` already holds are not run again.
 """
 
 from __future__ import annotations

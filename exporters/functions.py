@@ -14,8 +14,7 @@ below is what an attention mask needs.
 | `threshold` | between the level of the zero code and the smallest level that counts |
 
 Inputs: logits (or non-negative values), any shape, float32; `scale`, float32 scalar. Output: float32 of the same shape,
-    the value
-`scale * 2^(-q / steps)` of each code q and exactly 0 for the zero code.
+the value `scale * 2^(-q / steps)` of each code q and exactly 0 for the zero code.
 """
 
 from __future__ import annotations

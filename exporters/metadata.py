@@ -198,11 +198,11 @@ class Metadata:
         Raises:
             ModelFileError: no record is kept, or it is not readable.
         """
-        found = self._json(RECORD, Layers)
-        if found is None:
+        layers = self._json(RECORD, Layers)
+        if layers is None:
             raise ModelFileError(f"{self.source} holds no readable record of its layers ({PREFIX}{RECORD}); it was "
                                  f"written by repquant-fx {self.version()}: compile the model again")
-        return found
+        return layers
 
     def recipe(self) -> dict[str, Any] | None:
         """The settings as data, None where none are stored; `Recipe.from_dict` judges them.

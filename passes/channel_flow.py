@@ -288,8 +288,8 @@ class ChannelFlow:
             dims = [i for i, index in enumerate(indices) if index is not None]
         if labels is None or any(is_tensor(i) and _node(i) in self._patterns for i in indices):
             return None
-        known = [i is None or (isinstance(i, Node) and i.op == "get_attr") for i in indices]
-        if not all(known):
+        constant = [i is None or (isinstance(i, Node) and i.op == "get_attr") for i in indices]
+        if not all(constant):
             if self._padded(node.args[0]):
                 return None  # what is selected may be a zero put in, or not
             if (
@@ -298,7 +298,7 @@ class ChannelFlow:
             ):
                 return None
         real = [None if i is None else attribute(self.graph_module, _node(i)) if ok else
-                torch.zeros(hinted(_node(i)), dtype=torch.int64) for i, ok in zip(indices, known)]
+                torch.zeros(hinted(_node(i)), dtype=torch.int64) for i, ok in zip(indices, constant)]
         if node.target is aten.index_select.default:
             return labels.index_select(dims[0], cast(Tensor, real[0]))
         return aten.index.Tensor(labels, real)
@@ -445,14 +445,14 @@ def leads_to_softmax(graph_module: GraphModule, product: Node) -> bool:
     What is added to a whole row of logits then changes nothing; a mask that fills some of them must fill in what
     vanishes in a Softmax.
     """
-    pending, found = [product], False
+    pending, reached = [product], False
     while pending:
         node = pending.pop()
         for user in node.users:
             if user.target is aten.sym_size.int:
                 continue
             if user.target in SOFTMAX and int(cast(int, user.args[1])) % len(shape_of(node)) == len(shape_of(node)) - 1:
-                found = True
+                reached = True
             elif user.target in MASKS and not _vanishes(graph_module, user, node):
                 return False
             elif (
@@ -466,7 +466,7 @@ def leads_to_softmax(graph_module: GraphModule, product: Node) -> bool:
                 pending.append(user)
             else:
                 return False
-    return found
+    return reached
 
 
 def _vanishes(graph_module: GraphModule, mask: Node, logits: Node) -> bool:

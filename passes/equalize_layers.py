@@ -36,13 +36,14 @@ LEVELLED = "its channels share a scale with what they are multiplied by"
 
 @dataclass
 class Equalizable:
-    """What cross-layer equalization may change. Labels name channels; each has one factor and one shift.
+    """What cross-layer equalization may change. Labels (int32, `FIXED` for none) name channels; each has one factor
+    and one shift.
 
     Attributes:
-        rows: label of each output channel, by the Linear or norm that makes it.
-        columns: label of each input channel, by the Linear that reads it.
-        sites: label of each element of a site's value, by the site's name; one entry along axes where they do not
-            change.
+        rows: label of each output channel, shape (out,), by the Linear or norm that makes it.
+        columns: label of each input channel, shape (in,), by the Linear that reads it.
+        sites: label of each element of a site's value, by the site's name; of the value's rank, with size 1 along axes
+            on which labels do not change.
         signed: (label, sign): a label's factor is that of its representative to the power of the sign; by label.
         shiftable: labels that may have a shift, too.
     """
@@ -166,8 +167,8 @@ def channel_rows(value: Tensor, pattern: Tensor) -> Tensor:
             value = value.unflatten(axis, (-1, pattern.shape[axis]))
             pattern = pattern.unsqueeze(axis)
     rest = [axis for axis in range(value.ndim) if pattern.shape[axis] == 1]
-    kept = [axis for axis in range(value.ndim) if axis not in rest]
-    return value.permute(*rest, *kept).reshape(-1, pattern.numel())
+    channels = [axis for axis in range(value.ndim) if axis not in rest]
+    return value.permute(*rest, *channels).reshape(-1, pattern.numel())
 
 
 def describe(plan: Plan, equalizable: Equalizable) -> Plan:
@@ -190,7 +191,13 @@ def describe(plan: Plan, equalizable: Equalizable) -> Plan:
 
 
 class EqualizeLayers(Pass):
-    """`equalization`: the factors and shifts of the labels of `equalizable`."""
+    """Weights of shape (out, in), gains of norms and biases of shape (out,) are replaced by float32 tensors of the same
+    shape; computed in float64.
+
+    Args:
+        equalizable: the layers to change.
+        equalization: the factors and shifts of its labels.
+    """
 
     name = "equalize layers"
     needs = "a matched float graph"

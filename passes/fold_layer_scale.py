@@ -22,6 +22,10 @@ from repquant_fx.passes.spec import CANONICAL
 
 
 class FoldLayerScale(Pass):
+    """`gamma`, a constant with one number per output channel, is multiplied into a weight of shape (out, in) and a bias
+    of shape (out,), in float64; their dtypes stay.
+    """
+
     name = "fold layer scale"
     needs = "a canonical graph with tensor metadata"
     guarantees = (

@@ -2,7 +2,7 @@
 stderr.
 
 A message is one line, whatever names from a file it quotes: for people it is escaped (`security.escape`), in JSON it is
-    a string of ASCII.
+a string of ASCII.
 
 The compiler calls `stage(name)` where a new stage begins; nothing is said unless `using` chose a form. stdout belongs
 to results.

@@ -104,22 +104,22 @@ def on_disk(tensors: Iterable[Tensor]) -> bool:
 
 def _write(file: IO[bytes], values: Values) -> tuple[Values, list[tuple[int, int]]]:
     """Append every storage once; gives the values with views for tensors, and where each storage lies."""
-    kept: Values = {}
+    written: Values = {}
     places: list[tuple[int, int]] = []
-    known: dict[int, int] = {}
+    index_of: dict[int, int] = {}
     for node, value in values.items():
         if not isinstance(value, Tensor) or value.device.type != "cpu":
-            kept[node] = value
+            written[node] = value
             continue
         storage = value.untyped_storage()
-        if storage.data_ptr() not in known:
-            known[storage.data_ptr()] = len(places)
+        if storage.data_ptr() not in index_of:
+            index_of[storage.data_ptr()] = len(places)
             places.append((file.tell(), storage.nbytes()))
             file.write(memoryview(torch.empty(0, dtype=torch.uint8).set_(storage).numpy()))  # type: ignore[arg-type]
-        kept[node] = _View(
-            known[storage.data_ptr()], int(value.storage_offset()), value.dtype, tuple(value.shape), value.stride()
+        written[node] = _View(
+            index_of[storage.data_ptr()], int(value.storage_offset()), value.dtype, tuple(value.shape), value.stride()
         )
-    return kept, places
+    return written, places
 
 
 def _restore(view: _View, storages: list[torch.UntypedStorage]) -> Tensor:

@@ -186,11 +186,11 @@ class Recipe:
 
     def unmatched(self, paths: Collection[str]) -> list[str]:
         """A sentence for each rule that fits none of the module paths, with the nearest path."""
-        found = []
+        sentences = []
         for index, rule in enumerate(self.layers):
             if not any(fnmatch.fnmatchcase(path, rule.match) for path in paths):
-                found.append(f"layers[{index}]: {rule.match!r} matches no layer{nearest(rule.match, paths)}")
-        return found
+                sentences.append(f"layers[{index}]: {rule.match!r} matches no layer{nearest(rule.match, paths)}")
+        return sentences
 
     @classmethod
     def from_file(cls, path: str | Path) -> Recipe:
@@ -280,12 +280,12 @@ def _stored(path: Path) -> Any:
     try:
         metadata = read_onnx(path).metadata
         metadata.version()
-        found = metadata.recipe()
+        stored = metadata.recipe()
     except InputError as error:
         raise RecipeError(f"cannot read the recipe of {path}: {error}") from error
-    if found is None:
+    if stored is None:
         raise RecipeError(f"cannot read the recipe of {path}: it holds none")
-    return found
+    return stored
 
 
 def _parse(text: str, suffix: str) -> Any:
@@ -348,9 +348,9 @@ def _under_current_names(data: Any, where: str) -> Any:
 
 
 def _check_keys(data: Any, target: type, where: str) -> None:
-    known = [f.name for f in fields(target)]
+    names = [f.name for f in fields(target)]
     if not isinstance(data, Mapping):
         raise RecipeError(f"{where} must be a table, found {type(data).__name__}")
     for key in data:
-        if key not in known:
-            raise RecipeError(f"{where}: unknown setting {key!r}{nearest(key, known)}")
+        if key not in names:
+            raise RecipeError(f"{where}: unknown setting {key!r}{nearest(key, names)}")

@@ -108,10 +108,10 @@ def layer_sqnr(float_module: GraphModule, shipped: GraphModule, names: Sequence[
     signal: dict[str, float] = dict.fromkeys(names, 0.0)
     noise: dict[str, float] = dict.fromkeys(names, 0.0)
     for batch in _slices(inputs):
-        expected, found = _values(float_module, names, batch), _values(shipped, names, batch)
-        both = expected.keys() & found.keys()
+        expected, computed = _values(float_module, names, batch), _values(shipped, names, batch)
+        both = expected.keys() & computed.keys()
         for name in both:
-            value, exact = found[name].double(), expected[name].double().reshape(-1)
+            value, exact = computed[name].double(), expected[name].double().reshape(-1)
             if codes is not None and name in codes:
                 value = (value - codes[name].offset) * codes[name].step
             signal[name] += float(exact.square().sum())

@@ -1,7 +1,7 @@
-"""The command line: one module a command, each with `add(parser)` and `run(options)`.
+"""The command line: one module per command, each with `add(parser)` and `run(options)`.
 
 Exit codes: see EXIT_CODES. stdout carries the result and nothing else; all other messages go to stderr (see
-    `repquant_fx.log`).
+`repquant_fx.log`).
 """
 
 from __future__ import annotations

@@ -204,11 +204,11 @@ def read_report(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read report {path}: {error}") from error
     try:
-        found = parse(text)
-        if not isinstance(found, dict) or not isinstance(found.get("layers"), list) or "recipe" not in found:
+        report = parse(text)
+        if not isinstance(report, dict) or not isinstance(report.get("layers"), list) or "recipe" not in report:
             raise InputError(f"{path} is not a report that compile --report wrote")
-        _rename_former_keys(found["layers"])
-        read(Report, found)
+        _rename_former_keys(report["layers"])
+        read(Report, report)
     except Misfit as error:
         raise InputError(f"cannot read report {path}: {error}") from error
-    return found
+    return report

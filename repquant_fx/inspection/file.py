@@ -46,16 +46,16 @@ def inspect_file(path: str | Path, *, audit: bool = True) -> Inspection:
     """
     file = read_onnx(path)
     metadata = file.metadata
-    version, kept, recipe = metadata.version(), metadata.layers(), metadata.recipe()
+    version, record, recipe = metadata.version(), metadata.layers(), metadata.recipe()
     tensors = {tensor.name: tensor for tensor in file.model.graph.initializer}
-    rows = _rows(kept.layers, tensors, _audited(file.data, kept.layers) if audit else {}, str(path))
+    rows = _rows(record.layers, tensors, _audited(file.data, record.layers) if audit else {}, str(path))
     weights = sum(row.bytes for row in rows)
     quantized = sum(row.parameters for row in rows)
     stored = sum(_bytes(tensor) for tensor in tensors.values())
     about = {"version": version, "method": metadata.entries.get("method"), "bits": metadata.entries.get("bits"),
              **totals(rows), "quantized_bytes": weights, "other_bytes": stored - weights, "file_bytes": len(file.data),
              "float_bytes": stored - weights + quantized * FLOAT_BYTES, "recipe": recipe}
-    return Inspection(str(path), True, rows, [asdict(item) for item in kept.left_alone], about)
+    return Inspection(str(path), True, rows, [asdict(item) for item in record.left_alone], about)
 
 
 def _rows(layers: Sequence[StoredLayer], tensors: Mapping[str, onnx.TensorProto],
@@ -136,14 +136,14 @@ def _audited(data: bytes, layers: Sequence[StoredLayer]) -> dict[int, tuple[bool
     indices: dict[str, list[int]] = {}
     for index, layer in enumerate(layers):
         indices.setdefault(layer.path, []).append(index)
-    found: dict[int, tuple[bool, str]] = {}
+    verdict_of: dict[int, tuple[bool, str]] = {}
     for where, owners in indices.items():
         inside = products.get(where, [])
         paired = len(inside) == len(owners)  # both are in graph order
         if inside:
             verdicts = [_verdict([product]) for product in inside] if paired else [_verdict(inside)] * len(owners)
-            found.update(zip(owners, verdicts))
-    return found
+            verdict_of.update(zip(owners, verdicts))
+    return verdict_of
 
 
 def _verdict(products: Sequence[Any]) -> tuple[bool, str]:

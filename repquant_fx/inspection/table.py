@@ -76,9 +76,9 @@ def kind_of(group: str, site: str) -> str:
 
 def totals(rows: Sequence[Row]) -> dict[str, Any]:
     """Counts over the rows."""
-    known = [row.integer for row in rows if row.integer is not None]
+    audited = [row.integer for row in rows if row.integer is not None]
     kinds: dict[str, int] = {}
     for row in rows:
         kinds[row.kind] = kinds.get(row.kind, 0) + 1
     return {"sites": len(rows), "kinds": kinds, "quantized_parameters": sum(row.parameters for row in rows),
-            "integer_sites": sum(known) if known else None}
+            "integer_sites": sum(audited) if audited else None}

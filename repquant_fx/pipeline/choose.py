@@ -137,11 +137,11 @@ def choose_weights(graph_module: GraphModule, group: Group, recipe: Recipe, mome
             rounded = _round(
                 weights, bits, hessian, recipe, use_gptq, module_path(consumers[0]), world, lost=statistics is not None
             )
-            for consumer, weight, found in zip(consumers, weights, rounded):
-                chosen[consumer] = _finished(graph_module, site, consumer, found, moments)
+            for consumer, weight, tensors in zip(consumers, weights, rounded):
+                chosen[consumer] = _finished(graph_module, site, consumer, tensors, moments)
                 if statistics is not None:
                     statistics[consumer.name] = rounding(
-                        weight, found["lost"], found.get("errors"), hessian, use_gptq and hessian is not None
+                        weight, tensors["lost"], tensors.get("errors"), hessian, use_gptq and hessian is not None
                     )
     return chosen
 
@@ -183,12 +183,12 @@ def _round(
 
 
 def _finished(
-    graph_module: GraphModule, site: Site, consumer: Node, found: Mapping[str, Tensor], moments: SecondMoments
+    graph_module: GraphModule, site: Site, consumer: Node, rounding: Mapping[str, Tensor], moments: SecondMoments
 ) -> ChosenWeight:
     """In the shape of the consumer's weight, with the bias that makes the mean output the float model's where there are
     moments of it.
     """
-    quantized, bias, errors = QuantizedWeight(found["codes"], found["scale"]), None, None
+    quantized, bias, errors = QuantizedWeight(rounding["codes"], rounding["scale"]), None, None
     if site.name in moments.halves:
         first, second = moments.halves[site.name]
         old_bias = consumer.args[2] if len(consumer.args) > 2 else None
@@ -199,8 +199,8 @@ def _finished(
             first + second,
             site.consumers.index(consumer),
         )
-    if "errors" in found:
-        errors = (float(found["errors"][:, 0].sum()), float(found["errors"][:, 1].sum()))
+    if "errors" in rounding:
+        errors = (float(rounding["errors"][:, 0].sum()), float(rounding["errors"][:, 1].sum()))
     quantized = with_ordinary_scales(quantized)
     shape = attribute(graph_module, consumer.args[1]).shape  # type: ignore[arg-type]
     return ChosenWeight(

@@ -221,10 +221,10 @@ def _probe(runner: SegmentRunner, segment: Segment, group: Group) -> Probe:
         quantizers = {site: slot_module(graph_module, site) for site in group.sites}
         for site in group.sites:
             install(graph_module, site, Passthrough())
-        found = next(runner.run(segment.first, segment.stop, list(wanted.values())), {})
+        computed = next(runner.run(segment.first, segment.stop, list(wanted.values())), {})
         for site, quantizer in quantizers.items():
             install(graph_module, site, quantizer)
-        return {name: found[node] for name, node in wanted.items() if node in found}
+        return {name: computed[node] for name, node in wanted.items() if node in computed}
 
     return probe
 
