@@ -2,7 +2,8 @@
 
 A rotation spreads outlier channels; where there are none it can only hurt. So every candidate is tried on a copy of the
 float graph: activations and weights of the layers that it touches are quantized there and in the original, to nearest
-and with searched bounds, and a candidate stays where the products come out with less noise.
+    and with searched
+bounds, and a candidate stays where the products come out with less noise.
 """
 
 from __future__ import annotations
@@ -199,12 +200,12 @@ def _noise(
     for batch in batches[:BATCHES]:
         with torch.no_grad():
             Recorder(graph_module, wanted, keep).run(*(tensor[:SAMPLES] for tensor in batch))
-    noise: dict[Node, float] = {}
+    found: dict[Node, float] = {}
     for group in groups:
-        noise.update(
+        found.update(
             _products(group, rows, twin) if group.kind == "matmul" else _linears(graph_module, group, rows, twin)
         )
-    return noise
+    return found
 
 
 def _some_rows(values: list[Tensor], count: int) -> Tensor:
