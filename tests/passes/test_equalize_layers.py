@@ -157,7 +157,7 @@ def test_the_mean_of_keys_and_values_goes_too() -> None:
 
 
 def test_planted_variation_of_values_is_undone() -> None:
-    """Without absorption one scale must serve channels far apart; with it the plant does not matter."""
+    """Without equalization one scale must serve channels far apart; with it the plant does not matter."""
     plain = redraw(Encoder(bias=False))
     model = copy.deepcopy(plain)
     block = model.blocks[0]  # type: ignore[union-attr]

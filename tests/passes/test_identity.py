@@ -87,7 +87,7 @@ def test_a_norm_whose_other_reader_sees_the_change(monkeypatch: pytest.MonkeyPat
         quantized(graph_module, FAST, [sequences()])
 
 
-def test_a_wrong_absorption_names_the_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_equalization_names_the_linear(monkeypatch: pytest.MonkeyPatch) -> None:
     def rewrites() -> bool:
         graph_module = canonical(redraw(Encoder()), sequences())
         plan = match(graph_module)
