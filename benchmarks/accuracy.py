@@ -37,7 +37,7 @@ from repquant_fx.parity import sqnr
 from repquant_fx.passes.base import run_pass
 from repquant_fx.passes.match_sites import MatchSites
 from repquant_fx.passes.normal_form import normalize as normal_form
-from repquant_fx.recipe import ABSORB
+from repquant_fx.recipe import EQUALIZE
 
 HERE = Path(__file__).parent
 MODELS = {"ViT": HERE / "weights/vit_cifar10.safetensors", "Swin": HERE / "weights/swin_cifar10.safetensors"}
@@ -47,7 +47,7 @@ ABLATED = [(4, 4), (3, 3)]
 
 def published(wbits: int, abits: int) -> Recipe:
     """RepQuant with the parts of the paper alone."""
-    return Recipe(wbits=wbits, abits=abits, correction=False, absorb=(), clipping="adam", softmax="log_sqrt2")
+    return Recipe(wbits=wbits, abits=abits, correction=False, equalize=(), clipping="adam", softmax="log_sqrt2")
 
 
 def rows() -> Iterator[tuple[str, str, Recipe]]:
@@ -55,9 +55,9 @@ def rows() -> Iterator[tuple[str, str, Recipe]]:
     for w, a in BITS:
         yield "methods", f"RepQ-ViT W{w}A{a}", repq_vit(w, a)
         yield "methods", f"RepQuant as published W{w}A{a}", published(w, a)
-        yield "methods", f"RepQuant W{w}A{a}", Recipe(wbits=w, abits=a, absorb=())
+        yield "methods", f"RepQuant W{w}A{a}", Recipe(wbits=w, abits=a, equalize=())
     for w, a in ABLATED:
-        base = Recipe(wbits=w, abits=a, absorb=())
+        base = Recipe(wbits=w, abits=a, equalize=())
         tag = f"W{w}A{a}"
         yield "Table VII: norm scales", f"layer-wise {tag}", replace(base, norm="layerwise")
         yield "Table VII: norm scales", f"channel-wise {tag}", replace(base, norm="channelwise")
@@ -74,10 +74,10 @@ def rows() -> Iterator[tuple[str, str, Recipe]]:
         yield "Table X: clipping", f"min-max {tag}", replace(base, clipping="none")
         yield "Table X: clipping", f"Adam (paper) {tag}", replace(base, clipping="adam")
         yield "Table X: clipping", f"search {tag}", base
-        yield "past the norm: absorption", f"none {tag}", base
-        for kind in ABSORB:
-            yield "past the norm: absorption", f"{kind} only {tag}", replace(base, absorb=(kind,))
-        yield "past the norm: absorption", f"default {tag}", Recipe(wbits=w, abits=a)
+        yield "past the norm: cross-layer equalization", f"none {tag}", base
+        for kind in EQUALIZE:
+            yield "past the norm: cross-layer equalization", f"{kind} only {tag}", replace(base, equalize=(kind,))
+        yield "past the norm: cross-layer equalization", f"default {tag}", Recipe(wbits=w, abits=a)
 
 
 class Bench:
@@ -208,14 +208,14 @@ def run_all(bench: Bench, found: dict[str, Any], args: argparse.Namespace) -> No
         row(section, label, run)
     planted = plant_variation(bench.loaded)
     for w, a in [(6, 6), (4, 4)]:
-        base = Recipe(wbits=w, abits=a, absorb=())
+        base = Recipe(wbits=w, abits=a, equalize=())
         for label, recipe in [("layer-wise", replace(base, norm="layerwise")), ("RepQuant", base)]:
             row("planted inter-channel variation", f"{label} W{w}A{a}, original", lambda r=recipe: bench.compiled(r))
             row("planted inter-channel variation", f"{label} W{w}A{a}, planted", lambda r=recipe: bench.compiled(r, planted))
 
 
 def tables(results: dict[str, Any]) -> str:
-    """Markdown: one table a section, one pair of columns a model."""
+    """Markdown: one table per section, one pair of columns per model."""
     names = list(results)
     lines: list[str] = []
     for section in dict.fromkeys(s for r in results.values() for s in r):

@@ -7,7 +7,7 @@
 end of the stage. `--depths` shows how cost grows with depth.
 `clipping`: for every LayerNorm, per-channel bounds on the calibration sample by `search_bounds` (the default) and by `learn_bounds` (the
 paper's 100 iterations of Adam): seconds of each, and the ratio of the squared errors that they leave.
-The paper's Table X gives seconds a layer on an A6000 for DeiT-S at W4A4, 32 images: 17 by its Adam, 495 by a search.
+The paper's Table X gives seconds per layer on an A6000 for DeiT-S at W4A4, 32 images: 17 by its Adam, 495 by a search.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def norm_samples(model: Any, calibration: Any, **keywords: Any) -> Iterator[tupl
 
 
 def clipping(options: argparse.Namespace, results: dict[str, Any]) -> None:
-    """Search and Adam on every norm; a table a model."""
+    """Search and Adam on every norm; one table per model."""
     from repquant_fx.quantizers.clipping import learn_bounds, search_bounds
 
     torch.set_num_threads(options.threads)

@@ -3,13 +3,13 @@
     python benchmarks/language.py --stories FOLDER --stories-text tinystories_sample.txt \\
         --minilm FOLDER --sts stsb-en-dev.csv --text wiki.test.raw --results benchmarks/results/language.json
 
-- stories260K, as a transformers directory that `stories260k.py` makes: nats a token over the stories of a text file, each from its
+- stories260K, as a transformers directory that `stories260k.py` makes: nats per token over the stories of a text file, each from its
   start. Calibrated on 128 stories that the float model itself draws, since it knows no other text.
 - MiniLM-L6, a sentence encoder (post-LN BERT) as a transformers directory: Spearman correlation of cosine similarities with people's
   judgements on sentence pairs. Calibrated on 128 lines of `--text`.
 
 Rows: float; RTN with min-max per tensor, what common tools do; SmoothQuant; RepQ-ViT's parts; RepQuant as published; RepQuant as it is
-by default here, with and without each kind of absorption past the norm. Rows that `--results` already holds are not run again.
+by default here, with and without each kind of cross-layer equalization. Rows that `--results` already holds are not run again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from repquant_fx import Recipe, compile, repq_vit, rtn, smoothquant
 from repquant_fx.frontends.loading import LoadedModel, load_model
-from repquant_fx.recipe import ABSORB
+from repquant_fx.recipe import EQUALIZE
 
 BITS = [(8, 8), (6, 6), (4, 4)]
 Predict = Callable[[Tensor, Tensor], Tensor]  # input_ids, attention_mask -> first output
@@ -44,18 +44,18 @@ def rows() -> Iterator[tuple[str, Recipe]]:
         yield f"RTN, min-max W{w}A{a}", rtn(w, a)
         yield f"SmoothQuant W{w}A{a}", smoothquant(w, a)
         yield f"RepQ W{w}A{a}", repq_vit(w, a)
-        yield f"RepQuant as published W{w}A{a}", replace(ours, correction=False, absorb=(), softmax="log_sqrt2")
-        yield f"RepQuant, no absorption W{w}A{a}", replace(ours, absorb=())
-        for kind in ABSORB:
-            yield f"RepQuant, absorbing {kind} only W{w}A{a}", replace(ours, absorb=(kind,))
-        yield f"RepQuant, absorbing all W{w}A{a}", replace(ours, absorb=ABSORB)
+        yield f"RepQuant as published W{w}A{a}", replace(ours, correction=False, equalize=(), softmax="log_sqrt2")
+        yield f"RepQuant, no equalization W{w}A{a}", replace(ours, equalize=())
+        for kind in EQUALIZE:
+            yield f"RepQuant, equalizing {kind} only W{w}A{a}", replace(ours, equalize=(kind,))
+        yield f"RepQuant, equalizing all W{w}A{a}", replace(ours, equalize=EQUALIZE)
         yield f"RepQuant W{w}A{a}", ours
 
 
 class Stories:
     """Nats a token of a causal language model on documents separated by `<|endoftext|>`."""
 
-    metric, better = "nats a token", min
+    metric, better = "nats per token", min
 
     def __init__(self, loaded: LoadedModel, text: Path, samples: int, seed: int) -> None:
         self.loaded, tokenizer = loaded, loaded.tokenizer
@@ -150,7 +150,7 @@ def run_all(name: str, bench: Any, path: Path, only: str | None) -> None:
 
 
 def tables(results: dict[str, Any]) -> str:
-    """Markdown: one row a method, one pair of columns a model."""
+    """Markdown: one row per method, one pair of columns per model."""
     names = list(results)
     lines = ["| | " + " | ".join(f"{n}: {results[n]['metric']} | {n}: SQNR dB" for n in names) + " |", "|---|" + "---:|---:|" * len(names)]
     for label in dict.fromkeys(k for r in results.values() for k in r["rows"]):

@@ -181,7 +181,7 @@ def serve(path: str, inputs: str, threads: int) -> None:
 
 
 def measure(files: dict[str, Path], inputs: dict[str, Tensor], threads: int, seconds: float) -> dict[str, float]:
-    """Median seconds a run of each file, the files taking turns until `seconds` have passed a file."""
+    """Median seconds per run of each file, the files taking turns until `seconds` have passed for each."""
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "inputs.npz"
         np.savez(data, **{k: v.numpy() for k, v in inputs.items()})  # type: ignore[arg-type]

@@ -133,7 +133,7 @@ def run_all(name: str, bench: Any, path: Path, only: str | None, seed: int, loss
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: one row a mean number of bits and way, columns for each model; sizes of all weights below its name."""
+    """Markdown: one row for each mean number of bits and way, columns for each model; sizes of all weights below its name."""
     names = list(results)
     lines = ["| mean bits | | " + " | ".join(f"{n} {results[n]['metric']} | {n} SQNR dB" for n in names) + " |",
              "|---|---|" + "---:|---:|" * len(names),

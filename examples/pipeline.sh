@@ -1,7 +1,7 @@
 #!/bin/sh
 # Compile, check, measure, compare with a threshold: what stands between a trained model and a shipped file. Needs jq.
 #   MODEL=model.pt2 CALIB=images/ VAL=val/ MOST_DROP=1.0 sh pipeline.sh build
-# Exit codes: those of repquant-fx (2 bad input, 3 the file disagrees with its reference, 1 a bug), and 4 where accuracy is too low.
+# Exit codes: those of repquant-fx (2 bad input, 3 the file disagrees with the FX reference, 1 a bug), and 4 where accuracy is too low.
 set -eu
 
 out=${1:?"usage: pipeline.sh OUT_FOLDER"}

@@ -10,12 +10,11 @@ below is what an attention mask needs.
 |---|---|
 | `axis` | axis of the Softmax |
 | `bits` | bits of a code, 2 to 8 |
-| `steps` | codes an octave: 2 for the reparameterized log-sqrt2 quantizer (RepQuant Eq. 15-17), 1 for log2 |
+| `steps` | codes per octave: 2 for the reparameterized log-sqrt2 quantizer (RepQuant Eq. 15-17), 1 for log2 |
 | `threshold` | between the level of the zero code and the smallest level that counts |
 
 Inputs: logits (or non-negative values), any shape, float32; `scale`, float32 scalar. Output: float32 of the same shape,
-    the value
-`scale * 2^(-q / steps)` of each code q and exactly 0 for the zero code.
+the value `scale * 2^(-q / steps)` of each code q and exactly 0 for the zero code.
 """
 
 from __future__ import annotations

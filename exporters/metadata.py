@@ -144,8 +144,8 @@ def _grid(site: Mapping[str, Any]) -> str:
     kind = site.get("quantizer", "none")
     if kind == "none":
         return "float"
-    steps = site.get("codes_an_octave")
-    return kind if steps is None else f"log2, {steps} code{'s' * (steps > 1)} an octave"
+    steps = site.get("codes_per_octave")
+    return kind if steps is None else f"log2, {steps} code{'s' * (steps > 1)} per octave"
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -198,11 +198,11 @@ class Metadata:
         Raises:
             ModelFileError: no record is kept, or it is not readable.
         """
-        found = self._json(RECORD, Layers)
-        if found is None:
+        layers = self._json(RECORD, Layers)
+        if layers is None:
             raise ModelFileError(f"{self.source} holds no readable record of its layers ({PREFIX}{RECORD}); it was "
                                  f"written by repquant-fx {self.version()}: compile the model again")
-        return found
+        return layers
 
     def recipe(self) -> dict[str, Any] | None:
         """The settings as data, None where none are stored; `Recipe.from_dict` judges them.

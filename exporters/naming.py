@@ -81,7 +81,7 @@ def name_axes(model: ir.Model, names: Sequence[Mapping[int, str]]) -> None:
     everywhere.
     """
     graph = model.graph
-    known = {
+    symbols = {
         dim.value: wanted[axis]
         for value, wanted in zip(graph.inputs, names)
         if value.shape is not None
@@ -93,7 +93,7 @@ def name_axes(model: ir.Model, names: Sequence[Mapping[int, str]]) -> None:
         for axis, dim in enumerate(value.shape or ()):
             if isinstance(dim, ir.SymbolicDim) and dim.value and value.shape is not None:
                 value.shape[axis] = re.sub(
-                    r"[A-Za-z_]\w*", lambda symbol: known.get(symbol.group(), symbol.group()), dim.value
+                    r"[A-Za-z_]\w*", lambda symbol: symbols.get(symbol.group(), symbol.group()), dim.value
                 )
 
 
@@ -137,8 +137,8 @@ def _stem(node: ir.Node, index: int, suffix: Suffix) -> str | None:
 
 
 def _parameter(node: ir.Node, index: int) -> str:
-    known = PARAMETERS.get(node.op_type, [])
-    return known[index] if index < len(known) else f"input_{index}"
+    names = PARAMETERS.get(node.op_type, [])
+    return names[index] if index < len(names) else f"input_{index}"
 
 
 def _rename(value: ir.Value, name: str) -> None:

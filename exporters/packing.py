@@ -1,7 +1,7 @@
 """Pack weights of up to 4 bits as INT4 initializers.
 
 A plain INT4 operand does not fuse in ONNX Runtime; `INT4 initializer -> Cast(INT8) -> DequantizeLinear` does, because
-the Cast is folded when the session is created. Data is raw and packed, two codes a byte.
+the Cast is folded when the session is created. Data is raw and packed, two codes per byte.
 """
 
 from __future__ import annotations

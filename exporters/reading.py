@@ -153,19 +153,19 @@ def check_tensor(tensor: TensorProto, where: str) -> None:
         raise ModelFileError(f"{name} has no type, or a negative size")
     wanted = prod(tensor.dims)
     if dtype == ir.DataType.STRING:
-        found = len(tensor.string_data)
+        stored = len(tensor.string_data)
     elif tensor.raw_data:
-        wanted, found = (wanted * dtype.bitwidth + 7) // 8, len(tensor.raw_data)
+        wanted, stored = (wanted * dtype.bitwidth + 7) // 8, len(tensor.raw_data)
     else:
         typed = (tensor.float_data, tensor.int32_data, tensor.int64_data, tensor.double_data, tensor.uint64_data)
-        found = sum(map(len, typed))
+        stored = sum(map(len, typed))
         if dtype in (ir.DataType.COMPLEX64, ir.DataType.COMPLEX128):
             wanted *= 2
         elif dtype.bitwidth < 8:  # several in one entry
             wanted = -(-wanted // (8 // dtype.bitwidth))
-    if found != wanted:
+    if stored != wanted:
         shape = str(list(tensor.dims))[:80]
-        raise ModelFileError(f"{name} of shape {shape} holds {found} values or bytes, not {wanted}")
+        raise ModelFileError(f"{name} of shape {shape} holds {stored} values or bytes, not {wanted}")
 
 
 class _Screen:
@@ -194,22 +194,22 @@ class _Screen:
         for tensor in graph.initializer:
             check_tensor(tensor, self.source)
         self._sparse(graph.sparse_initializer)
-        known = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
-        self._nodes(graph.node, [*outer, known | {sparse.values.name for sparse in graph.sparse_initializer}])
+        defined = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
+        self._nodes(graph.node, [*outer, defined | {sparse.values.name for sparse in graph.sparse_initializer}])
 
-    def _nodes(self, nodes: Sequence[onnx.NodeProto], known: list[set[str]]) -> None:
+    def _nodes(self, nodes: Sequence[onnx.NodeProto], scopes: list[set[str]]) -> None:
         """`known`: names that the nodes may read, the innermost scope last; theirs are added to it in order."""
         later = {name for node in nodes for name in node.output}
         for node in nodes:
             self._names([node.name, node.op_type, node.domain, *node.input, *node.output], "node")
             for name in node.input:
-                if name in later and not any(name in scope for scope in known):
+                if name in later and not any(name in scope for scope in scopes):
                     raise ModelFileError(f"{self.source}: the node {node.name or node.op_type!r} reads {name!r}, which "
                                          "depends on it or comes later")
-            self._attributes(node.attribute, f"node {node.name or node.op_type!r}", known)
-            known[-1].update(node.output)
+            self._attributes(node.attribute, f"node {node.name or node.op_type!r}", scopes)
+            scopes[-1].update(node.output)
 
-    def _attributes(self, attributes: Iterable[onnx.AttributeProto], where: str, known: list[set[str]]) -> None:
+    def _attributes(self, attributes: Iterable[onnx.AttributeProto], where: str, scopes: list[set[str]]) -> None:
         for attribute in attributes:
             for tensor in (*attribute.tensors, *([attribute.t] if attribute.HasField("t") else [])):
                 check_tensor(tensor, f"{self.source}: {where}")
@@ -217,7 +217,7 @@ class _Screen:
             if attribute.HasField("sparse_tensor"):
                 self._sparse([attribute.sparse_tensor])
             for graph in _subgraphs(attribute):
-                self._graph(graph, known)
+                self._graph(graph, scopes)
 
     def _sparse(self, tensors: Iterable[onnx.SparseTensorProto]) -> None:
         for sparse in tensors:

@@ -35,13 +35,13 @@ def infer_reshapes(graph: ir.Graph) -> int:
         concat = shape.producer() if shape is not None else None
         if shape is None or concat is None or concat.op_type != "Concat":
             continue
-        known = [_constant(value) for value in concat.inputs]
-        if sum(k is None for k in known) != 1 or any(k is not None and (k <= 0).any() for k in known):
+        parts = [_constant(value) for value in concat.inputs]
+        if sum(k is None for k in parts) != 1 or any(k is not None and (k <= 0).any() for k in parts):
             continue
-        unknown = concat.inputs[[k is None for k in known].index(True)]
+        unknown = concat.inputs[[k is None for k in parts].index(True)]
         if unknown is None or not _single(unknown):
             continue
-        sizes = np.concatenate([np.array([-1]) if k is None else k for k in known]).astype(np.int64)
+        sizes = np.concatenate([np.array([-1]) if k is None else k for k in parts]).astype(np.int64)
         name = f"val_shape_{changed}"
         value = ir.Value(name=name, shape=ir.Shape(sizes.shape), type=ir.TensorType(ir.DataType.INT64),
                          const_value=ir.tensor(sizes, name=name))

@@ -233,8 +233,8 @@ def _one_symbol(sizes: Any) -> int | None:
     already.
     """
     symbols = [i for i, size in enumerate(sizes) if isinstance(size, Node)]
-    known = [size for size in sizes if isinstance(size, int)]
-    return symbols[0] if len(symbols) == 1 and -1 not in known and 0 not in known else None
+    integers = [size for size in sizes if isinstance(size, int)]
+    return symbols[0] if len(symbols) == 1 and -1 not in integers and 0 not in integers else None
 
 
 def _n(node: Any) -> Node:

@@ -1,11 +1,10 @@
-"""Where per-channel factors and shifts go: one dataflow analysis for every affine that a graph's constants could
-absorb.
+"""Where per-channel factors and shifts go: one dataflow analysis for every affine map that a graph's constants could
+take in.
 
 Each element of an activation carries a *label*: the channel of the source (a norm, a Linear) whose factor it has.
-    Operators that
-only move elements are run on the labels themselves; the few others that commute with a factor have a rule each. What
-reads a labelled value and has no rule is a *reader*: a Linear can undo the factor in its columns, anything else forbids
-    it.
+Operators that only move elements are run on the labels themselves; the few others that commute with a factor have a
+rule each. What reads a labelled value and has no rule is a *reader*: a Linear can undo the factor in its columns,
+anything else forbids it.
 
 `x -> x / factor` passes more operators than `x -> (x - shift) / factor` does. Norms are rewritten with both, so for
 them an operator that carries the factor alone is a reader like any other (`affine=True`).
@@ -214,7 +213,7 @@ class ChannelFlow:
                     hinted(node)  # labels are read at the example sizes
             except _Unknown:
                 result = None
-        if result is _ABSORBED:
+        if result is _CANCELLED:
             return
         shifted = shifted and all(p in self._shifted for p in carriers)
         if result is None or (self.affine and not shifted):
@@ -293,8 +292,8 @@ class ChannelFlow:
             dims = [i for i, index in enumerate(indices) if index is not None]
         if labels is None or any(is_tensor(i) and _node(i) in self._patterns for i in indices):
             return None
-        known = [i is None or (isinstance(i, Node) and i.op == "get_attr") for i in indices]
-        if not all(known):
+        constant = [i is None or (isinstance(i, Node) and i.op == "get_attr") for i in indices]
+        if not all(constant):
             if self._padded(node.args[0]):
                 return None  # what is selected may be a zero put in, or not
             if (
@@ -303,7 +302,7 @@ class ChannelFlow:
             ):
                 return None
         real = [None if i is None else attribute(self.graph_module, _node(i)) if ok else
-                torch.zeros(hinted(_node(i)), dtype=torch.int64) for i, ok in zip(indices, known)]
+                torch.zeros(hinted(_node(i)), dtype=torch.int64) for i, ok in zip(indices, constant)]
         if node.target is aten.index_select.default:
             return labels.index_select(dims[0], cast(Tensor, real[0]))
         return aten.index.Tensor(labels, real)
@@ -362,7 +361,7 @@ class ChannelFlow:
         left, right = torch.broadcast_tensors(left, right)
         self.ties.tie_all(left, right, -1)
         self.products.append(Product(node, left, right, shifted and not self._padded(node.args[1])))
-        return _ABSORBED
+        return _CANCELLED
 
     def _padded(self, node: Any) -> bool:
         """Whether zeros put in are among a value's elements.
@@ -391,7 +390,7 @@ class _Unknown(InputError):
         )
 
 
-_ABSORBED = object()  # the factors of both operands cancel
+_CANCELLED = object()  # the factors of both operands cancel
 
 
 def _pattern(labels: Tensor) -> Tensor:
@@ -455,14 +454,14 @@ def leads_to_softmax(graph_module: GraphModule, product: Node) -> bool:
     What is added to a whole row of logits then changes nothing; a mask that fills some of them must fill in what
     vanishes in a Softmax.
     """
-    pending, found = [product], False
+    pending, reached = [product], False
     while pending:
         node = pending.pop()
         for user in node.users:
             if user.target is aten.sym_size.int:
                 continue
             if user.target in SOFTMAX and int(cast(int, user.args[1])) % len(shape_of(node)) == len(shape_of(node)) - 1:
-                found = True
+                reached = True
             elif user.target in MASKS and not _vanishes(graph_module, user, node):
                 return False
             elif (
@@ -476,7 +475,7 @@ def leads_to_softmax(graph_module: GraphModule, product: Node) -> bool:
                 pending.append(user)
             else:
                 return False
-    return found
+    return reached
 
 
 def _vanishes(graph_module: GraphModule, mask: Node, logits: Node) -> bool:

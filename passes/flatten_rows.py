@@ -39,6 +39,8 @@ NORMS = {aten.layer_norm.default, aten.rms_norm.default}
 
 
 class FlattenRows(Pass):
+    """Values of shape (..., C) become matrices of shape (rows, C) between two Linears; their dtypes stay."""
+
     name = "flatten rows"
     needs = "a graph lowered to Q/DQ, with tensor metadata"
     guarantees = (

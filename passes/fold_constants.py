@@ -23,6 +23,8 @@ SMALL = 1 << 16  # ...or this many elements
 
 
 class FoldConstants(Pass):
+    """An operator on constants alone becomes a constant of the shape and dtype of its result."""
+
     name = "fold constants"
     needs = "an ATen graph whose constants nothing writes into"
     guarantees = (
@@ -79,12 +81,12 @@ class FoldConstants(Pass):
 
 def _sources(node: Node) -> set[Node]:
     """The constants that a node is computed from."""
-    found, pending = {node}, [node]
+    ancestors, pending = {node}, [node]
     while pending:
-        fresh = [parent for parent in pending.pop().all_input_nodes if parent not in found]
-        found.update(fresh)
+        fresh = [parent for parent in pending.pop().all_input_nodes if parent not in ancestors]
+        ancestors.update(fresh)
         pending.extend(fresh)
-    return {n for n in found if n.op == "get_attr"}
+    return {n for n in ancestors if n.op == "get_attr"}
 
 
 def _evaluate(graph_module: GraphModule, node: Node, values: dict[Node, Any]) -> Any:

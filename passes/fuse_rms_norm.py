@@ -15,19 +15,21 @@ from repquant_fx.passes.spec import CANONICAL
 
 
 class FuseRMSNorm(Pass):
+    """`x * rsqrt(mean(x^2) + eps) * weight` becomes `rms_norm`; x is float of shape (..., C), weight (C,) or absent."""
+
     name = "fuse RMS norms"
     needs = "a canonical graph with folded constants"
     guarantees = "every RMS norm over the last axis is `aten.rms_norm`; the outputs change by float rounding at most"
     takes = gives = CANONICAL
 
     def run(self, graph_module: GraphModule) -> bool:
-        found = [match for node in graph_module.graph.nodes if (match := _match(node)) is not None]
-        for last, x, weight, eps in found:
+        matches = [match for node in graph_module.graph.nodes if (match := _match(node)) is not None]
+        for last, x, weight, eps in matches:
             with graph_module.graph.inserting_before(last):
                 norm = graph_module.graph.call_function(aten.rms_norm.default, (x, [shape_of(x)[-1]], weight, eps))
             copy_meta(last, norm, last.meta["val"])
             last.replace_all_uses_with(norm)
-        return bool(found)
+        return bool(matches)
 
 
 def _match(node: Node) -> tuple[Node, Node, Node | None, float] | None:

@@ -22,6 +22,14 @@ SLOTS = "quantizers"
 
 
 class InsertObservers(Pass):
+    """Puts an `Observer` between each site's value and its consumers; it returns the value (float32, any shape) as it
+    is.
+
+    Args:
+        plan: of `MatchSites`.
+        batches: how many will be run; samples are drawn from all of them.
+    """
+
     name = "insert observers"
     needs = "a plan from `match sites`"
     guarantees = "each site's consumers read the site's slot; the outputs are unchanged"

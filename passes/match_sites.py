@@ -32,7 +32,7 @@ class Site:
 
     Attributes:
         name: unique; module path and operand, e.g. `blocks.0.attn/probabilities`.
-        role: `norm` (per channel while calibrating), `softmax` (logarithmic) or `value` (uniform, per tensor).
+        role: `norm` (per channel while calibrating), `softmax` (logarithmic) or `plain` (uniform, per tensor).
         value: the node that produces it in the matched graph; later passes may put others between it and the site's
             slot.
         consumers: the nodes that read it.
@@ -214,7 +214,7 @@ class MatchSites(Pass[Plan]):
             is_softmax = source is softmax and softmax is not None
             if softmax is not None:
                 label = "probabilities" if is_softmax else "value"
-            role = "softmax" if is_softmax and self.recipe.softmax != "uniform" else "value"
+            role = "softmax" if is_softmax and self.recipe.softmax != "uniform" else "plain"
             sites.append(self._site(naming.site(path, label), role, operand, [node], plan.abits))
         self._groups.append(Group("matmul", path, tuple(sites), (node,), {node: plan}, softmax=softmax))
 
@@ -230,7 +230,7 @@ class MatchSites(Pass[Plan]):
             if from_input and not self._overridden(path)
             else max(plans[c].abits for c in consumers)
         )
-        site = self._site(naming.site(path, "input"), "value", value, consumers, bits)
+        site = self._site(naming.site(path, "input"), "plain", value, consumers, bits)
         self._groups.append(Group(kind, path, (site,), tuple(consumers), {c: plans[c] for c in consumers}))
 
     def _overridden(self, path: str) -> bool:

@@ -14,6 +14,10 @@ from repquant_fx.quantizers.observers import LogQuantizer, ShiftLogQuantizer
 
 
 class ReparameterizeSoftmax(Pass):
+    """Replaces the `LogQuantizer` at a Softmax operand (float32, any shape) by one that dequantizes by shifts; codes
+    and scale (a float32 scalar) stay.
+    """
+
     name = "reparameterize softmax"
     needs = "a logarithmic quantizer at the group's Softmax operand"
     guarantees = "the same values for every code, computed by a shift of a scale chosen by the code's low bits"

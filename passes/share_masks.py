@@ -1,9 +1,8 @@
 """Mask attention by an addition instead of a choice.
 
 `where(mask, scores, lowest)` looks at every score of every head. A number as low as those that models fill in swallows
-any score that it is added to, so `scores + where(mask, 0, lowest)` is the same, bit for bit, and the second factor is
-small (it has no heads) and equal
-in all layers: the exporter writes it once.
+any score that it is added to, so `scores + where(mask, 0, lowest)` is the same, bit for bit, and the second term is
+small (it has no heads) and equal in all layers: the exporter writes it once.
 """
 
 from __future__ import annotations
@@ -24,6 +23,8 @@ SWALLOWS = -1e30  # float32 has 24 bits of precision: scores up to 1e22 vanish
 
 
 class ShareMasks(Pass):
+    """Scores are float32 of shape (..., heads, queries, keys); a mask is boolean and broadcasts to them."""
+
     name = "share masks"
     needs = "tensor metadata"
     guarantees = (
@@ -33,13 +34,13 @@ class ShareMasks(Pass):
     takes = gives = RUNTIME
 
     def run(self, graph_module: GraphModule) -> bool:
-        found = []
+        matches = []
         for node in graph_module.graph.nodes:
             match = _match(graph_module, node)
             if isinstance(match, str):
                 self.leave(node, match)
             elif match is not None:
-                found.append((node, *match))
+                matches.append((node, *match))
         constants: dict[float, Node] = {}
 
         def constant(value: float) -> Node:
@@ -50,16 +51,16 @@ class ShareMasks(Pass):
                 )
             return constants[value]
 
-        for node, scores, mask, when_true, lowest in found:
+        for node, scores, mask, when_true, lowest in matches:
             chosen = (constant(lowest), constant(0.0)) if when_true else (constant(0.0), constant(lowest))
             with graph_module.graph.inserting_before(node):
                 bias = copy_meta(node, graph_module.graph.call_function(aten.where.self, (mask, *chosen)))
                 masked = copy_meta(node, graph_module.graph.call_function(aten.add.Tensor, (scores, bias)))
             node.replace_all_uses_with(masked)
             graph_module.graph.erase_node(node)
-        if found:
+        if matches:
             refresh_metadata(graph_module)
-        return bool(found)
+        return bool(matches)
 
 
 def _match(graph_module: GraphModule, node: Node) -> tuple[Node, Node, bool, float] | str | None:

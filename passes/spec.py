@@ -90,11 +90,11 @@ def _wrong_types(node: Node) -> str | None:
         return None
     takes, gives = SIGNATURES[node.target]
     for argument, allowed in zip(node.args, takes):
-        found = _dtype(argument)
-        if found is not None and found not in allowed:
-            return f"reads {argument} of {found}, not {_either(allowed)}"
-    found = _dtype(node)
-    return f"gives {found}, not {_either(gives)}" if found is not None and found not in gives else None
+        dtype = _dtype(argument)
+        if dtype is not None and dtype not in allowed:
+            return f"reads {argument} of {dtype}, not {_either(allowed)}"
+    dtype = _dtype(node)
+    return f"gives {dtype}, not {_either(gives)}" if dtype is not None and dtype not in gives else None
 
 
 def _wrong_reader(node: Node, codes: set[Node], readers: frozenset[object]) -> str | None:

@@ -1,13 +1,10 @@
 """Where whole channel vectors go: one dataflow analysis for every rotation that a graph's constants can absorb.
 
 `channel_flow` follows single channels, which is enough for a factor. A rotation mixes the channels of a vector, so it
-passes only
-operators that keep the vector together: token selection, windows, residual additions, concatenation along tokens, a
-    norm. All values
-that such operators join live in one *space*, and one orthogonal matrix R serves it: what writes into the space (a
-    Linear, an
-embedding, a constant) absorbs R in its rows, what reads it (a Linear) absorbs the inverse in its columns. Whatever else
-meets a vector of a space fixes that space, with the reason.
+passes only operators that keep the vector together: token selection, windows, residual additions, concatenation along
+tokens, a norm. All values that such operators join live in one *space*, and one orthogonal matrix R serves it: what
+writes into the space (a Linear, an embedding, a constant) absorbs R in its rows, what reads it (a Linear) absorbs the
+inverse in its columns. Whatever else meets a vector of a space fixes that space, with the reason.
 
 Each element of a value carries the number of the vector it belongs to and its channel there; operators that only move
 elements are run on these numbers, so that splits, windows and merged patches need no rule of their own.
@@ -99,24 +96,24 @@ class VectorFlow:
 
     def _fix(self, value: Vectors, reason: str) -> None:
         for space in value.used():
-            found = self._spaces[self._find(space)]
-            found.reason = found.reason or reason
+            root = self._spaces[self._find(space)]
+            root.reason = root.reason or reason
 
     def _lines(self, value: Vectors, axis: int) -> Tensor | None:
         """Representatives of the spaces along an axis (see `Vectors.lines`)."""
-        found = value.lines(axis, [space.size for space in self._spaces])
-        if found is None:
+        lines = value.lines(axis, [space.size for space in self._spaces])
+        if lines is None:
             return None
         roots = torch.tensor([self._find(i) for i in range(len(self._spaces))] + [PADDING])
-        return roots[found]
+        return roots[lines]
 
     def _joined(self, value: Vectors, axis: int) -> list[int] | None:
         """The space of each block along an axis: all lines of a block must be of one space, so they become it."""
-        found = self._lines(value, axis)
-        if found is None:
+        lines = self._lines(value, axis)
+        if lines is None:
             return None
         columns = []
-        for column in found.reshape(-1, found.shape[-1]).unbind(1):
+        for column in lines.reshape(-1, lines.shape[-1]).unbind(1):
             spaces = [space for space in torch.unique(column).tolist() if space != PADDING]
             for other in spaces[1:]:
                 self._join(spaces[0], other)
@@ -231,10 +228,10 @@ class VectorFlow:
             a in self._values for a in node.all_input_nodes if a is not node.args[0]
         ):
             return False
-        found = self._joined(self._value(node.args[0]), axis)
-        if found is None:
+        spaces = self._joined(self._value(node.args[0]), axis)
+        if spaces is None:
             return False
-        for block, space in enumerate(found):
+        for block, space in enumerate(spaces):
             self._spaces[space].readers.append((node, block))
         return True
 
@@ -242,10 +239,10 @@ class VectorFlow:
         if self.head_size is not None or len(cast(Any, node.args[1])) != 1:
             return False
         value = self._value(node.args[0])
-        found = self._lines(value, -1)
-        if found is None:
+        lines = self._lines(value, -1)
+        if lines is None:
             return False
-        for space in torch.unique(found).tolist():
+        for space in torch.unique(lines).tolist():
             if space != PADDING and node not in self._spaces[space].norms:
                 self._spaces[space].norms.append(node)
         if not folds(self.graph_module, node):
@@ -382,11 +379,11 @@ class VectorFlow:
         """The spaces along the last axis, shape (..., blocks), of rows that a matrix product sums: each block's become
         one.
         """
-        found = self._lines(value, -1)
-        if found is None or bool((found == PADDING).any()):
+        lines = self._lines(value, -1)
+        if lines is None or bool((lines == PADDING).any()):
             return None
-        first = found[..., :1, :].expand_as(found)
-        self._join_pairs(first, found)
+        first = lines[..., :1, :].expand_as(lines)
+        self._join_pairs(first, lines)
         return first[..., 0, :]
 
     def _product(self, node: Node, a: Vectors, b: Vectors) -> bool:

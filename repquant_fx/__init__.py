@@ -1,7 +1,7 @@
 """Post-training quantization of transformers by scale reparameterization: torch.fx in, ONNX QDQ out.
 
 The public API: `compile`, `CompiledModel`, `Recipe`, `LayerRule`, `repq_vit`, `smoothquant`, `rtn`, the errors, and
-    `session` to run a file.
+`session` to run a file.
 """
 
 from __future__ import annotations

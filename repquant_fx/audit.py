@@ -146,7 +146,7 @@ def _reason(op: str, origins: list[onnx.NodeProto], kernel: str, narrow: bool) -
         return "the powers of two of a logarithmic operand are multiplied in float"
     activation = origins[0]
     if any(attribute.name == "axis" and attribute.i not in (1,) for attribute in activation.attribute):
-        return "the activation has a scale a channel"
+        return "the activation has one scale per channel"
     if narrow:
         return "UINT4 and INT4 operands have no integer kernel on the CPU"
     if op == "Conv":

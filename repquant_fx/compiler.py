@@ -41,7 +41,7 @@ from repquant_fx.passes.insert_observers import InsertObservers
 from repquant_fx.passes.lower_to_qdq import LowerToQDQ
 from repquant_fx.passes.match_sites import Plan
 from repquant_fx.passes.runtime_form import optimize_for_runtime
-from repquant_fx.pipeline import Quantized, absorb_scales, quantize_sequentially, rotate
+from repquant_fx.pipeline import Quantized, equalize_layers, quantize_sequentially, rotate
 from repquant_fx.pipeline.rotation import Trial
 from repquant_fx.preparation import HELD_BACK, Prepared, prepare
 from repquant_fx.recipe import RecipeLike
@@ -95,7 +95,7 @@ def compile(
 
     Raises:
         InputError: something given cannot be used (its subclasses say what).
-        ParityError: the exported model disagrees with the reference beyond float rounding.
+        ParityError: the exported model disagrees with the FX reference beyond float rounding.
     """
     return compile_model(
         Source(model, arch, input_shape, allow_pickle, task, example_inputs, offload_dir),
@@ -164,13 +164,13 @@ class _Rewritten:
     """The graph with quantizers in it, and what was decided on the way.
 
     Attributes:
-        reference: the float graph that it stands for, after equalization.
+        float_graph: the float graph that it stands for, after equalization.
         rotations: what was tried, and made where it paid.
         rank: of this process among those that share the work.
     """
 
     graph_module: GraphModule
-    reference: GraphModule
+    float_graph: GraphModule
     plan: Plan
     quantized: Quantized
     statistics: Statistics | None
@@ -189,16 +189,16 @@ def _quantize(
         batches = devices.move_batches(batches, device)
         with log.part("rotate"):
             trials = rotate(graph_module, prepared.plan, batches, recipe, checkpoint, calibration.seed)
-        with log.part("absorb scales"):
-            plan = absorb_scales(graph_module, prepared.plan, batches, recipe, checkpoint)
-        reference = shared_copy(graph_module)
+        with log.part("equalize layers"):
+            plan = equalize_layers(graph_module, prepared.plan, batches, recipe, checkpoint)
+        float_graph = shared_copy(graph_module)
         run_passes(graph_module, [InsertObservers(plan, len(batches))])
         quantized = quantize_sequentially(graph_module, plan, batches, recipe, checkpoint, source.offload_dir,
                                           statistics)
-    for each in (graph_module, reference):
+    for each in (graph_module, float_graph):
         devices.move(each, torch.device("cpu"))
     quantized.weights = {node: weight.to("cpu") for node, weight in quantized.weights.items()}
-    return _Rewritten(graph_module, reference, plan, quantized, statistics, trials, checkpoint.world.rank)
+    return _Rewritten(graph_module, float_graph, plan, quantized, statistics, trials, checkpoint.world.rank)
 
 
 @contextmanager
@@ -251,9 +251,9 @@ def _export(prepared: Prepared, rewritten: _Rewritten, probe: list[Tensor]) -> _
     run_passes(graph_module, [lowering])
     shipped = optimize_for_runtime(graph_module, lowering.quantizers, adjacent=recipe.container == "int4")
     names = [entry["node"] for entry in layers]
-    sqnr = reports.layer_sqnr(rewritten.reference, graph_module, names, probe, shipped.codes)
+    sqnr = reports.layer_sqnr(rewritten.float_graph, graph_module, names, probe, shipped.codes)
     with torch.no_grad():
-        outputs, expected = tensors_in(graph_module(*probe)), tensors_in(rewritten.reference(*probe))
+        outputs, expected = tensors_in(graph_module(*probe)), tensors_in(rewritten.float_graph(*probe))
     output_sqnr = min(parity_check.sqnr(a, b) for a, b in zip(outputs, expected))
     layer_record = record(layers, rewritten.plan.left_alone, lowering.constants)
     proto = export_onnx(graph_module, prepared.loaded.example_inputs, input_names=captured.input_names,

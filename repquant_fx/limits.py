@@ -48,8 +48,8 @@ def _physical_memory() -> int:
         except (OSError, ValueError):  # no control group, or "max"
             continue
     try:
-        known = dict(re.findall(r"(\w+): +(\d+) kB", Path("/proc/meminfo").read_text()))
-        limits.append(1024 * (int(known["MemTotal"]) + int(known.get("SwapTotal", 0))))
+        meminfo = dict(re.findall(r"(\w+): +(\d+) kB", Path("/proc/meminfo").read_text()))
+        limits.append(1024 * (int(meminfo["MemTotal"]) + int(meminfo.get("SwapTotal", 0))))
     except (OSError, KeyError):
         with suppress(AttributeError, OSError, ValueError):
             limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
@@ -62,7 +62,7 @@ def check_size(shape: Iterable[int], what: str, itemsize: int = 4) -> None:
     Args:
         shape: of the tensor.
         what: for the message.
-        itemsize: bytes an element.
+        itemsize: bytes per element.
 
     Raises:
         InputError: it is larger than the memory, or a size is negative.

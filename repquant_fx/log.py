@@ -1,8 +1,8 @@
-"""What a long run says while it works: stages, warnings and the result, for people or as one JSON object a line, on
+"""What a long run says while it works: stages, warnings and the result, for people or as one JSON object per line, on
 stderr.
 
 A message is one line, whatever names from a file it quotes: for people it is escaped (`security.escape`), in JSON it is
-    a string of ASCII.
+a string of ASCII.
 
 The compiler calls `stage(name)` where a new stage begins; nothing is said unless `using` chose a form. stdout belongs
 to results.

@@ -70,8 +70,8 @@ def beside(weight: str, what: str) -> str:
     `w`.
     """
     path, dot, leaf = weight.rpartition(".")
-    head, found, _ = leaf.rpartition("weight")
-    return f"{path}{dot}{head}{what}" if found else f"{weight}_{what}"
+    head, separator, _ = leaf.rpartition("weight")
+    return f"{path}{dot}{head}{what}" if separator else f"{weight}_{what}"
 
 
 def unique(name: str, taken: Callable[[str], bool]) -> str:

@@ -18,7 +18,7 @@ Values = dict[Node, Any]
 
 
 class Cuts(Sequence[Values]):
-    """One set of values a batch, kept in memory."""
+    """One set of values per batch, kept in memory."""
 
     def __init__(self, values: Sequence[Values]) -> None:
         self._values = list(values)
@@ -47,7 +47,7 @@ class _View:
 
 
 class OffloadedCuts(Cuts):
-    """One set of values a batch, in a temporary file without a name: nothing is left of it, however the process ends.
+    """One set of values per batch, in a temporary file without a name: nothing is left of it, however the process ends.
 
     Whole storages are written and read back, so that a tensor returns with its strides and the same kernels run on it.
     What the caller holds anyway (the batches given) stays in memory.
@@ -104,22 +104,22 @@ def on_disk(tensors: Iterable[Tensor]) -> bool:
 
 def _write(file: IO[bytes], values: Values) -> tuple[Values, list[tuple[int, int]]]:
     """Append every storage once; gives the values with views for tensors, and where each storage lies."""
-    kept: Values = {}
+    written: Values = {}
     places: list[tuple[int, int]] = []
-    known: dict[int, int] = {}
+    index_of: dict[int, int] = {}
     for node, value in values.items():
         if not isinstance(value, Tensor) or value.device.type != "cpu":
-            kept[node] = value
+            written[node] = value
             continue
         storage = value.untyped_storage()
-        if storage.data_ptr() not in known:
-            known[storage.data_ptr()] = len(places)
+        if storage.data_ptr() not in index_of:
+            index_of[storage.data_ptr()] = len(places)
             places.append((file.tell(), storage.nbytes()))
             file.write(memoryview(torch.empty(0, dtype=torch.uint8).set_(storage).numpy()))  # type: ignore[arg-type]
-        kept[node] = _View(
-            known[storage.data_ptr()], int(value.storage_offset()), value.dtype, tuple(value.shape), value.stride()
+        written[node] = _View(
+            index_of[storage.data_ptr()], int(value.storage_offset()), value.dtype, tuple(value.shape), value.stride()
         )
-    return kept, places
+    return written, places
 
 
 def _restore(view: _View, storages: list[torch.UntypedStorage]) -> Tensor:

@@ -46,7 +46,7 @@ def _(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, axis: 
 
 @torch.library.custom_op("repquant_fx::log2_softmax", mutates_args=())
 def log2_softmax(logits: Tensor, scale: Tensor, dim: int, bits: int, steps: int) -> Tensor:
-    """Softmax over `dim`, log-quantized: the values of `bits`-bit codes with `steps` codes an octave."""
+    """Softmax over `dim`, log-quantized: the values of `bits`-bit codes with `steps` codes per octave."""
     codes = logarithmic.quantize_log(torch.log_softmax(logits, dim), float(scale), bits, steps)
     return logarithmic.dequantize(codes, float(scale), bits, steps)
 

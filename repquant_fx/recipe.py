@@ -16,6 +16,7 @@ from repquant_fx.recipe_settings import bits, nearest, setting, settings_of
 
 _MOST_BYTES = 1 << 18  # of a file; a rule for each of a thousand layers takes a third of it
 _DEEPEST = 8
+_FORMER = {"absorb": "equalize"}  # names that settings had in files written before
 _DOTTED = re.compile(rf'(?<![\w"-])([\w"-]+[ \t]*\.[ \t]*){{{_DEEPEST}}}')
 
 
@@ -58,7 +59,7 @@ class Recipe:
         input_bits: bits of the model input where a layer reads it directly (the patch embedding), 8 in the paper's
             code.
         norm: norm activations per channel and reparameterized (the method), `layerwise` (one scale, no rewriting),
-            `channelwise` (per-channel scales kept in the file: a reference, slow) or `smooth` (SmoothQuant's factors
+            `channelwise` (per-channel scales kept in the file: slow, for comparison) or `smooth` (SmoothQuant's factors
             instead).
         softmax: logarithmic, reparameterized to shifts: `log_sqrt2` with two codes per octave is the published method,
             `log` (the default) chooses 1, 2, 4 or 8 by the error; plain `log2`; or `uniform`.
@@ -70,7 +71,7 @@ class Recipe:
         percentile: the percentile used where asked for.
         weights: weight range by `mse` search or `minmax`.
         correction: least-squares correction of weights and biases towards the float model's outputs (beyond the paper).
-        absorb: where else per-channel scales move into constants, exactly (beyond the paper): `values` of attention,
+        equalize: where else per-channel scales move into constants, exactly (beyond the paper): `values` of attention,
             `linear` to linear through ReLU or a gate, and `query_key`, which gained nothing on the models measured and
             is off. Empty for none.
         rotate: which channel vectors may be rotated, exactly (beyond the paper): the `residual` stream, and the `heads`
@@ -105,7 +106,7 @@ class Recipe:
     percentile: float = setting(99.99, low=50.0, high=100.0)
     weights: str = setting("mse", choices=("mse", "minmax"))
     correction: bool = setting(True)
-    absorb: tuple[str, ...] = setting(("values", "linear"), choices=("values", "query_key", "linear"))
+    equalize: tuple[str, ...] = setting(("values", "linear"), choices=("values", "query_key", "linear"))
     rotate: tuple[str, ...] = setting((), choices=("residual", "heads"))
     gptq: bool = setting(True)
     gptq_damping: float = setting(0.01, low=0.0, high=10.0)
@@ -117,7 +118,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, limits in settings_of(Recipe).items():
             limits.check(name, getattr(self, name))
-        for name in ("absorb", "rotate"):
+        for name in ("equalize", "rotate"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for index, rule in enumerate(self.layers):
             for name, limits in settings_of(LayerRule).items():
@@ -136,7 +137,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` reads back to an equal recipe."""
         data = asdict(self)
-        data["absorb"], data["rotate"] = list(self.absorb), list(self.rotate)
+        data["equalize"], data["rotate"] = list(self.equalize), list(self.rotate)
         data["layers"] = [{k: v for k, v in asdict(rule).items() if v is not None} for rule in self.layers]
         return data
 
@@ -147,8 +148,8 @@ class Recipe:
         Raises:
             RecipeError: unknown key, wrong type, value out of range.
         """
-        _check_keys(data, cls, where)
-        values = dict(data)
+        values = _under_current_names(data, where)
+        _check_keys(values, cls, where)
         rules = values.pop("layers", ())
         if not isinstance(rules, (list, tuple)):
             raise RecipeError(f"{where}: layers must be a list of tables, each with a `match` glob")
@@ -185,11 +186,11 @@ class Recipe:
 
     def unmatched(self, paths: Collection[str]) -> list[str]:
         """A sentence for each rule that fits none of the module paths, with the nearest path."""
-        found = []
+        sentences = []
         for index, rule in enumerate(self.layers):
             if not any(fnmatch.fnmatchcase(path, rule.match) for path in paths):
-                found.append(f"layers[{index}]: {rule.match!r} matches no layer{nearest(rule.match, paths)}")
-        return found
+                sentences.append(f"layers[{index}]: {rule.match!r} matches no layer{nearest(rule.match, paths)}")
+        return sentences
 
     @classmethod
     def from_file(cls, path: str | Path) -> Recipe:
@@ -228,7 +229,7 @@ class Recipe:
 
 
 CHOICES = {name: limits.choices for name, limits in settings_of(Recipe).items() if limits.kind is str}
-ABSORB, ROTATE = settings_of(Recipe)["absorb"].choices, settings_of(Recipe)["rotate"].choices
+EQUALIZE, ROTATE = settings_of(Recipe)["equalize"].choices, settings_of(Recipe)["rotate"].choices
 
 
 def repq_vit(wbits: int, abits: int, **changes: Any) -> Recipe:
@@ -238,7 +239,7 @@ def repq_vit(wbits: int, abits: int, **changes: Any) -> Recipe:
     settings: dict[str, Any] = {
         "clipping": "none",
         "correction": False,
-        "absorb": (),
+        "equalize": (),
         "gptq": False,
         "activations": "percentile",
         "softmax": "log_sqrt2",
@@ -255,7 +256,7 @@ def smoothquant(wbits: int, abits: int, **changes: Any) -> Recipe:
 
 
 def rtn(wbits: int, abits: int, **changes: Any) -> Recipe:
-    """What common tools do: one min-max scale a tensor, uniform everywhere, weights rounded to nearest."""
+    """What common tools do: one min-max scale per tensor, uniform everywhere, weights rounded to nearest."""
     settings: dict[str, Any] = {
         "norm": "layerwise",
         "softmax": "uniform",
@@ -263,7 +264,7 @@ def rtn(wbits: int, abits: int, **changes: Any) -> Recipe:
         "activations": "minmax",
         "weights": "minmax",
         "correction": False,
-        "absorb": (),
+        "equalize": (),
         "gptq": False,
     }
     return Recipe(wbits=wbits, abits=abits, **{**settings, **changes})
@@ -279,12 +280,12 @@ def _stored(path: Path) -> Any:
     try:
         metadata = read_onnx(path).metadata
         metadata.version()
-        found = metadata.recipe()
+        stored = metadata.recipe()
     except InputError as error:
         raise RecipeError(f"cannot read the recipe of {path}: {error}") from error
-    if found is None:
+    if stored is None:
         raise RecipeError(f"cannot read the recipe of {path}: it holds none")
-    return found
+    return stored
 
 
 def _parse(text: str, suffix: str) -> Any:
@@ -336,10 +337,20 @@ def _note_key(event: Any, keys: list[set[str] | None], expects_key: list[bool]) 
         expects_key.append(True)
 
 
+def _under_current_names(data: Any, where: str) -> Any:
+    """The settings with those in `_FORMER` renamed."""
+    if not isinstance(data, Mapping):
+        return data
+    for former, current in _FORMER.items():
+        if former in data and current in data:
+            raise RecipeError(f"{where}: {former!r} is the former name of {current!r}; give one of them")
+    return {_FORMER.get(name, name): value for name, value in data.items()}
+
+
 def _check_keys(data: Any, target: type, where: str) -> None:
-    known = [f.name for f in fields(target)]
+    names = [f.name for f in fields(target)]
     if not isinstance(data, Mapping):
         raise RecipeError(f"{where} must be a table, found {type(data).__name__}")
     for key in data:
-        if key not in known:
-            raise RecipeError(f"{where}: unknown setting {key!r}{nearest(key, known)}")
+        if key not in names:
+            raise RecipeError(f"{where}: unknown setting {key!r}{nearest(key, names)}")

@@ -89,8 +89,8 @@ def settings_of(cls: Any) -> dict[str, Setting]:
     return {f.name: f.metadata[_KEY] for f in fields(cls) if _KEY in f.metadata}
 
 
-def nearest(value: Any, known: Iterable[Any]) -> str:
+def nearest(value: Any, names: Iterable[Any]) -> str:
     """`; did you mean 'x'?`, where one of the known words is near; else nothing."""
-    by_case = {str(name).lower(): name for name in known}
+    by_case = {str(name).lower(): name for name in names}
     close = difflib.get_close_matches(str(value).lower(), list(by_case), n=1, cutoff=0.5)
     return f"; did you mean {by_case[close[0]]!r}?" if close else ""

@@ -53,12 +53,12 @@ def schema() -> dict[str, Any]:
 def descriptions(cls: type) -> dict[str, str]:
     """What the `Attributes:` section of a dataclass's docstring says of each field."""
     text = (inspect.getdoc(cls) or "").partition("Attributes:\n")[2]
-    found: dict[str, str] = {}
+    described: dict[str, str] = {}
     for entry in re.split(r"\n(?=    \w)", "\n" + re.split(r"\n(?=\S)", text)[0])[1:]:
         names, _, words = entry.strip().partition(":")
         for name in names.split(","):
-            found[name.strip()] = " ".join(words.split())
-    return found
+            described[name.strip()] = " ".join(words.split())
+    return described
 
 
 def _object(cls: Any) -> dict[str, Any]:
@@ -81,8 +81,8 @@ def _property(name: str, cls: Any, default: Any) -> dict[str, Any]:
     limits = settings_of(cls).get(name)
     if limits is None:
         return {"type": "array", "items": _object(LayerRule)} if name == "layers" else {"type": "string"}
-    found = limits.schema()
-    return {**found, "type": [found["type"], "null"]} if default is None else found
+    property_ = limits.schema()
+    return {**property_, "type": [property_["type"], "null"]} if default is None else property_
 
 
 def _allowed(name: str) -> str:

@@ -29,7 +29,7 @@ SLICE = 4  # samples run at a time for the layers' SQNR
 def describe_layers(
     graph_module: GraphModule, plan: Plan, quantized: Quantized, *, gptq: bool = True
 ) -> list[dict[str, Any]]:
-    """One entry a quantized operator, in graph order; call before lowering, while the quantizers are in the graph.
+    """One entry per quantized operator, in graph order; call before lowering, while the quantizers are in the graph.
 
     Args:
         gptq: whether the recipe asks for it.
@@ -78,7 +78,7 @@ def describe_site(graph_module: GraphModule, site: Site) -> dict[str, Any]:
     entry: dict[str, Any] = {"name": site.name, "bits": site.bits}
     if isinstance(module, LogQuantizer):
         kind = "log2" if module.steps == 1 else "logarithmic, as shifts"
-        return entry | {"quantizer": kind, "codes_an_octave": module.steps, "scale": float(module.scale),
+        return entry | {"quantizer": kind, "codes_per_octave": module.steps, "scale": float(module.scale),
                         "zero_code": (1 << site.bits) - 1}
     if isinstance(module, UniformQuantizer):
         if module.axis is None:
@@ -108,14 +108,14 @@ def layer_sqnr(float_module: GraphModule, shipped: GraphModule, names: Sequence[
     signal: dict[str, float] = dict.fromkeys(names, 0.0)
     noise: dict[str, float] = dict.fromkeys(names, 0.0)
     for batch in _slices(inputs):
-        expected, found = _values(float_module, names, batch), _values(shipped, names, batch)
-        both = expected.keys() & found.keys()
+        expected, computed = _values(float_module, names, batch), _values(shipped, names, batch)
+        both = expected.keys() & computed.keys()
         for name in both:
-            value, reference = found[name].double(), expected[name].double().reshape(-1)
+            value, exact = computed[name].double(), expected[name].double().reshape(-1)
             if codes is not None and name in codes:
                 value = (value - codes[name].offset) * codes[name].step
-            signal[name] += float(reference.square().sum())
-            noise[name] += float((value.reshape(-1) - reference).square().sum())
+            signal[name] += float(exact.square().sum())
+            noise[name] += float((value.reshape(-1) - exact).square().sum())
     return {
         n: 10 * math.log10(signal[n] / noise[n]) if noise[n] > 0 and signal[n] > 0 else math.inf
         for n in names

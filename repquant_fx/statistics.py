@@ -1,7 +1,7 @@
 """What the HTML report draws, summarised while the data are at hand: no raw sample is kept.
 
 Collected only when asked for, at the moment a group is calibrated, from the samples that calibrated it. An activation
-with channels gives quantiles and a histogram a channel for at most `CHANNELS` channels, any other one a histogram, and
+with channels gives quantiles and a histogram per channel for at most `CHANNELS` channels, any other a histogram, and
 a weight the errors of its rounding.
 """
 
@@ -52,7 +52,7 @@ class Statistics:
 
         Args:
             observers, quantizers: by site name; sites without an observer are left out.
-            reparameterized: whether per-channel quantizers become one a tensor afterwards.
+            reparameterized: whether per-channel quantizers become one per tensor afterwards.
         """
         sites = [site for site in sites if site.name in observers]
         norms = [site for site in sites if site.role == "norm"]
@@ -106,26 +106,26 @@ def channels(sample: Tensor, quantizer: UniformQuantizer, affine: ChannelAffine 
         `up` and a histogram of each kept channel; `span`, the ratio of the widest channel's range to the narrowest's.
         `after` the same without histograms, its `low` and `up` being those of the one scale; None without `affine`.
     """
-    kept = spread_over((sample.amax(dim=1) - sample.amin(dim=1)).cpu().numpy())
+    shown = spread_over((sample.amax(dim=1) - sample.amin(dim=1)).cpu().numpy())
     low, up = (bound.expand(len(sample)) for bound in bounds(quantizer))
-    values = sample[kept].double().cpu().numpy()
+    values = sample[shown].double().cpu().numpy()
     result: dict[str, Any] = {
         "kind": "channels",
         "bits": quantizer.bits,
         "total": len(sample),
-        "channels": kept,
+        "channels": shown,
         "after": None,
         "before": {
             "quantiles": _short(np.quantile(values, QUANTILES, axis=1).T),
             "span": _span(sample),
-            "low": _short(low[kept]),
-            "up": _short(up[kept]),
+            "low": _short(low[shown]),
+            "up": _short(up[shown]),
         },
         "histograms": [histogram(row, CHANNEL_BINS) for row in values],
     }
     if affine is not None:
         mapped = affine.apply(sample.T.double()).T
-        quantiles = np.quantile(mapped[kept].cpu().numpy(), QUANTILES, axis=1).T
+        quantiles = np.quantile(mapped[shown].cpu().numpy(), QUANTILES, axis=1).T
         low, up = bounds(UniformQuantizer(affine.scale, affine.zero_point, quantizer.bits))
         result["after"] = {"quantiles": _short(quantiles), "span": _span(mapped), "low": _short(low), "up": _short(up)}
     return result

@@ -241,10 +241,10 @@ def suggested_shapes(error: BaseException, shapes: Any) -> Any | None:
     """
     from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
 
-    head, found, fixes = str(error).partition(_FIXES)
+    head, separator, fixes = str(error).partition(_FIXES)
     return (
         refine_dynamic_shapes_from_suggested_fixes(head + _FIXES + fixes.partition("\n\n")[0], shapes)
-        if found
+        if separator
         else None
     )
 

@@ -29,7 +29,7 @@ from repquant_fx.distributed import World
 from repquant_fx.errors import OutputError, RepQuantWarning
 from repquant_fx.passes.base import run_passes
 from repquant_fx.passes.insert_observers import InsertObservers
-from repquant_fx.pipeline import absorb_scales, quantize_sequentially, sequential
+from repquant_fx.pipeline import equalize_layers, quantize_sequentially, sequential
 
 RECIPE = Recipe(wbits=4, abits=4)
 
@@ -82,7 +82,7 @@ def pipeline(graph_module: GraphModule, work_dir: Path | None, recipe: Recipe = 
     batches = [(b,) for b in x.split(8)]
     plan = match(graph_module, recipe)
     with open_checkpoint(work_dir, fingerprint(graph_module, batches, recipe, 0), {}, World()) as checkpoint:
-        plan = absorb_scales(graph_module, plan, batches, recipe, checkpoint)
+        plan = equalize_layers(graph_module, plan, batches, recipe, checkpoint)
         run_passes(graph_module, [InsertObservers(plan, len(batches))])
         quantize_sequentially(graph_module, plan, batches, recipe, checkpoint)
     return output(graph_module, x)

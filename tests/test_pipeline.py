@@ -44,7 +44,7 @@ def test_cost_grows_linearly_with_depth(deeper, correction: bool) -> None:
     assert abs(first - second) <= 0.05 * first
     assert runs[4].segments - runs[2].segments == (runs[8].segments - runs[4].segments) / 2 >= 2
     for depth, total in executed.items():
-        # observe, second moments, advance: each node runs a few times a batch, whatever the depth
+        # observe, second moments, advance: each node runs a few times per batch, whatever the depth
         assert total <= 8 * 2 * sizes[depth], "nodes are run again and again"
 
 

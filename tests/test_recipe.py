@@ -178,6 +178,14 @@ def test_rules_that_fit_nothing_are_named() -> None:
     assert recipe.unmatched(["blocks.0.mlp.fc2", "head"]) == ["layers[0]: 'blocks.*.mpl.fc2' matches no layer; did you mean 'blocks.0.mlp.fc2'?"]
 
 
+def test_a_setting_is_read_under_its_former_name(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("absorb: [query_key]\n")
+    assert Recipe.from_file(tmp_path / "r.yaml") == Recipe(equalize=("query_key",))
+    (tmp_path / "r.yaml").write_text("absorb: []\nequalize: []\n")
+    with pytest.raises(RecipeError, match=r"r\.yaml: 'absorb' is the former name of 'equalize'; give one of them"):
+        Recipe.from_file(tmp_path / "r.yaml")
+
+
 def test_errors_name_the_file(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("WBITS: 4\n")
     with pytest.raises(RecipeError, match=r"r\.yaml.*did you mean 'wbits'"):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from repquant_fx.errors import RecipeError
-from repquant_fx.recipe import ABSORB, CHOICES, PRESETS, LayerRule, Recipe
+from repquant_fx.recipe import CHOICES, EQUALIZE, PRESETS, LayerRule, Recipe
 from repquant_fx.recipe_settings import settings_of
 from repquant_fx.recipe_text import FORMATS, descriptions, schema, write
 
@@ -21,7 +21,7 @@ RULES = st.builds(LayerRule, st.text("ab.*[]\"'\\:#{}-é", min_size=1), st.none(
                   st.none() | st.booleans())
 RECIPES = st.builds(Recipe, wbits=BITS, abits=BITS, input_bits=BITS, percentile=st.floats(50, 100), gptq_damping=st.floats(0, 10),
                     gptq_block=st.integers(1, 4096), correction=st.booleans(), gptq=st.booleans(), gptq_activation_order=st.booleans(),
-                    absorb=st.lists(st.sampled_from(ABSORB)), layers=st.lists(RULES, max_size=3).map(tuple),
+                    equalize=st.lists(st.sampled_from(EQUALIZE)), layers=st.lists(RULES, max_size=3).map(tuple),
                     **{name: st.sampled_from(values) for name, values in CHOICES.items()})
 
 
@@ -84,7 +84,7 @@ def test_one_field_tells_all_what_a_setting_may_be(capsys: pytest.CaptureFixture
         switch = told.partition(f"--{name.replace('_', '-')}")[2]
         assert "".join(descriptions(Recipe)[name].replace("`", "").split()) in switch
     for name, value, reason in (("wbits", 9, "wbits must be an integer from 2 to 8; found 9"), ("gptq_block", 0, "an integer of at least 1"),
-                                ("norm", "layerwize", "did you mean 'layerwise'"), ("absorb", ["x"], "a list of values, query_key, linear, or"),
+                                ("norm", "layerwize", "did you mean 'layerwise'"), ("equalize", ["x"], "a list of values, query_key, linear, or"),
                                 ("gptq_damping", 11, "a number from 0 to 10"), ("correction", 1, "correction must be true or false")):
         with pytest.raises(RecipeError, match=reason):
             Recipe(**{name: value})

@@ -42,10 +42,10 @@ def read_arrays(path: Path) -> Array | tuple[Array, ...] | dict[str, Array]:
         if suffix == ".npz":
             _check_archive(path)
             with np.load(path, allow_pickle=False) as file:
-                found = {name: file[name] for name in file.files}
-            if not all(isinstance(array, np.ndarray) for array in found.values()):
+                arrays = {name: file[name] for name in file.files}
+            if not all(isinstance(array, np.ndarray) for array in arrays.values()):
                 raise ValueError("it holds other files than arrays")  # numpy gives their bytes
-            return found
+            return arrays
         if suffix == ".safetensors":
             from safetensors.torch import load_file
 

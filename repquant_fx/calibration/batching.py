@@ -20,7 +20,7 @@ class CalibrationSet:
     """Checked calibration batches.
 
     Attributes:
-        batches: one tuple of tensors a batch, in the order of the model's inputs; dimension 0 is the batch in all.
+        batches: one tuple of tensors per batch, in the order of the model's inputs; dimension 0 is the batch in all.
         origin: where they came from, for reports.
         synthetic: whether they were made up.
         batch_size: wanted size; 0 stands for that of the first batch.

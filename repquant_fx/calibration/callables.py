@@ -30,7 +30,7 @@ def import_callable(text: str) -> Callable[[], Any]:
     """The callable `module:attribute` names; the attribute may be dotted."""
     module_name, _, attribute = text.partition(":")
     try:
-        found: Any = importlib.import_module(module_name)
+        member: Any = importlib.import_module(module_name)
     except Exception as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing and (module_name == missing or module_name.startswith(missing + ".")):
@@ -41,12 +41,12 @@ def import_callable(text: str) -> Callable[[], Any]:
             f"calibration callable {text}: importing {module_name} raised {_described(error)}"
         ) from error
     for part in attribute.split("."):
-        if not hasattr(found, part):
+        if not hasattr(member, part):
             raise CalibrationError(f"calibration callable {text}: the module {module_name} has no {attribute}")
-        found = getattr(found, part)
-    if not callable(found):
-        raise CalibrationError(f"calibration callable {text}: {attribute} is a {type(found).__name__}, not callable")
-    return found
+        member = getattr(member, part)
+    if not callable(member):
+        raise CalibrationError(f"calibration callable {text}: {attribute} is a {type(member).__name__}, not callable")
+    return member
 
 
 

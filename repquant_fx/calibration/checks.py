@@ -42,24 +42,24 @@ def check_array(array: Array, spec: InputSpec, where: str) -> None:
 
 
 
-def _check_dtype(found: torch.dtype, spec: InputSpec, rank: int, where: str) -> None:
+def _check_dtype(given: torch.dtype, spec: InputSpec, rank: int, where: str) -> None:
     """Floats feed floats, integers (and booleans) feed integers, booleans feed booleans."""
     wanted, name = spec.dtype, f"{where}: input {spec.name}"
     if wanted.is_floating_point:
-        if found == torch.uint8 and rank == 4:
+        if given == torch.uint8 and rank == 4:
             raise CalibrationError(
                 f"{name} expects {dtype_text(wanted)}, found uint8: these look like images that are not "
                 "preprocessed; scale and normalise them as the model was trained, or give an image folder"
             )
-        fits = found.is_floating_point
+        fits = given.is_floating_point
     elif wanted == torch.bool:
-        fits = found == torch.bool
+        fits = given == torch.bool
     elif wanted.is_complex:
-        fits = found.is_complex
+        fits = given.is_complex
     else:
-        fits = not (found.is_floating_point or found.is_complex)
+        fits = not (given.is_floating_point or given.is_complex)
     if not fits:
-        raise CalibrationError(f"{name} expects dtype {dtype_text(wanted)}, found {dtype_text(found)}")
+        raise CalibrationError(f"{name} expects dtype {dtype_text(wanted)}, found {dtype_text(given)}")
 
 
 
@@ -99,17 +99,17 @@ def check_finite(tensors: Iterable[Tensor], rows: Iterable[Sequence[int]], spec:
     """
     if not spec.dtype.is_floating_point:
         return
-    found: dict[int, int] = {}
+    counts: dict[int, int] = {}
     largest = 0.0
     for tensor, numbers in zip(tensors, rows, strict=True):
         bad = (~torch.isfinite(tensor)).unsqueeze(-1).flatten(1).sum(1).tolist()
-        found |= {number: count for number, count in zip(numbers, bad, strict=True) if count}
+        counts |= {number: count for number, count in zip(numbers, bad, strict=True) if count}
         largest = max(largest, float(tensor.abs().max()) if tensor.numel() else 0.0)
-    if found:
-        samples = sorted(found)
+    if counts:
+        samples = sorted(counts)
         named = ", ".join(map(str, samples[:5])) + (", ..." if len(samples) > 5 else "")
-        raise CalibrationError(f"{where}: input {spec.name} has {sum(found.values())} values that are NaN or infinite, "
-                               f"in sample{'s' if len(samples) > 1 else ''} {named}")
+        raise CalibrationError(f"{where}: input {spec.name} has {sum(counts.values())} values that are NaN or infinite,"
+                               f" in sample{'s' if len(samples) > 1 else ''} {named}")
     if largest > _LARGEST and "mask" not in spec.name.lower():  # a mask may hold the least number that there is
         raise CalibrationError(
             f"{where}: input {spec.name} has values up to {largest:.3g}, whose squares overflow float32; "

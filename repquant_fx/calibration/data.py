@@ -69,9 +69,9 @@ def load_calibration(
         inputs: the model's inputs. A batch dimension that is not None fixes the batch size.
         preprocessing: timm data config of the model, used for image folders only.
         samples: how many to use at most. Of files and arrays a seeded random choice; of an iterator, the first.
-        batch_size: samples a batch. The last batch may differ.
+        batch_size: samples per batch. The last batch may differ.
         seed: of the choice and the order.
-        example_inputs: one tensor an input, batch first.
+        example_inputs: one tensor per input, batch first.
         text: how a .txt or .jsonl is read, and the length of sequences that are made up.
 
     Returns:

@@ -53,7 +53,7 @@ def find_images(folder: Path) -> list[Path]:
     """All image files below a folder, sorted by path; hidden files and folders are left out, links are followed
     once.
     """
-    found: list[Path] = []
+    paths: list[Path] = []
     seen: set[str] = set()
     for root, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
@@ -62,8 +62,8 @@ def find_images(folder: Path) -> list[Path]:
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(root, name) for name in files if is_image_name(name)]
-    return sorted(found)
+        paths += [Path(root, name) for name in files if is_image_name(name)]
+    return sorted(paths)
 
 
 def is_image_name(name: str) -> bool:

@@ -60,7 +60,7 @@ def check_text_size(path: Path, what: str) -> None:
 
 def read_text(path: Path) -> list[Text]:
     """The texts of a file: the lines of a `.txt`; of a `.jsonl` the field `text` (and `text_pair`), or a string or a
-    pair a line.
+    pair per line.
 
     Empty lines are left out.
 

@@ -1,7 +1,7 @@
-"""The command line: one module a command, each with `add(parser)` and `run(options)`.
+"""The command line: one module per command, each with `add(parser)` and `run(options)`.
 
 Exit codes: see EXIT_CODES. stdout carries the result and nothing else; all other messages go to stderr (see
-    `repquant_fx.log`).
+`repquant_fx.log`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ COMMANDS = {
 EXIT_CODES = (
     "exit codes: 0 done; 1 internal error, a bug; 2 bad input: one message, nothing written; 3 the exported file "
     "disagrees with "
-    "the reference, nothing written; 130 interrupted (SIGINT), 143 terminated (SIGTERM), 129 hung up (SIGHUP); 141 "
+    "the FX reference, nothing written; 130 interrupted (SIGINT), 143 terminated (SIGTERM), 129 hung up (SIGHUP); 141 "
     "nobody reads stdout any "
     "more. What ends after the outputs were written (a signal, a stdout that is full) says so"
 )

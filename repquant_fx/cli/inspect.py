@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
     from repquant_fx import log
     from repquant_fx.inspection import inspect
 
-    found = inspect(
+    inspection = inspect(
         options.model,
         recipe,
         arch=options.arch,
@@ -72,18 +72,18 @@ def run(options: argparse.Namespace) -> int:
         from repquant_fx.html import inspection_page, page
 
         text = (
-            inspection_page(found, command=options.command_line)
+            inspection_page(inspection, command=options.command_line)
             if measured is None
             else page(measured, measured.get("statistics"))
         )
         write_atomically(options.html, text.encode())
         log.info(f"wrote {options.html}")
-    log.result(found.about)
+    log.result(inspection.about)
     if options.json:
-        print(json.dumps(found.to_dict()))
+        print(json.dumps(inspection.to_dict()))
     else:
         try:
-            show(found)
+            show(inspection)
         except SystemExit as stop:  # so the tables' library ends a program whose reader is gone
             raise BrokenPipeError from stop
     return 0
@@ -105,7 +105,7 @@ def check_page(options: argparse.Namespace, figures: bool) -> None:
         plotly_script()
 
 
-def show(found: Inspection) -> None:
+def show(inspection: Inspection) -> None:
     """Tables for a terminal: the sites, what was left alone, totals. Long because it is a row of printed lines."""
     from rich.console import Console
     from rich.table import Table
@@ -115,7 +115,7 @@ def show(found: Inspection) -> None:
     console = Console(file=sys.stdout, width=width, highlight=False)
     wide = console.width >= WIDE  # else what was rewritten stands below the table, once for all sites that it holds for
     words = ["site", "kind", "bits"] + (
-        ["grid", "scale", "zero point", "fused", "size"] if found.compiled else ["parameters"]
+        ["grid", "scale", "zero point", "fused", "size"] if inspection.compiled else ["parameters"]
     )
     words += ["rewritten"] if wide else []
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
@@ -128,7 +128,7 @@ def show(found: Inspection) -> None:
         )
     said: list[str] = []
     below: dict[str, list[str]] = {}
-    for row in found.rows:
+    for row in inspection.rows:
         notes = "" if row.rewritten == said else "; ".join(row.rewritten)
         said = row.rewritten
         for note in row.rewritten:
@@ -136,7 +136,7 @@ def show(found: Inspection) -> None:
         grid = row.grid if wide else _short(row.grid)
         middle = (
             [grid, _numbers(row.scale), _numbers(row.zero_point), _fused(row), _size(row.bytes)]
-            if found.compiled
+            if inspection.compiled
             else [f"{row.parameters:,}" if row.parameters else ""]
         )
         kind = row.kind if wide else row.kind.replace(" → ", "→")
@@ -152,7 +152,7 @@ def show(found: Inspection) -> None:
                 Text(printable(f"{sites[0]}{f' and {len(sites) - 1} more' if len(sites) > 1 else ''}: {note}"))
             )
         console.print()
-    if found.left_alone:
+    if inspection.left_alone:
         left = Table(
             box=None,
             pad_edge=False,
@@ -163,36 +163,37 @@ def show(found: Inspection) -> None:
         )
         for word in ("operator", "module", "reason"):
             left.add_column(word, overflow="fold")
-        for item in found.left_alone:
+        for item in inspection.left_alone:
             left.add_row(*(Text(printable(item[key])) for key in ("operator", "path", "reason")))
         console.print(left)
         console.print()
-    for line in totals(found):
+    for line in totals(inspection):
         console.print(Text(printable(line)), soft_wrap=True)
 
 
-def totals(found: Inspection) -> list[str]:
+def totals(inspection: Inspection) -> list[str]:
     """A few lines below the tables."""
-    about = found.about
+    about = inspection.about
     kinds = ", ".join(f"{count} {kind}" for kind, count in about["kinds"].items())
-    lines = [f"{about['sites']} quantized sites ({kinds}); {len(found.left_alone)} operators left alone; "
+    lines = [f"{about['sites']} quantized sites ({kinds}); {len(inspection.left_alone)} operators left alone; "
              f"{about['quantized_parameters']:,} weights"]
-    if not found.compiled:
-        return [f"{found.source}: what `compile` would do, {about['bits']}", *lines]
+    if not inspection.compiled:
+        return [f"{inspection.source}: what `compile` would do, {about['bits']}", *lines]
     if about["integer_sites"] is None:
         lines.append("fused under ONNX Runtime: not known (?)")
     else:
-        known = sum(row.integer is not None for row in found.rows)
-        lines.append(f"computed with integers by ONNX Runtime: {about['integer_sites']} of {known}")
-        reasons = Counter(row.reason for row in found.rows if row.integer is False)
-        lines += [f"  {count} not: {reason or 'for no known reason'}" for reason, count in reasons.items()]
+        audited = sum(row.integer is not None for row in inspection.rows)
+        lines.append(f"computed with integers by ONNX Runtime: {about['integer_sites']} of {audited}")
+        reasons = Counter(row.reason for row in inspection.rows if row.integer is False)
+        lines += [f"  {count} not: {reason or 'for no audited reason'}" for reason, count in reasons.items()]
     lines.append(
         f"file {_size(about['file_bytes'])}: weights {_size(about['quantized_bytes'])}, other constants "
         f"{_size(about['other_bytes'])}; "
         f"in float {_size(about['float_bytes'])}, {about['float_bytes'] / max(about['file_bytes'], 1):.2f} times as "
         "much"
     )
-    return [f"{found.source}: {about['bits']}, {about['method']}, written by repquant-fx {about['version']}", *lines]
+    head = f"{inspection.source}: {about['bits']}, {about['method']}, written by repquant-fx {about['version']}"
+    return [head, *lines]
 
 
 def _name(row: Row) -> str:
@@ -219,8 +220,8 @@ def _fused(row: Row) -> str:
 
 
 def _short(grid: str) -> str:
-    """`log2, 4 codes an octave` as `log2 ×4`."""
-    return re.sub(r"log2, (\d+) codes? an octave", r"log2 ×\1", grid)
+    """`log2, 4 codes per octave` as `log2 ×4`."""
+    return re.sub(r"log2, (\d+) codes? \w+ octave", r"log2 ×\1", grid)
 
 
 def _size(count: int) -> str:

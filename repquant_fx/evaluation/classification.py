@@ -129,7 +129,7 @@ def accuracy(runner: Runner, data: Path, *, batch_size: int = 64, limit: int | N
     Args:
         data: class folders of images (the sorted folder names are the labels), or a .npz or .safetensors with `images`
             (preprocessed, N x C x H x W) and `labels` (N integers).
-        batch_size: images a batch; a model with a fixed batch overrides it.
+        batch_size: images per batch; a model with a fixed batch overrides it.
         limit: evaluate a seeded random subset of this many samples.
         seed: of the subset.
 
@@ -211,10 +211,10 @@ def labelled_folder(
     """Class folders of images as a stream of batches.
 
     Args:
-        folder: one folder a class; the index in the sorted names is the label.
+        folder: one folder per class; the index in the sorted names is the label.
         preprocessing: timm data config, or None for ImageNet mean and std.
         input_size: (C, H, W), or the side of a square RGB image.
-        batch_size: images a batch; the last may be smaller.
+        batch_size: images per batch; the last may be smaller.
         limit: a random subset of this many, in the order of the folder.
         seed: of the subset.
         dtype: of the images.
@@ -259,7 +259,7 @@ def _labelled_arrays(path: Path, spec: InputSpec, batch_size: int, limit: int | 
     )
     check_array(images, spec, str(path))
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) != len(images):
-        raise InputError(f"evaluation data {path}: labels must be {len(images)} integers, one an image; "
+        raise InputError(f"evaluation data {path}: labels must be {len(images)} integers, one per image; "
                          f"found {labels.dtype} of shape {labels.shape}")
     if not len(labels):
         raise InputError(f"evaluation data {path}: there are no samples to evaluate")

@@ -51,7 +51,7 @@ class Perplexity:
     stride: int
 
     def __str__(self) -> str:
-        return f"perplexity {self.perplexity:.3f}  {self.nats_per_token:.4f} nats a token  ({self.tokens} tokens)"
+        return f"perplexity {self.perplexity:.3f}  {self.nats_per_token:.4f} nats per token  ({self.tokens} tokens)"
 
 
 @dataclass(frozen=True)

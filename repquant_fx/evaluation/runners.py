@@ -64,7 +64,7 @@ class Runner:
         the caller cuts the rows that this adds to the outputs (`first_rows`).
 
         Args:
-            tensors: one an input; converted to its dtype.
+            tensors: one per input; converted to its dtype.
 
         Raises:
             InputError: inputs are missing or unknown, a shape does not fit, or the model fails on them.

@@ -42,7 +42,7 @@ class Captured:
     Attributes:
         graph_module: ATen-level; owns its parameters (the caller's model is never mutated).
         input_names: names of the forward arguments, in order; the graph takes them by position.
-        output_names: one an output tensor (see `name_outputs`); the graph gives a flat tuple, or the one tensor.
+        output_names: one per output tensor (see `name_outputs`); the graph gives a flat tuple, or the one tensor.
         eager_difference: largest absolute difference between the graph's and the model's outputs on the example inputs,
             divided by the largest absolute output.
         dynamic_batch: whether the batch dimension is symbolic.
@@ -64,7 +64,7 @@ def capture(
 
     Args:
         module: a module (put in eval mode, not mutated), or an ExportedProgram.
-        example_inputs: one tensor an input; an axis must be at least 2 long to become dynamic.
+        example_inputs: one tensor per input; an axis must be at least 2 long to become dynamic.
         dynamic_batch: make dimension 0 of every input symbolic. Falls back to static, with a warning, where the model
             does not allow it.
         input_names: keyword names under which the example inputs are passed to the module; by position where None.
@@ -79,17 +79,17 @@ def capture(
         InputError: a result on the way that this machine cannot hold.
     """
     inputs = tuple(example_inputs)
-    reference: nn.Module
+    eager: nn.Module
     if isinstance(module, torch.export.ExportedProgram):
         try:
-            program, reference = module, module.module(check_guards=False)
+            program, eager = module, module.module(check_guards=False)
             args, kwargs = _call_arguments(program, inputs)
         except Exception as error:
             raise CaptureError(f"the program is not whole: {_first_line(error)}") from error
     else:
-        reference = module.eval()
+        eager = module.eval()
         args, kwargs = (inputs, {}) if input_names is None else ((), dict(zip(input_names, inputs, strict=True)))
-        program, axes = _export(reference, args, kwargs, _wanted_axes(inputs, dynamic_axes, dynamic_batch))
+        program, axes = _export(eager, args, kwargs, _wanted_axes(inputs, dynamic_axes, dynamic_batch))
         limits.check_results(program.graph, "the model")  # nothing has computed yet
     _check_names(program)
     try:
@@ -110,7 +110,7 @@ def capture(
         node.meta[AXES] = dict(named)
     try:
         with torch.no_grad(), VisibleAttention():
-            result = reference(*(a.clone() for a in args), **{k: a.clone() for k, a in kwargs.items()})
+            result = eager(*(a.clone() for a in args), **{k: a.clone() for k, a in kwargs.items()})
     except Exception as error:
         raise CaptureError(
             f"the model does not run on its example inputs: {_first_line(error)}{_user_line(error)}"
@@ -296,7 +296,7 @@ def _layers_in_parts() -> Iterator[None]:
 
 
 def _per_parameter(module: nn.Module, names: Sequence[str], shapes: Sequence[Mapping[int, Any]]) -> object:
-    """dynamic_shapes in the form export expects: by parameter name, or one a position, those that `*args` takes
+    """dynamic_shapes in the form export expects: by parameter name, or one per position, those that `*args` takes
     together.
     """
     parameters = inspect.signature(module.forward).parameters

@@ -46,7 +46,7 @@ class LoadedModel:
     Attributes:
         module: in eval mode, on the CPU, half precision raised to float32; transformers' `use_cache` is switched off.
         exported: a program as saved; where its batch dimension is static, it stays so.
-        example_inputs: one tensor an input; batch 2 at least, unless a program with a static batch says otherwise.
+        example_inputs: one tensor per input; batch 2 at least, unless a program with a static batch says otherwise.
         inputs_are_data: the inputs were stored in the `.pt2` by the user, so they can serve for calibration.
         preprocessing: of images; see `architectures.preprocessing`. None where nothing is known.
         source: what was loaded, in words.

@@ -56,7 +56,7 @@ def rehearse(program: ExportedProgram, inputs: tuple[Tensor, ...], where: str) -
 
 
 def _tensors(program: ExportedProgram, inputs: tuple[Tensor, ...], where: str) -> list[Any]:
-    """One value a placeholder, as stored; the shapes and types that the program declares for them must be theirs."""
+    """One value per placeholder, as stored; the shapes and types that the program declares for them must be theirs."""
     given = iter(inputs)
     placeholders = [node for node in program.graph_module.graph.nodes if node.op == "placeholder"]
     values: list[Any] = []

@@ -66,12 +66,12 @@ def page(report: Mapping[str, Any], statistics: Mapping[str, Any] | None = None,
 
 def _headline(source: str) -> str:
     """A source in a few words: the name of its file or directory, or the architecture without its options."""
-    found = re.search(r"(?:with the weights of|pickled in| of) (\S+)$", source)
-    name = found.group(1) if found else source
+    match = re.search(r"(?:with the weights of|pickled in| of) (\S+)$", source)
+    name = match.group(1) if match else source
     return name.rstrip("/").rpartition("/")[2] if "/" in name and not name.startswith("hf:") else name.split(",")[0]
 
 
-def inspection_page(found: Inspection, *, command: str) -> str:
+def inspection_page(inspection: Inspection, *, command: str) -> str:
     """The page of a file that was compiled before, or of what would be matched in a model that is not compiled yet.
     Nothing was measured.
 
@@ -81,28 +81,29 @@ def inspection_page(found: Inspection, *, command: str) -> str:
     Raises:
         InputError: plotly is not installed.
     """
-    about, known = found.about, [row for row in found.rows if row.integer is not None]
-    again = "\n".join((f"repquant-fx recipe show {shlex.quote(found.source)} > recipe.yaml",
-                       f"repquant-fx compile MODEL --calib DATA --recipe {shlex.quote(found.source)} --out again.onnx"))
+    about, audited = inspection.about, [row for row in inspection.rows if row.integer is not None]
+    file = shlex.quote(inspection.source)
+    again = (f"repquant-fx recipe show {file} > recipe.yaml\n"
+             f"repquant-fx compile MODEL --calib DATA --recipe {file} --out again.onnx")
     return _fill(
         {
             "report": {
-                "source": found.source,
-                "left_alone": found.left_alone,
+                "source": inspection.source,
+                "left_alone": inspection.left_alone,
                 "repquant_fx": about.get("version"),
-                "compiled": found.compiled,
+                "compiled": inspection.compiled,
                 **{k: v for k, v in about.items() if k not in ("recipe", "version")},
             },
-            "sites": [_ranges(asdict(row)) for row in found.rows],
+            "sites": [_ranges(asdict(row)) for row in inspection.rows],
             "layers": [],
-            "products": len(known) if known else None,
+            "products": len(audited) if audited else None,
             "lost": [
-                {"path": row.site, "operator": row.kind, "reason": row.reason} for row in known if not row.integer
+                {"path": row.site, "operator": row.kind, "reason": row.reason} for row in audited if not row.integer
             ],
             "recipe": _recipe(about.get("recipe")),
-            "reproduce": again if found.compiled else command,
+            "reproduce": again if inspection.compiled else command,
         },
-        found.source,
+        inspection.source,
     )
 
 
@@ -133,13 +134,13 @@ def plotly_script() -> str:
 
 def versions() -> dict[str, str]:
     """Of Python and of the installed packages that a result may depend on, and the machine."""
-    found = {"repquant-fx": VERSION, "python": platform.python_version()}
+    installed = {"repquant-fx": VERSION, "python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found | {"machine": f"{platform.system()} {platform.machine()}"}
+    return installed | {"machine": f"{platform.system()} {platform.machine()}"}
 
 
 def _layer(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,7 +152,7 @@ def _layer(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _ranges(item: Mapping[str, Any]) -> dict[str, Any]:
-    """With scales and zero points a channel as their range."""
+    """With per-channel scales and zero points as their range."""
     return {
         k: [min(v), max(v)] if k in ("scale", "zero_point") and isinstance(v, list) and v else v
         for k, v in item.items()

@@ -62,7 +62,7 @@ function summary() {
   const cards = element("div", { className: "cards" });
   const card = (value, text, bad) => cards.append(element("div", { className: bad ? "card bad" : "card" }, element("b", {}, value), element("span", {}, text)));
   if (known(report.output_sqnr_db)) card(decibel(report.output_sqnr_db), "output against the float model (SQNR)" + (calibration ? `, ${calibration.held_back} held-back samples` : ""));
-  if (parity) card(parity.agrees ? "agrees" : "disagrees", `ONNX Runtime with the reference: ${parity.compared} quantizers, at most ${percent(parity.worst_share)} of codes differ at one`, !parity.agrees);
+  if (parity) card(parity.agrees ? "agrees" : "disagrees", `ONNX Runtime with the FX reference: ${parity.compared} quantizers, at most ${percent(parity.worst_share)} of codes differ at one`, !parity.agrees);
   if (layers.length) card(`${weighted} + ${layers.length - weighted}`, "layers with weights + matrix products");
   if (known(report.sites)) card(String(report.sites), (report.compiled ? "quantized activations: " : "activations would be quantized: ") + Object.entries(report.kinds).map(([kind, n]) => `${n} ${kind}`).join(", "));
   if (known(report.quantized_parameters)) card(report.quantized_parameters.toLocaleString("en"), report.compiled ? "quantized weights" : "weights would be quantized");
@@ -99,7 +99,7 @@ function sites() {
     { title: "integer kernel", text: r => known(r.integer) ? (r.integer ? "yes" : "no") : "?" }, { title: "size", number: true, text: r => size(r.bytes) });
   else columns.push({ title: "weights", number: true, text: r => r.parameters ? r.parameters.toLocaleString("en") : "" });
   columns.push({ title: "rewritten", style: "reason", text: r => r.rewritten.join("; ") });
-  section(compiled ? "Quantized sites" : "What would be quantized", note("One row an activation and what reads it, in graph order."), table(columns, data.sites));
+  section(compiled ? "Quantized sites" : "What would be quantized", note("One row per activation and what reads it, in graph order."), table(columns, data.sites));
 }
 
 // ---- overviews over all layers ------------------------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ function showLayer(layer) {
   const inputs = layer.inputs || [], w = layer.weight;
   for (const input of inputs) fact(inputs.length > 1 ? "input " + input.name.split("/").pop() : "input", input.quantizer === "none" ? "float" :
     [`${input.bits} bits`, input.quantizer, known(input.scale) && "scale " + range(input.scale), known(input.zero_point) && "zero point " + range(input.zero_point),
-      known(input.codes_an_octave) && `${input.codes_an_octave} codes an octave`].filter(Boolean).join(", "));
+      known(input.codes_per_octave) && `${input.codes_per_octave} codes per octave`].filter(Boolean).join(", "));
   if (w) fact("weight", [`${w.bits} bits`, w.granularity, w.scale && `scales ${number(w.scale.min)} … ${number(w.scale.max)}`, (statistics.weights[layer.node] || w).method].filter(Boolean).join(", "));
   fact("rewritten", (layer.rewritten || []).join("; "));
   detail.append(facts);
@@ -232,7 +232,7 @@ function showChannels(found) {
   const count = found.channels.length, before = found.before, after = found.after;
   const which = count < found.total ? `${count} of ${found.total} channels are drawn: those at even ranks of their range, with the narrowest and the widest. ` : `All ${found.total} channels. `;
   detail.append(element("h3", {}, "Channels of the norm's output"), note(which + "Boxes span the quartiles, whiskers the extremes" +
-    "; red marks are the clipping bounds" + (after ? ", one pair a channel before reparameterization and one pair for all after it." : ".") + " Click a box for its histogram."));
+    "; red marks are the clipping bounds" + (after ? ", one pair per channel before reparameterization and one pair for all after it." : ".") + " Click a box for its histogram."));
   const left = plot("before"), right = plot("after"), span = s => known(s) ? `: ranges ${number(s, 3)}× apart` : "";
   const column = (place, text) => element("div", {}, element("h3", {}, text), place);
   const pair = element("div", { className: after ? "two" : "" }, column(left, (after ? "Before" : "As quantized") + span(before.span)));
@@ -287,7 +287,7 @@ function showProbabilities(found, input) {
   const levels = found.levels, n = levels.length;
   const aside = [found.zeros > 0 && `${percent(found.zeros)} of the values are exactly zero and stay so`, found.below > 0 && `${percent(found.below)} lie below what is drawn`].filter(Boolean).join("; ");
   const left = plot("logarithms"), right = plot("probabilities");
-  detail.append(element("h3", {}, `Softmax values of ${input.name}`), note(`Red lines are the ${n} positive levels of the ${found.bits}-bit quantizer, ${found.steps} an octave; ` +
+  detail.append(element("h3", {}, `Softmax values of ${input.name}`), note(`Red lines are the ${n} positive levels of the ${found.bits}-bit quantizer, ${found.steps} per octave; ` +
     `one more code is zero. They lie evenly on the logarithm.${aside ? " Of the sample " + aside + "." : ""}`));
   detail.append(element("div", { className: "two" }, element("div", {}, element("h3", {}, "Logarithmic axis"), left), element("div", {}, element("h3", {}, "Linear axis"), right)));
   // all levels as one trace on an axis of its own: full height where they are few, a rug where they are many

@@ -25,7 +25,7 @@ class Operand:
     scale: float | list[float] | None = None
     zero_point: int | list[int] | None = None
     zero_code: int | None = None
-    codes_an_octave: Count | None = None
+    codes_per_octave: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,15 @@ class Report:
     statistics: Statistics | None = None
 
 
+def _rename_former_keys(layers: list[Any]) -> None:
+    """The one key that reports had under another name, in place; nothing here was checked yet."""
+    for layer in layers:
+        operands = layer.get("inputs") if isinstance(layer, dict) else None
+        for operand in operands if isinstance(operands, list) else ():
+            if isinstance(operand, dict) and "codes_an_octave" in operand:
+                operand.setdefault("codes_per_octave", operand.pop("codes_an_octave"))
+
+
 def read_report(path: Path) -> dict[str, Any]:
     """The data of a report, checked.
 
@@ -195,10 +204,11 @@ def read_report(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read report {path}: {error}") from error
     try:
-        found = parse(text)
-        if not isinstance(found, dict) or not isinstance(found.get("layers"), list) or "recipe" not in found:
+        report = parse(text)
+        if not isinstance(report, dict) or not isinstance(report.get("layers"), list) or "recipe" not in report:
             raise InputError(f"{path} is not a report that compile --report wrote")
-        read(Report, found)
+        _rename_former_keys(report["layers"])
+        read(Report, report)
     except Misfit as error:
         raise InputError(f"cannot read report {path}: {error}") from error
-    return found
+    return report

@@ -47,23 +47,23 @@ def inspect_file(path: str | Path, *, audit: bool = True) -> Inspection:
     """
     file = read_onnx(path)
     metadata = file.metadata
-    version, kept, recipe = metadata.version(), metadata.layers(), metadata.recipe()
+    version, record, recipe = metadata.version(), metadata.layers(), metadata.recipe()
     tensors = {tensor.name: tensor for tensor in file.model.graph.initializer}
     with guarded(f"reading {path}"):  # ONNX Runtime folds constants: it runs what the file says
-        audited = _audited(file.data, kept.layers) if audit else {}
-    rows = _rows(kept.layers, tensors, audited, str(path))
+        audited = _audited(file.data, record.layers) if audit else {}
+    rows = _rows(record.layers, tensors, audited, str(path))
     weights = sum(row.bytes for row in rows)
     quantized = sum(row.parameters for row in rows)
     stored = sum(_bytes(tensor) for tensor in tensors.values())
     about = {"version": version, "method": metadata.entries.get("method"), "bits": metadata.entries.get("bits"),
              **totals(rows), "quantized_bytes": weights, "other_bytes": stored - weights, "file_bytes": len(file.data),
              "float_bytes": stored - weights + quantized * FLOAT_BYTES, "recipe": recipe}
-    return Inspection(str(path), True, rows, [asdict(item) for item in kept.left_alone], about)
+    return Inspection(str(path), True, rows, [asdict(item) for item in record.left_alone], about)
 
 
 def _rows(layers: Sequence[StoredLayer], tensors: Mapping[str, onnx.TensorProto],
           audited: Mapping[int, tuple[bool, str]], source: str) -> list[Row]:
-    """One row a site: layers that share a site share its row."""
+    """One row per site: layers that share a site share its row."""
     readers: dict[str, list[int]] = {}
     for index, layer in enumerate(layers):
         for site in layer.sites:
@@ -95,7 +95,7 @@ def _site_row(layer: StoredLayer, site: StoredSite, tensors: Mapping[str, onnx.T
 
 
 def _numbers(tensor: onnx.TensorProto, types: set[int], source: str) -> Any:
-    """A scale or zero point: one number, or one a channel.
+    """A scale or zero point: one number, or one per channel.
 
     Raises:
         ModelFileError: of another type or rank, or not finite.
@@ -139,14 +139,14 @@ def _audited(data: bytes, layers: Sequence[StoredLayer]) -> dict[int, tuple[bool
     indices: dict[str, list[int]] = {}
     for index, layer in enumerate(layers):
         indices.setdefault(layer.path, []).append(index)
-    found: dict[int, tuple[bool, str]] = {}
+    verdict_of: dict[int, tuple[bool, str]] = {}
     for where, owners in indices.items():
         inside = products.get(where, [])
         paired = len(inside) == len(owners)  # both are in graph order
         if inside:
             verdicts = [_verdict([product]) for product in inside] if paired else [_verdict(inside)] * len(owners)
-            found.update(zip(owners, verdicts))
-    return found
+            verdict_of.update(zip(owners, verdicts))
+    return verdict_of
 
 
 def _verdict(products: Sequence[Any]) -> tuple[bool, str]:

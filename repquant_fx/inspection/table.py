@@ -19,8 +19,8 @@ class Row:
         site: module path and operand, such as `blocks.0.attn/probabilities`.
         layers: module paths of what reads it.
         kind: such as `norm → linear`, `softmax → matmul`.
-        bits: of the activation's codes; weight_bits: of the weights behind, one a layer that has some.
-        grid: `uniform`, `uniform per channel`, `log2, N codes an octave`; empty before compiling, `float` where it was
+        bits: of the activation's codes; weight_bits: of the weights behind, one for each layer that has some.
+        grid: `uniform`, `uniform per channel`, `log2, N codes per octave`; empty before compiling, `float` where it was
             not quantized.
         scale, zero_point: of the activation; lists where it has one per channel. The zero point of a logarithmic grid
             is its code of exact zero. None before compiling.
@@ -76,9 +76,9 @@ def kind_of(group: str, site: str) -> str:
 
 def totals(rows: Sequence[Row]) -> dict[str, Any]:
     """Counts over the rows."""
-    known = [row.integer for row in rows if row.integer is not None]
+    audited = [row.integer for row in rows if row.integer is not None]
     kinds: dict[str, int] = {}
     for row in rows:
         kinds[row.kind] = kinds.get(row.kind, 0) + 1
     return {"sites": len(rows), "kinds": kinds, "quantized_parameters": sum(row.parameters for row in rows),
-            "integer_sites": sum(known) if known else None}
+            "integer_sites": sum(audited) if audited else None}

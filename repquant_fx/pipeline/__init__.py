@@ -6,8 +6,8 @@ a time and the prefix never runs again, so cost grows linearly with depth and me
 cut values.
 """
 
-from repquant_fx.pipeline.equalization import absorb_scales
+from repquant_fx.pipeline.equalization import equalize_layers
 from repquant_fx.pipeline.rotation import rotate
 from repquant_fx.pipeline.sequential import Quantized, quantize_sequentially
 
-__all__ = ["Quantized", "absorb_scales", "quantize_sequentially", "rotate"]
+__all__ = ["Quantized", "equalize_layers", "quantize_sequentially", "rotate"]

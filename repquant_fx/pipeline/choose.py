@@ -65,7 +65,7 @@ def choose_quantizers(
                                 keep_zero=group.padded and _keeps_zeros(graph_module, group))
         chosen |= {site.name: UniformQuantizer(*shared.exact, shared.bits) for site in norm_sites}
     # the value operand first: the Softmax scale is chosen with it already quantized
-    for site in (site for site in group.sites if site.role == "value"):
+    for site in (site for site in group.sites if site.role == "plain"):
         chosen[site.name] = tensor_quantizer(observers[site.name].sample(), bits[site.name], recipe)
     for site in (site for site in group.sites if site.role == "softmax"):
         other = next(s for s in group.sites if s is not site)
@@ -148,11 +148,11 @@ def choose_weights(graph_module: GraphModule, group: Group, recipe: Recipe, mome
             rounded = _round(
                 weights, bits, hessian, recipe, use_gptq, module_path(consumers[0]), world, lost=statistics is not None
             )
-            for consumer, weight, found in zip(consumers, weights, rounded):
-                chosen[consumer] = _finished(graph_module, site, consumer, found, moments)
+            for consumer, weight, tensors in zip(consumers, weights, rounded):
+                chosen[consumer] = _finished(graph_module, site, consumer, tensors, moments)
                 if statistics is not None:
                     statistics[consumer.name] = rounding(
-                        weight, found["lost"], found.get("errors"), hessian, use_gptq and hessian is not None
+                        weight, tensors["lost"], tensors.get("errors"), hessian, use_gptq and hessian is not None
                     )
     return chosen
 
@@ -194,12 +194,12 @@ def _round(
 
 
 def _finished(
-    graph_module: GraphModule, site: Site, consumer: Node, found: Mapping[str, Tensor], moments: SecondMoments
+    graph_module: GraphModule, site: Site, consumer: Node, rounding: Mapping[str, Tensor], moments: SecondMoments
 ) -> ChosenWeight:
     """In the shape of the consumer's weight, with the bias that makes the mean output the float model's where there are
     moments of it.
     """
-    quantized, bias, errors = QuantizedWeight(found["codes"], found["scale"]), None, None
+    quantized, bias, errors = QuantizedWeight(rounding["codes"], rounding["scale"]), None, None
     argument = consumer.args[2] if len(consumer.args) > 2 else None
     old_bias = attribute(graph_module, argument) if is_constant(argument) else None  # type: ignore[arg-type]
     if site.name in moments.halves:
@@ -211,8 +211,8 @@ def _finished(
             first + second,
             site.consumers.index(consumer),
         )
-    if "errors" in found:
-        errors = (float(found["errors"][:, 0].sum()), float(found["errors"][:, 1].sum()))
+    if "errors" in rounding:
+        errors = (float(rounding["errors"][:, 0].sum()), float(rounding["errors"][:, 1].sum()))
     quantized = with_ordinary_scales(quantized)
     kept, quantizer = old_bias if bias is None else bias, slot_module(graph_module, site)
     if kept is not None and isinstance(quantizer, UniformQuantizer) and quantizer.axis is None:

@@ -12,8 +12,8 @@ from torch.fx import GraphModule, Node
 from repquant_fx.checkpoint import Checkpoint
 from repquant_fx.distributed import Tensors, World
 from repquant_fx.errors import CalibrationError
-from repquant_fx.passes.absorb_scales import Absorbable, AbsorbScales, channel_rows, describe, find_absorbable
 from repquant_fx.passes.base import module_path, run_passes
+from repquant_fx.passes.equalize_layers import Equalizable, EqualizeLayers, channel_rows, describe, find_equalizable
 from repquant_fx.passes.identity import Probe, values
 from repquant_fx.passes.insert_observers import CHANNEL_SAMPLE
 from repquant_fx.passes.match_sites import Plan, Site
@@ -28,9 +28,9 @@ from repquant_fx.recorder import Recorder
 PARTS = ("low", "up", "error")  # of the bounds of each site, as they are kept
 
 
-def absorb_scales(graph_module: GraphModule, plan: Plan, batches: Sequence[tuple[Tensor, ...]], recipe: Recipe,
+def equalize_layers(graph_module: GraphModule, plan: Plan, batches: Sequence[tuple[Tensor, ...]], recipe: Recipe,
                   checkpoint: Checkpoint | None = None) -> Plan:
-    """Rewrite the matched float graph in place (see `passes.absorb_scales`). Call before observers are inserted.
+    """Rewrite the matched float graph in place (see `passes.equalize_layers`). Call before observers are inserted.
 
     Returns:
         the plan with what there is to report, or the plan given where nothing was rewritten.
@@ -39,32 +39,32 @@ def absorb_scales(graph_module: GraphModule, plan: Plan, batches: Sequence[tuple
         CalibrationError: an activation is not finite (named).
     """
     checkpoint = checkpoint or Checkpoint()
-    if not recipe.absorb or not batches:
+    if not recipe.equalize or not batches:
         return plan
-    absorbable = find_absorbable(graph_module, plan, recipe.absorb)
-    sites = {site.name: site for group in plan.groups for site in group.sites if site.name in absorbable.sites}
+    equalizable = find_equalizable(graph_module, plan, recipe.equalize)
+    sites = {site.name: site for group in plan.groups for site in group.sites if site.name in equalizable.sites}
     if not sites:
         return plan
-    tensors = checkpoint.load("absorb")
+    tensors = checkpoint.load("equalize")
     if tensors is None or tensors.keys() != {f"{part}.{name}" for part in PARTS for name in sites}:
-        tensors = _channel_bounds(graph_module, sites, absorbable, batches, checkpoint.world)
-        checkpoint.save("absorb", tensors)
+        tensors = _channel_bounds(graph_module, sites, equalizable, batches, checkpoint.world)
+        checkpoint.save("equalize", tensors)
     bounds = {
-        name: (absorbable.sites[name].reshape(-1), Bounds(*(tensors[f"{part}.{name}"] for part in PARTS)))
-        for name in absorbable.sites
+        name: (equalizable.sites[name].reshape(-1), Bounds(*(tensors[f"{part}.{name}"] for part in PARTS)))
+        for name in equalizable.sites
     }
-    equalization = equalize(bounds, absorbable.signed, absorbable.shiftable)
+    equalization = equalize(bounds, equalizable.signed, equalizable.shiftable)
     shard = checkpoint.world.shard(len(batches))
-    probe = _probe(absorbable, batches[shard[0]]) if len(shard) else None
-    run_passes(graph_module, [AbsorbScales(absorbable, equalization)], probe)
-    return describe(plan, absorbable)
+    probe = _probe(equalizable, batches[shard[0]]) if len(shard) else None
+    run_passes(graph_module, [EqualizeLayers(equalizable, equalization)], probe)
+    return describe(plan, equalizable)
 
 
-def _probe(absorbable: Absorbable, batch: tuple[Tensor, ...]) -> Probe:
+def _probe(equalizable: Equalizable, batch: tuple[Tensor, ...]) -> Probe:
     """What equalization must leave as it is: the Linears that undo factors and carry none themselves, and the
     outputs.
     """
-    readers = {f"{n.name} in {module_path(n)}": n for n in absorbable.columns if n not in absorbable.rows}
+    readers = {f"{n.name} in {module_path(n)}": n for n in equalizable.columns if n not in equalizable.rows}
 
     def probe(graph_module: GraphModule) -> dict[str, Any]:
         return values(graph_module, {**readers, "the output": graph_module.graph.output_node()}, batch)
@@ -75,7 +75,7 @@ def _probe(absorbable: Absorbable, batch: tuple[Tensor, ...]) -> Probe:
 def _channel_bounds(
     graph_module: GraphModule,
     sites: Mapping[str, Site],
-    absorbable: Absorbable,
+    equalizable: Equalizable,
     batches: Sequence[tuple[Tensor, ...]],
     world: World,
 ) -> Tensors:
@@ -91,12 +91,12 @@ def _channel_bounds(
 
     def record(node: Node, value: Any) -> Any:
         for name in wanted[node]:
-            observers[name](channel_rows(value, absorbable.sites[name]))
+            observers[name](channel_rows(value, equalizable.sites[name]))
         return value
 
     recorder = Recorder(graph_module, wanted, record)
     with torch.no_grad():
-        for number in progress(mine, total=len(mine), description="absorb"):
+        for number in progress(mine, total=len(mine), description="equalize"):
             recorder.run(*batches[number])
     merge_observers(list(observers.values()), world)
 

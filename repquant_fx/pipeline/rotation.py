@@ -75,31 +75,31 @@ class Trial:
     def to_dict(self) -> dict[str, Any]:
         """For the report: SQNR in dB of the products on calibration data, to nearest, without and with the rotation."""
         if self.candidate.reason or math.isnan(self.before):
-            known: dict[str, Any] = {"reason": self.candidate.reason or "no quantized product reads or writes it"}
+            figures: dict[str, Any] = {"reason": self.candidate.reason or "no quantized product reads or writes it"}
         else:
-            known = {"sqnr_db": round(-10 * math.log10(self.before), 2),
+            figures = {"sqnr_db": round(-10 * math.log10(self.before), 2),
                      "rotated_sqnr_db": round(-10 * math.log10(self.after), 2)}
-        return {"kind": self.candidate.kind, "path": self.candidate.path, "rotated": self.rotated, **known}
+        return {"kind": self.candidate.kind, "path": self.candidate.path, "rotated": self.rotated, **figures}
 
 
 def find_candidates(graph_module: GraphModule, kinds: Iterable[str] = ROTATE) -> list[Candidate]:
     """Everything that could be rotated, or nearly, in graph order."""
-    found = []
+    candidates = []
     if "residual" in kinds:
         for space in VectorFlow(graph_module).spaces:
             if space.norms and (space.readers or space.reason):
                 reason = space.reason
                 if not reason and not all(gain_allows(graph_module, norm) for norm in space.norms):
                     reason = "a norm before padding has channels without gain, which its bias cannot be divided by"
-                found.append(Candidate("residual", where(space), (space,), reason))
+                candidates.append(Candidate("residual", where(space), (space,), reason))
     for size in head_sizes(graph_module) if "heads" in kinds else ():
         together: dict[object, list[Space]] = {}
         for space in VectorFlow(graph_module, size).spaces:
             if not space.reason and (space.readers or space.products):
                 key = (*sorted({n.name for n, _ in space.writers}), bool(space.products))
                 together.setdefault(key, []).append(space)
-        found += [Candidate("heads", where(spaces[0]), tuple(spaces)) for spaces in together.values()]
-    return found
+        candidates += [Candidate("heads", where(spaces[0]), tuple(spaces)) for spaces in together.values()]
+    return candidates
 
 
 def rotations(candidates: Sequence[Candidate], seed: int) -> list[Rotation]:
@@ -246,5 +246,5 @@ def _per_tensor(x: Tensor, bits: int) -> Tensor:
     return fake_quantize(x, *parameters_from_range(bounds.low[0], bounds.up[0], bits, include_zero=True), bits)
 
 
-def _ratio(found: Tensor, exact: Tensor) -> float:
-    return float((found - exact).square().sum() / exact.square().sum().clamp(min=1e-30))
+def _ratio(approximate: Tensor, exact: Tensor) -> float:
+    return float((approximate - exact).square().sum() / exact.square().sum().clamp(min=1e-30))

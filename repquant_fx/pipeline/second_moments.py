@@ -17,7 +17,7 @@ from torch.fx import Node
 from repquant_fx.passes.base import aten, attribute
 from repquant_fx.passes.match_sites import Group, Site
 from repquant_fx.passes.slots import slot_of
-from repquant_fx.pipeline.reference import Reference
+from repquant_fx.pipeline.float_model import FloatModel
 from repquant_fx.pipeline.runner import SegmentRunner
 from repquant_fx.pipeline.segments import Segment, between
 from repquant_fx.quantizers.correction import Moments
@@ -58,40 +58,40 @@ class SecondMoments:
         return hessian if hessian is not None and hessian.shape[0] == inputs else None
 
 
-def second_moments(runner: SegmentRunner, reference: Reference | None, segment: Segment, group: Group, recipe: Recipe,
-                   numbers: Sequence[int]) -> SecondMoments:
+def second_moments(runner: SegmentRunner, float_model: FloatModel | None, segment: Segment, group: Group,
+                   recipe: Recipe, numbers: Sequence[int]) -> SecondMoments:
     """What GPTQ and the correction need of a group, summed over the runner's batches.
 
     Args:
-        reference: the float model, where a correction follows.
+        float_model: the float model, where a correction follows.
         numbers: of the runner's batches among all; their parity decides about the half.
     """
-    found = SecondMoments()
+    moments = SecondMoments()
     use_gptq = recipe.gptq and any(plan.gptq for plan in group.plans.values())
-    if not use_gptq and reference is None:
-        return found
+    if not use_gptq and float_model is None:
+        return moments
     sites = {slot_of(runner.graph_module, site): site for site in group.sites if _input_size(site)}
     inside = set(between(segment.first, segment.stop))
     compared = {c: _compared(c, inside) for c in group.consumers}
     for site in sites.values():
         device = attribute(runner.graph_module, site.consumers[0].args[1]).device  # type: ignore[arg-type]
         inputs, outputs = _input_size(site), [_weight_shape(c)[0] for c in site.consumers]
-        if reference is None:
-            found.hessians[site.name] = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
+        if float_model is None:
+            moments.hessians[site.name] = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
         else:
-            found.halves[site.name] = (Moments(inputs, outputs, device), Moments(inputs, outputs, device))
-    wanted = [*sites, *compared.values()] if reference is not None else list(sites)
-    targets = reference.run(segment, list(compared.values())) if reference is not None else itertools.repeat(None)
+            moments.halves[site.name] = (Moments(inputs, outputs, device), Moments(inputs, outputs, device))
+    wanted = [*sites, *compared.values()] if float_model is not None else list(sites)
+    targets = float_model.run(segment, list(compared.values())) if float_model is not None else itertools.repeat(None)
     for number, values, target in zip(numbers, runner.run(segment.first, segment.stop, wanted), targets):
         for slot, site in sites.items():
             x = as_rows(values[slot], site)
             assert x is not None  # it has a size
             if target is None:
-                found.hessians[site.name] += 2 * (x.T @ x).double()
+                moments.hessians[site.name] += 2 * (x.T @ x).double()
             else:
                 residuals = [_output_rows(target[compared[c]] - values[compared[c]], c) for c in site.consumers]
-                found.halves[site.name][number % 2].add(x, residuals)
-    return found
+                moments.halves[site.name][number % 2].add(x, residuals)
+    return moments
 
 
 def _compared(consumer: Node, inside: set[Node]) -> Node:

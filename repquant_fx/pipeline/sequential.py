@@ -25,8 +25,8 @@ from repquant_fx.passes.reparameterize_norms import ReparameterizeNorms
 from repquant_fx.passes.reparameterize_softmax import ReparameterizeSoftmax
 from repquant_fx.passes.slots import install, slot_module
 from repquant_fx.pipeline.choose import choose_quantizers, choose_weights
+from repquant_fx.pipeline.float_model import FloatModel
 from repquant_fx.pipeline.observing import moved, observe_group
-from repquant_fx.pipeline.reference import Reference
 from repquant_fx.pipeline.runner import SegmentRunner
 from repquant_fx.pipeline.second_moments import second_moments
 from repquant_fx.pipeline.segments import Segment, between, cut_into_segments
@@ -93,7 +93,7 @@ class _State:
         self.batches, self.mine = len(batches), checkpoint.world.shard(len(batches))
         self.device = batches[0][0].device
         shard = [batches[i] for i in self.mine]
-        self.reference = Reference(graph_module, shard, offload_dir) if recipe.correction else None
+        self.float_model = FloatModel(graph_module, shard, offload_dir) if recipe.correction else None
         self.runner = SegmentRunner(graph_module, shard, offload_dir)
         self.reached = segments[0].first if segments else None
         self.result = Quantized(segments=len(segments))
@@ -105,8 +105,8 @@ class _State:
         if self.reached is not None and self.reached is not segment.first:
             with log.part("advance"):
                 self.runner.advance(self.reached, segment.first)
-                if self.reference is not None:
-                    self.reference.advance(self.reached, segment.first)
+                if self.float_model is not None:
+                    self.float_model.advance(self.reached, segment.first)
         self.reached = segment.first
 
     def count(self, statistics: Statistics | None) -> None:
@@ -129,7 +129,7 @@ class _State:
                 stacklevel=2,
             )
         self.result.node_executions = self.runner.node_executions + (
-            self.reference.runner.node_executions if self.reference is not None else 0
+            self.float_model.runner.node_executions if self.float_model is not None else 0
         )
         return self.result
 
@@ -221,10 +221,10 @@ def _probe(runner: SegmentRunner, segment: Segment, group: Group) -> Probe:
         quantizers = {site: slot_module(graph_module, site) for site in group.sites}
         for site in group.sites:
             install(graph_module, site, Passthrough())
-        found = next(runner.run(segment.first, segment.stop, list(wanted.values())), {})
+        computed = next(runner.run(segment.first, segment.stop, list(wanted.values())), {})
         for site, quantizer in quantizers.items():
             install(graph_module, site, quantizer)
-        return {name: found[node] for name, node in wanted.items() if node in found}
+        return {name: computed[node] for name, node in wanted.items() if node in computed}
 
     return probe
 
@@ -235,7 +235,7 @@ def _choose_weights(
     """The integer weights of a group's consumers, on the second moments over all ranks' batches."""
     world = state.checkpoint.world
     with log.part("second moments"):
-        moments = second_moments(state.runner, state.reference, segment, group, state.recipe, state.mine)
+        moments = second_moments(state.runner, state.float_model, segment, group, state.recipe, state.mine)
         world.all_reduce(moments.tensors())
     with log.part("quantize weights"):
         return choose_weights(

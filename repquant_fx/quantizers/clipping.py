@@ -1,6 +1,6 @@
 """Per-channel dual clipping (RepQuant Eq. 18-20): an upper and a lower bound for every channel of an activation.
 
-`learn_bounds` is the paper's optimisation with Adam and a straight-through estimator, kept as the reference.
+`learn_bounds` is the paper's optimisation with Adam and a straight-through estimator, kept for comparison.
 `search_bounds` is the default. Channels do not interact in Eq. 20, so each is a two-dimensional search; alternating
 line searches over the lower and the upper bound, for all channels at once, need no gradient. From a histogram of each
 channel a candidate's error costs a few lookups, whatever the size of the sample.
@@ -33,7 +33,7 @@ def clipping_error(x: Tensor, low: Tensor, up: Tensor, bits: int, *, include_zer
     """Mean squared error of quantizing each channel with bounds [low, up].
 
     Args:
-        x: sample, shape (D, N), one row a channel.
+        x: sample, shape (D, N), one row per channel.
         low, up: shape (D,).
 
     Returns:
@@ -114,7 +114,7 @@ class _Histogram:
         return _squash((x - self.centre) / self.spread).sub_(self.first).div_(self.step)
 
     def errors(self, low: Tensor, up: Tensor, bits: int, include_zero: bool) -> Tensor:
-        """Mean squared errors, shape (D, K) in float64, of K candidates a row; `low`, `up` of shape (D, K)."""
+        """Mean squared errors, shape (D, K) in float64, of K candidates per row; `low`, `up` of shape (D, K)."""
         scale, zero_point = parameters_from_range(low, up, bits, include_zero=include_zero)
         top = levels(bits) - 1
         codes = torch.arange(top, dtype=scale.dtype, device=scale.device)

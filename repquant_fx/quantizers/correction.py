@@ -1,16 +1,15 @@
 """Least-squares correction of a Linear for what quantization upstream and at its own input did to its output.
 
-GPTQ preserves `X^ W^T`, the product with the *quantized* input. What the layer should give is the float model's `Y = X
-W^T + b`. Before rounding, the weights and bias are moved to the ridge regression of Y on the quantized input X^; after
-rounding the bias is set so that the mean output is that of Y. Beyond the paper; both are closed forms of second moments
-that GPTQ needs anyway.
+GPTQ preserves `X^ W^T`, the product with the *quantized* input. What the layer should give is the float model's
+`Y = X W^T + b`. Before rounding, the weights and bias are moved to the ridge regression of Y on the quantized input X^;
+after rounding the bias is set so that the mean output is that of Y. Beyond the paper; both are closed forms of second
+moments that GPTQ needs anyway.
 
 The strength of the ridge is chosen by cross-validation between two halves of the batches, so that a layer with few
 samples (a classifier head) is not overfitted: where no correction helps on the other half, none is made. Of the fitted
-correction half is
-applied: the next layers make up for what is left, so that nothing is lost on data like the calibration's, and a model
-    that then sees
-other data (a sentence encoder calibrated on encyclopaedia text) is bent less towards what it was calibrated on.
+correction half is applied: the next layers make up for what is left, so that nothing is lost on data like the
+calibration's, and a model that then sees other data (a sentence encoder calibrated on encyclopaedia text) is bent less
+towards what it was calibrated on.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class Moments:
     Attributes:
         count: tokens, a scalar.
         x, xx: sums of x, shape (in,), and of x^T x, shape (in, in).
-        r, rx: sums of r, shape (out,), and of r^T x, shape (out, in), one a layer.
+        r, rx: sums of r, shape (out,), and of r^T x, shape (out, in), one per layer.
     """
 
     def __init__(self, inputs: int, outputs: Sequence[int] = (), device: torch.device | None = None) -> None:

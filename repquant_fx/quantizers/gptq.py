@@ -182,7 +182,7 @@ def gptq(
         else torch.arange(weight.shape[1])
     )
     upper, dead = inverse_factor(hessian[order][:, order], damping, where)
-    w = w0.T[order].contiguous()  # one row an input, so that every step below reads contiguous memory
+    w = w0.T[order].contiguous()  # one row per input, so that every step below reads contiguous memory
     w[dead] = 0
     exact = WeightGrid(*(t.to(w.dtype) for t in (grid.scale, grid.low, grid.high)))
     codes = torch.empty_like(w)

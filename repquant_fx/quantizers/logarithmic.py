@@ -1,10 +1,9 @@
 """Logarithmic quantization of Softmax activations (RepQuant Eq. 15-17), as pure functions on tensors.
 
-`steps` is the number of codes an octave: 2 is the paper's log-sqrt2 quantizer, 1 is log2; with many bits more steps
-pay, since 2 leave an error of up to 19 % however many bits there are. The top code `2^b - 1` is reserved
-for exact zero: an attention mask makes exact zeros, and the plain formula would turn each into the smallest level, a
-    leak
-that grows with the number of masked tokens. So b bits hold `2^b - 1` levels and a zero.
+`steps` is the number of codes per octave: 2 is the paper's log-sqrt2 quantizer, 1 is log2; with many bits more steps
+pay, since 2 leave an error of up to 19 % however many bits there are. The top code `2^b - 1` is reserved for exact
+zero: an attention mask makes exact zeros, and the plain formula would turn each into the smallest level, a leak that
+grows with the number of masked tokens. So b bits hold `2^b - 1` levels and a zero.
 """
 
 from __future__ import annotations

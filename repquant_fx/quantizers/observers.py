@@ -123,7 +123,7 @@ class UniformQuantizer(nn.Module):
 
 
 class LogQuantizer(nn.Module):
-    """Fake-quantizes non-negative values on a logarithmic grid: `steps` codes an octave. Buffer: `scale`, float32,
+    """Fake-quantizes non-negative values on a logarithmic grid: `steps` codes per octave. Buffer: `scale`, float32,
     0-d.
     """
 

@@ -1,6 +1,6 @@
 """What the working process tells its supervisor, and asks it; where there is no supervisor, nothing is sent.
 
-Messages are JSON objects, one a line. `ask` waits for one byte: the supervisor does not answer once it has been told to
+Messages are JSON objects, one per line. `ask` waits for a byte: the supervisor does not answer once it has been told to
 stop, and ends this process instead. So what needs leave (renaming outputs, ending) either happens as a whole or not at
 all, and nothing is written when nobody supervises any more.
 

@@ -12,7 +12,7 @@ from repquant_fx.frontends.memory import left_as_found
 from repquant_fx.options import from_keywords
 from repquant_fx.passes.base import run_passes
 from repquant_fx.passes.insert_observers import InsertObservers
-from repquant_fx.pipeline import absorb_scales
+from repquant_fx.pipeline import equalize_layers
 from repquant_fx.preparation import HELD_BACK, Prepared, prepare
 from repquant_fx.progress import progress
 from repquant_fx.recipe import Recipe
@@ -137,7 +137,7 @@ def analyse(
     tried = {WEIGHTS: _checked(weight_choices), ACTIVATIONS: _checked(activation_choices)}
     graph_module, plan = prepared.graph_module, prepared.plan
     batches = list(prepared.data.split_held_back(HELD_BACK)[0].batches)
-    plan = absorb_scales(graph_module, plan, batches, recipe)
+    plan = equalize_layers(graph_module, plan, batches, recipe)
     run_passes(graph_module, [InsertObservers(plan, len(batches))])
     names = prepared.captured.input_names
     mask_index = names.index("attention_mask") if "attention_mask" in names else None

@@ -1,6 +1,6 @@
 """The size of weights, in two counts.
 
-`stored` is what the exporter writes: up to 4 bits two codes a byte, above that one. 2 and 3 bits then save nothing over
+`stored` is what the exporter writes: up to 4 bits two codes per byte, else one. 2 and 3 bits then save nothing over
 4, nor 5 to 7 over 8. `information` counts the bits themselves, as a packed or compressed container would hold them.
 Scales and biases are left out
 of both: they cost the same at any bits.

@@ -47,7 +47,7 @@ def test_a_file_for_people_and_for_programs(exported: Path, capsys: pytest.Captu
 
 @pytest.mark.parametrize("columns, lines", [(100, 1), (80, 3)])
 def test_the_table_fits_a_narrow_terminal(exported: Path, columns: int, lines: int) -> None:
-    """A line a site, a few where its name alone is long; what was rewritten stands below."""
+    """A line per site, a few where its name alone is long; what was rewritten stands below."""
     found = call("inspect", exported, COLUMNS=str(columns))
     table, notes, *_ = found.stdout.split("\n\n")
     rows = table.splitlines()[1:]

@@ -1,4 +1,4 @@
-"""Weights of up to four bits: two codes a byte, in raw data, and the same numbers in ONNX Runtime."""
+"""Weights of up to four bits: two codes per byte, in raw data, and the same numbers in ONNX Runtime."""
 
 from __future__ import annotations
 

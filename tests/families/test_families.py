@@ -33,7 +33,7 @@ from repquant_fx.passes.match_sites import MatchSites, Plan
 from repquant_fx.passes.normal_form import normalize
 from repquant_fx.passes.operators import NORMS
 from repquant_fx.passes.reparameterize_norms import ReparameterizeNorms
-from repquant_fx.pipeline import absorb_scales, quantize_sequentially
+from repquant_fx.pipeline import equalize_layers, quantize_sequentially
 from repquant_fx.quantizers.observers import Observer
 from repquant_fx.recipe import LayerRule
 
@@ -129,10 +129,10 @@ def test_norms_and_softmaxes_are_matched(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_rewriting_is_an_identity(name: str) -> None:
-    """Scales absorbed and norms reparameterized, no quantizer: the outputs of before."""
+    """Layers equalized and norms reparameterized, no quantizer: the outputs of before."""
     graph_module, plan = matched(name)
     reference, data, settings = shared_copy(graph_module), batches(FAMILIES[name]), recipe(FAMILIES[name])
-    plan = absorb_scales(graph_module, plan, data, settings)
+    plan = equalize_layers(graph_module, plan, data, settings)
     run_passes(graph_module, [InsertObservers(plan, len(data))])
     observers = [module for module in graph_module.modules() if isinstance(module, Observer)]
     for observer in observers:

@@ -47,7 +47,7 @@ DTYPES = st.sampled_from([*[torch.float32] * 12, *WIDE])
 
 @dataclass(frozen=True)
 class Case:
-    """A model, example inputs (one tensor an input), calibration batches and a recipe."""
+    """A model, example inputs (one tensor per input), calibration batches and a recipe."""
 
     model: nn.Module
     inputs: tuple[Tensor, ...]

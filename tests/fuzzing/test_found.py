@@ -64,7 +64,7 @@ def test_outputs_that_are_no_results_of_their_own(use: Callable[[nn.Module, Tens
     ids=["residual", "bias", "row", "scalar", "factor"],
 )
 def test_what_an_addmm_adds(use: Callable[[nn.Module, Tensor], Any]) -> None:
-    """A bias where it has one value an output channel, else what is added to the product."""
+    """A bias where it has one value per output channel, else what is added to the product."""
     result = compiled(Around(use, nn.Linear(4, 4)))
     assert [entry["operator"] for entry in result.report["layers"]].count("linear") in (1, 2)
 

@@ -94,7 +94,7 @@ def test_codes_equal_end_to_end_with_the_whole_method(name: str, bits: int) -> N
     assert result.parity is not None and not result.parity.problems()
 
 
-@pytest.mark.parametrize("changes", [{"softmax": "uniform", "absorb": ()}, {"softmax": "log2"}, {"norm": "channelwise"}], ids=str)
+@pytest.mark.parametrize("changes", [{"softmax": "uniform", "equalize": ()}, {"softmax": "log2"}, {"norm": "channelwise"}], ids=str)
 def test_codes_equal_with_other_quantizers(changes: dict[str, Any]) -> None:
     end_to_end(compiled("vit", 4, **changes), inputs("vit", 5, seed=97))
 

@@ -93,7 +93,7 @@ def test_minmax_covers_and_mse_beats_it(encoder_graph) -> None:
     for name in ("minmax", "mse", "percentile"):
         graph_module = encoder_graph()
         plan, samples = calibrated(graph_module, Recipe(abits=4, activations=name, percentile=99.0), sequences())
-        sites = [s for g in plan.groups for s in g.sites if s.role == "value"]
+        sites = [s for g in plan.groups for s in g.sites if s.role == "plain"]
         errors[name] = [float((slot_module(graph_module, s)(samples[s.name]) - samples[s.name]).square().mean()) for s in sites]
         ranges = [float(slot_module(graph_module, s).scale) for s in sites]
         if name == "minmax":

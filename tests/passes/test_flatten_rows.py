@@ -51,7 +51,7 @@ def rank(graph_module: GraphModule, target: object) -> list[int]:
 
 def test_vit(vit_graph) -> None:
     result, before, after = flattened(vit_graph(), images(16))
-    # 4 around patches, 2 a block around attention, 2 where the stream of tokens becomes flat, 1 before the head takes one token
+    # 4 around patches, 2 per block around attention, 2 where the stream of tokens becomes flat, 1 before the head takes one token
     assert (before, after) == (20, 11)
     assert set(rank(result, aten.gelu.default)) == {2}
     assert rank(result, aten.layer_norm.default).count(2) >= 4

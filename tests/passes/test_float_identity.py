@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
-from repquant_fx.passes.absorb_scales import AbsorbScales, find_absorbable
 from repquant_fx.passes.base import add_tensor, run_passes, shared_copy
+from repquant_fx.passes.equalize_layers import EqualizeLayers, find_equalizable
 from repquant_fx.passes.insert_observers import InsertObservers
 from repquant_fx.passes.reparameterize_norms import ReparameterizeNorms
 from repquant_fx.passes.slots import install
@@ -175,25 +175,25 @@ def test_norms_are_reparameterized_without_a_change(first: list[str], second: li
     assert outputs_differ(before, after) < 1e-4
 
 
-def absorbed(before: GraphModule) -> tuple[GraphModule, set[int]]:
+def equalized(before: GraphModule) -> tuple[GraphModule, set[int]]:
     """With random bounds for every channel; and the labels that a shift was found for."""
     after = shared_copy(before)
     plan = match(after)
-    absorbable = find_absorbable(after, plan)
+    equalizable = find_equalizable(after, plan)
     generator = torch.Generator().manual_seed(2)
     bounds = {}
-    for name, pattern in absorbable.sites.items():
+    for name, pattern in equalizable.sites.items():
         low, size = torch.randn(pattern.numel(), generator=generator), torch.rand(pattern.numel(), generator=generator) * 9
         bounds[name] = pattern.reshape(-1), Bounds(low, low + size + 0.1, size)
-    equalization = equalize(bounds, absorbable.signed, absorbable.shiftable)
-    return run_passes(after, [AbsorbScales(absorbable, equalization)]), absorbable.shiftable
+    equalization = equalize(bounds, equalizable.signed, equalizable.shiftable)
+    return run_passes(after, [EqualizeLayers(equalizable, equalization)]), equalizable.shiftable
 
 
 @given(steps, steps)
 @many
-def test_scales_are_absorbed_without_a_change(first: list[str], second: list[str]) -> None:
+def test_equalization_changes_nothing_in_float(first: list[str], second: list[str]) -> None:
     before = composed(lambda b, x: b.linear(x, CHANNELS), first, second)
-    assert outputs_differ(before, absorbed(before)[0]) < 1e-4
+    assert outputs_differ(before, equalized(before)[0]) < 1e-4
 
 
 def attended(branch: list[str], fill: float) -> GraphModule:
@@ -214,8 +214,8 @@ def attended(branch: list[str], fill: float) -> GraphModule:
 @many
 def test_keys_are_shifted_without_a_change(branch: list[str], fill: float) -> None:
     before = attended(branch, fill)
-    assert outputs_differ(before, absorbed(before)[0]) < 1e-4
+    assert outputs_differ(before, equalized(before)[0]) < 1e-4
 
 
 def test_compositions_meet_both_kinds() -> None:
-    assert absorbed(attended(["roll", "mean"], -1e9))[1] and not absorbed(attended(["pad", "roll"], -1e9))[1]
+    assert equalized(attended(["roll", "mean"], -1e9))[1] and not equalized(attended(["pad", "roll"], -1e9))[1]

@@ -13,10 +13,10 @@ from torch import nn
 from torch.fx import GraphModule
 
 from repquant_fx.errors import PassError
-from repquant_fx.passes.absorb_scales import AbsorbScales
 from repquant_fx.passes.base import Pass, attribute, replace_constant, run_passes
+from repquant_fx.passes.equalize_layers import EqualizeLayers
 from repquant_fx.passes.identity import changed, deviation, values
-from repquant_fx.pipeline import absorb_scales
+from repquant_fx.pipeline import equalize_layers
 from repquant_fx.quantizers.reparameterization import ChannelAffine
 from repquant_fx.recipe import Recipe
 
@@ -87,16 +87,16 @@ def test_a_norm_whose_other_reader_sees_the_change(monkeypatch: pytest.MonkeyPat
         quantized(graph_module, FAST, [sequences()])
 
 
-def test_a_wrong_absorption_names_the_linear(monkeypatch: pytest.MonkeyPatch) -> None:
-    def absorb() -> bool:
+def test_a_wrong_equalization_names_the_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rewrites() -> bool:
         graph_module = canonical(redraw(Encoder()), sequences())
         plan = match(graph_module)
-        return absorb_scales(graph_module, plan, [(sequences(),)], Recipe()) is not plan
+        return equalize_layers(graph_module, plan, [(sequences(),)], Recipe()) is not plan
 
-    assert absorb()
-    monkeypatch.setattr(AbsorbScales, "_rewrite_columns", lambda *_: None)
-    with pytest.raises(PassError, match=r"'absorb scales' failed after .* in blocks\.0\.proj differs by"):
-        absorb()
+    assert rewrites()
+    monkeypatch.setattr(EqualizeLayers, "_rewrite_columns", lambda *_: None)
+    with pytest.raises(PassError, match=r"'equalize layers' failed after .* in blocks\.0\.proj differs by"):
+        rewrites()
 
 
 def test_deviation() -> None:

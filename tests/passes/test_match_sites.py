@@ -43,7 +43,7 @@ def test_vit(vit_graph) -> None:
     assert not plan.left_alone and not any(g.shared_norm for g in plan.groups)
     assert sum(len(g.consumers) for g in plan.groups) == 14  # graph order, no product left out
     softmax = [g for g in plan.groups if g.softmax is not None]
-    assert [s.role for g in softmax for s in g.sites] == ["softmax", "value"] * 2
+    assert [s.role for g in softmax for s in g.sites] == ["softmax", "plain"] * 2
     assert [s.name for s in softmax[0].sites] == ["blocks.0.attn/probabilities", "blocks.0.attn/value"]
     assert [s.name for s in plan.groups[2].sites] == ["blocks.0.attn/query", "blocks.0.attn/key"]
 
@@ -144,12 +144,12 @@ def test_attention_from_the_right() -> None:
 
     plan = match(canonical(Right(), sequences()))
     assert [[s.name.split("/")[1] for s in g.sites] for g in plan.groups] == [["query", "key"], ["value", "probabilities"]]
-    assert [s.role for s in plan.groups[1].sites] == ["value", "softmax"]
+    assert [s.role for s in plan.groups[1].sites] == ["plain", "softmax"]
 
 
 def test_uniform_softmax_is_an_ordinary_value(encoder_graph) -> None:
     plan = match(encoder_graph(), Recipe(softmax="uniform"))
-    assert {s.role for g in plan.groups for s in g.sites} == {"norm", "value"}
+    assert {s.role for g in plan.groups for s in g.sites} == {"norm", "plain"}
     assert sum(g.softmax is not None for g in plan.groups) == 1
 
 

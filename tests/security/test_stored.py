@@ -199,6 +199,13 @@ def test_a_whole_report_fits(tmp_path: Path) -> None:
     assert read_report(tmp_path / "r.json") == report() and report()["statistics"]["weights"]
 
 
+def test_a_key_is_read_under_its_former_name(tmp_path: Path) -> None:
+    text = json.dumps(report())
+    assert "codes_per_octave" in text
+    (tmp_path / "r.json").write_text(text.replace("codes_per_octave", "codes_an_octave"))
+    assert read_report(tmp_path / "r.json") == report()
+
+
 @pytest.mark.parametrize(
     "way, value, words",
     [

@@ -20,7 +20,7 @@ from repquant_fx.preparation import prepare
 from repquant_fx.sensitivity.candidates import activation_quantizers, observe, rounded_weights, valid
 from repquant_fx.sensitivity.estimate import Estimate, estimate
 
-PLAIN = {"absorb": (), "correction": False}
+PLAIN = {"equalize": (), "correction": False}
 BITS = (2, 4, 6)
 
 

@@ -14,7 +14,7 @@ from repquant_fx.pipeline.runner import SegmentRunner
 from repquant_fx.pipeline.segments import Segment
 
 
-class Reference:
+class FloatModel:
     """The float model, run beside the quantized one segment by segment: what each layer should give."""
 
     def __init__(

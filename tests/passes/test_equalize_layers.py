@@ -1,4 +1,4 @@
-"""Absorb scales past the norm: an identity in float, level channels afterwards, and only where every reader can undo it."""
+"""Cross-layer equalization: an identity in float, level channels afterwards, and only where every reader can undo it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from repquant_fx.parity import sqnr
-from repquant_fx.passes.absorb_scales import channel_rows, find_absorbable
+from repquant_fx.passes.equalize_layers import channel_rows, find_equalizable
 from repquant_fx.passes.match_sites import Plan
-from repquant_fx.pipeline import absorb_scales
-from repquant_fx.recipe import ABSORB, Recipe
+from repquant_fx.pipeline import equalize_layers
+from repquant_fx.recipe import EQUALIZE, Recipe
 
 
 class Decoder(nn.Module):
@@ -75,23 +75,23 @@ MODELS = {
 }
 
 
-def absorbed(model: nn.Module, kinds: tuple[str, ...] = ABSORB) -> tuple[GraphModule, Plan, bool]:
+def equalized(model: nn.Module, kinds: tuple[str, ...] = EQUALIZE) -> tuple[GraphModule, Plan, bool]:
     graph_module = canonical(model, sequences())
     plan = match(graph_module)
-    found = absorb_scales(graph_module, plan, [(b,) for b in sequences(64).split(16)], Recipe(absorb=kinds))
+    found = equalize_layers(graph_module, plan, [(b,) for b in sequences(64).split(16)], Recipe(equalize=kinds))
     return graph_module, found, found is not plan
 
 
-@pytest.mark.parametrize("kind", [*ABSORB, "all"])
+@pytest.mark.parametrize("kind", [*EQUALIZE, "all"])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_outputs_do_not_change(name: str, kind: str) -> None:
     make, sites = MODELS[name]
     model = make()
-    kinds = ABSORB if kind == "all" else (kind,)
+    kinds = EQUALIZE if kind == "all" else (kind,)
     graph_module = canonical(model, sequences())
-    found = find_absorbable(graph_module, match(graph_module), kinds)
+    found = find_equalizable(graph_module, match(graph_module), kinds)
     assert len(found.sites) == sum(sites[k] for k in kinds)
-    graph_module, _, changed = absorbed(model, kinds)
+    graph_module, _, changed = equalized(model, kinds)
     assert changed is bool(found.sites)
     weights = {n: p for n, p in canonical(model, sequences()).state_dict().items()}
     moved = [n for n, p in graph_module.state_dict().items() if n in weights and not torch.equal(p, weights[n])]
@@ -100,8 +100,8 @@ def test_the_outputs_do_not_change(name: str, kind: str) -> None:
 
 
 def ranges(graph_module: GraphModule, plan: Plan) -> dict[str, float]:
-    """How far apart the channels of each absorbable site are: the largest range over the smallest."""
-    found = find_absorbable(graph_module, plan)
+    """How far apart the channels of each equalizable site are: the largest range over the smallest."""
+    found = find_equalizable(graph_module, plan)
     sites = {s.name: s for g in plan.groups for s in g.sites if s.name in found.sites}
     values = values_at(graph_module, [s.value for s in sites.values()], sequences(64))
     spread = {}
@@ -116,7 +116,7 @@ def test_channels_are_level_afterwards(name: str) -> None:
     model = MODELS[name][0]()
     graph_module = canonical(model, sequences())
     before = ranges(graph_module, match(graph_module))
-    after = ranges(*absorbed(model)[:2])
+    after = ranges(*equalized(model)[:2])
     assert after.keys() == before.keys()
     assert sum(math.log(v) for v in after.values()) < 0.7 * sum(math.log(v) for v in before.values())
     for site in after:
@@ -137,9 +137,9 @@ def test_heads_merged_with_the_batch() -> None:
             return self.o(h.reshape(b, 2, t, 4).transpose(1, 2).reshape(b, t, 8))
 
     model = spread_rows(redraw(Merged()), "qkv")
-    graph_module, plan, changed = absorbed(model)  # batches of 16, captured with 2
+    graph_module, plan, changed = equalized(model)  # batches of 16, captured with 2
     assert changed and relative(output(graph_module, sequences()), output(model, sequences())) < 1e-5
-    found = find_absorbable(graph_module, plan)
+    found = find_equalizable(graph_module, plan)
     assert [list(p.shape) for n, p in found.sites.items() if n.endswith("/value")] == [[2, 1, 4]]
 
 
@@ -149,7 +149,7 @@ def test_the_mean_of_keys_and_values_goes_too() -> None:
     with torch.no_grad():
         model.blocks[0].k.bias.add_(20.0)
         model.blocks[0].v.bias.add_(-30.0)
-    graph_module, plan, _ = absorbed(model)
+    graph_module, plan, _ = equalized(model)
     for site in (s for g in plan.groups for s in g.sites if s.name.endswith(("/key", "/value"))):
         (value,) = values_at(graph_module, [site.value], sequences())
         assert float(value.mean().abs()) < 0.2 * float(value.abs().max())
@@ -157,7 +157,7 @@ def test_the_mean_of_keys_and_values_goes_too() -> None:
 
 
 def test_planted_variation_of_values_is_undone() -> None:
-    """Without absorption one scale must serve channels far apart; with it the plant does not matter."""
+    """Without equalization one scale must serve channels far apart; with it the plant does not matter."""
     plain = redraw(Encoder(bias=False))
     model = copy.deepcopy(plain)
     block = model.blocks[0]  # type: ignore[union-attr]
@@ -168,10 +168,10 @@ def test_planted_variation_of_values_is_undone() -> None:
     x = sequences(64)
     expected = output(plain, x)
 
-    def quality(source: nn.Module, absorb: tuple[str, ...]) -> float:
+    def quality(source: nn.Module, kinds: tuple[str, ...]) -> float:
         graph_module = canonical(source, sequences())
-        recipe = Recipe(wbits=8, abits=4, absorb=absorb, correction=False)
-        absorb_scales(graph_module, match(graph_module), [(x,)], recipe)
+        recipe = Recipe(wbits=8, abits=4, equalize=kinds, correction=False)
+        equalize_layers(graph_module, match(graph_module), [(x,)], recipe)
         return sqnr(output(quantized(graph_module, recipe, list(x.split(16))).graph_module, x), expected)
 
     assert quality(model, ()) < quality(plain, ()) - 3
@@ -195,9 +195,9 @@ def test_values_that_something_else_reads_are_left_alone() -> None:
             return self.o(torch.softmax(x @ x.transpose(1, 2), -1) @ v), v.sigmoid()
 
     graph_module = canonical(redraw(Inside()), sequences())
-    assert not find_absorbable(graph_module, match(graph_module)).rows
+    assert not find_equalizable(graph_module, match(graph_module)).rows
     model = redraw(Leak())  # the layer runs twice: each run has its own constants, and only the first can take part
-    graph_module, _, changed = absorbed(model)
+    graph_module, _, changed = equalized(model)
     assert changed and relative(output(graph_module, sequences()), output(model, sequences())) < 1e-5
 
 
@@ -206,7 +206,7 @@ def test_a_dead_channel_gets_a_finite_factor() -> None:
     with torch.no_grad():
         model.blocks[0].v.weight[3] = 0.0  # type: ignore[union-attr]
         model.blocks[0].v.bias[3] = 0.0  # type: ignore[union-attr]
-    graph_module, _, _ = absorbed(model)
+    graph_module, _, _ = equalized(model)
     assert all(bool(torch.isfinite(p).all()) for p in graph_module.state_dict().values())
     assert relative(output(graph_module, sequences()), output(model, sequences())) < 1e-5
 
@@ -214,5 +214,5 @@ def test_a_dead_channel_gets_a_finite_factor() -> None:
 def test_nothing_to_do_without_data_or_kinds() -> None:
     graph_module = canonical(redraw(Encoder()), sequences())
     plan = match(graph_module)
-    assert absorb_scales(graph_module, plan, [], Recipe()) is plan
-    assert absorb_scales(graph_module, plan, [(sequences(),)], Recipe(absorb=())) is plan
+    assert equalize_layers(graph_module, plan, [], Recipe()) is plan
+    assert equalize_layers(graph_module, plan, [(sequences(),)], Recipe(equalize=())) is plan

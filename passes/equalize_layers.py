@@ -1,5 +1,5 @@
-"""Absorb per-channel scales (and shifts) past the norm: into the rows of one layer and, undone, the columns of the
-next.
+"""Cross-layer equalization past the norm: per-channel factors (and shifts) go into the rows of one layer's weight and,
+undone, into the columns of the next one's.
 
 An exact rewriting of the float model, done before anything is quantized, so that one scale per tensor fits all
 channels:
@@ -38,22 +38,23 @@ from repquant_fx.passes.match_sites import Plan
 from repquant_fx.passes.operators import NORMS
 from repquant_fx.passes.spec import CANONICAL
 from repquant_fx.quantizers.equalization import Equalization
-from repquant_fx.recipe import ABSORB
+from repquant_fx.recipe import EQUALIZE
 
 LEVELLED = "its channels share a scale with what they are multiplied by"
 
 
 @dataclass
-class Absorbable:
-    """What the constants of a graph can absorb. Labels name channels; each has one factor and one shift.
+class Equalizable:
+    """What cross-layer equalization may change. Labels (int32, `FIXED` for none) name channels; each has one factor
+    and one shift.
 
     Attributes:
-        rows: label of each output channel, by the Linear or norm that makes it.
-        columns: label of each input channel, by the Linear that reads it.
-        sites: label of each element of a site's value, by the site's name; one entry along axes where they do not
-            change.
+        rows: label of each output channel, shape (out,), by the Linear or norm that makes it.
+        columns: label of each input channel, shape (in,), by the Linear that reads it.
+        sites: label of each element of a site's value, by the site's name; of the value's rank, with size 1 along axes
+            on which labels do not change.
         signed: (label, sign): a label's factor is that of its representative to the power of the sign; by label.
-        shiftable: labels whose shift can be absorbed too.
+        shiftable: labels that may have a shift, too.
     """
 
     rows: dict[Node, Tensor] = field(default_factory=dict)
@@ -63,12 +64,12 @@ class Absorbable:
     shiftable: set[int] = field(default_factory=set)
 
 
-def find_absorbable(graph_module: GraphModule, plan: Plan, kinds: tuple[str, ...] = ABSORB) -> Absorbable:
+def find_equalizable(graph_module: GraphModule, plan: Plan, kinds: tuple[str, ...] = EQUALIZE) -> Equalizable:
     """Follow every layer's output channels to what reads them, and keep the factors that everything they meet
     allows.
     """
     matched = {group.norm for group in plan.groups}
-    found, sources, start = Absorbable(), {}, 1
+    result, sources, start = Equalizable(), {}, 1
     for node in graph_module.graph.nodes:
         if _is_source(node) and node not in matched:
             size = shape_of(node)[-1]
@@ -99,7 +100,7 @@ def find_absorbable(graph_module: GraphModule, plan: Plan, kinds: tuple[str, ...
         if not linear or columns is None:
             flow.ties.fix(reader.labels)
             continue
-        found.columns[reader.node] = columns
+        result.columns[reader.node] = columns
         if not reader.shifted or reader.padded:
             unshifted.update(torch.unique(columns).tolist())
     for labels in sources.values():
@@ -110,29 +111,29 @@ def find_absorbable(graph_module: GraphModule, plan: Plan, kinds: tuple[str, ...
         for label in labels.tolist():
             root, sign = flow.ties.find(label)
             if root != FIXED:
-                found.signed[label] = (root, sign)
-    _keep_what_is_free(found, flow, sources, plan)
-    found.shiftable = set(found.signed) - unshifted
-    return found
+                result.signed[label] = (root, sign)
+    _keep_what_is_free(result, flow, sources, plan)
+    result.shiftable = set(result.signed) - unshifted
+    return result
 
 
-def _keep_what_is_free(found: Absorbable, flow: ChannelFlow, sources: Mapping[Node, Tensor], plan: Plan) -> None:
+def _keep_what_is_free(result: Equalizable, flow: ChannelFlow, sources: Mapping[Node, Tensor], plan: Plan) -> None:
     """Layers and sites with at least one channel whose factor is free; the others' labels become FIXED."""
-    free = torch.tensor(sorted(found.signed), dtype=torch.int32)
+    free = torch.tensor(sorted(result.signed), dtype=torch.int32)
 
     def only_free(labels: Tensor) -> Tensor:
         return torch.where(torch.isin(labels, free), labels, torch.zeros_like(labels))
 
-    found.rows = {n: only_free(labels) for n, labels in sources.items() if bool(torch.isin(labels, free).any())}
-    found.columns = {
-        n: only_free(labels) for n, labels in found.columns.items() if bool(torch.isin(labels, free).any())
+    result.rows = {n: only_free(labels) for n, labels in sources.items() if bool(torch.isin(labels, free).any())}
+    result.columns = {
+        n: only_free(labels) for n, labels in result.columns.items() if bool(torch.isin(labels, free).any())
     }
     for group in plan.groups:
         for site in group.sites:
-            pattern = flow.pattern(site.value) if site.role == "value" else None
+            pattern = flow.pattern(site.value) if site.role == "plain" else None
             pattern = None if pattern is None else _without_batch(pattern, site.value)
             if pattern is not None and bool(torch.isin(pattern, free).any()):
-                found.sites[site.name] = only_free(pattern)
+                result.sites[site.name] = only_free(pattern)
 
 
 def _without_batch(pattern: Tensor, value: Node) -> Tensor | None:
@@ -175,20 +176,20 @@ def channel_rows(value: Tensor, pattern: Tensor) -> Tensor:
             value = value.unflatten(axis, (-1, pattern.shape[axis]))
             pattern = pattern.unsqueeze(axis)
     rest = [axis for axis in range(value.ndim) if pattern.shape[axis] == 1]
-    kept = [axis for axis in range(value.ndim) if axis not in rest]
-    return value.permute(*rest, *kept).reshape(-1, pattern.numel())
+    channels = [axis for axis in range(value.ndim) if axis not in rest]
+    return value.permute(*rest, *channels).reshape(-1, pattern.numel())
 
 
-def describe(plan: Plan, absorbable: Absorbable) -> Plan:
+def describe(plan: Plan, equalizable: Equalizable) -> Plan:
     """A plan that says what was equalized: a norm whose channels were levelled was not left alone for want of a
     Linear.
     """
     groups = []
     for group in plan.groups:
-        levelled = [site_operand(site.name) for site in group.sites if site.name in absorbable.sites]
+        levelled = [site_operand(site.name) for site in group.sites if site.name in equalizable.sites]
         note = f"channels of {' and '.join(levelled)} levelled into the constants around"
         groups.append(replace(group, notes=(*group.notes, note)) if levelled else group)
-    norms = {module_path(n) or n.name for n in absorbable.rows if n.target in NORMS}
+    norms = {module_path(n) or n.name for n in equalizable.rows if n.target in NORMS}
     return Plan(
         tuple(groups),
         tuple(
@@ -198,25 +199,31 @@ def describe(plan: Plan, absorbable: Absorbable) -> Plan:
     )
 
 
-class AbsorbScales(Pass):
-    """`equalization`: the factors and shifts of the labels of `absorbable`."""
+class EqualizeLayers(Pass):
+    """Weights of shape (out, in), gains of norms and biases of shape (out,) are replaced by float32 tensors of the same
+    shape; computed in float64.
 
-    name = "absorb scales"
+    Args:
+        equalizable: the layers to change.
+        equalization: the factors and shifts of its labels.
+    """
+
+    name = "equalize layers"
     needs = "a matched float graph"
     guarantees = "the same outputs; the channels of activations between two layers have like ranges"
     takes = gives = CANONICAL
     identity = "float"
 
-    def __init__(self, absorbable: Absorbable, equalization: Equalization) -> None:
+    def __init__(self, equalizable: Equalizable, equalization: Equalization) -> None:
         super().__init__()
-        self.absorbable, self.equalization = absorbable, equalization
+        self.equalizable, self.equalization = equalizable, equalization
 
     def run(self, graph_module: GraphModule) -> bool:
-        for linear, labels in self.absorbable.columns.items():
+        for linear, labels in self.equalizable.columns.items():
             self._rewrite_columns(graph_module, linear, labels)
-        for node, labels in self.absorbable.rows.items():
+        for node, labels in self.equalizable.rows.items():
             self._rewrite_rows(graph_module, node, labels)
-        return bool(self.absorbable.rows)
+        return bool(self.equalizable.rows)
 
     def _of(self, labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """Factors and shifts, float64, shape (C,)."""
