@@ -41,7 +41,8 @@ from repquant_fx.passes.insert_observers import InsertObservers
 from repquant_fx.passes.lower_to_qdq import LowerToQDQ
 from repquant_fx.passes.match_sites import Plan
 from repquant_fx.passes.runtime_form import optimize_for_runtime
-from repquant_fx.pipeline import Quantized, equalize_layers, quantize_sequentially, rotate
+from repquant_fx.pipeline import Quantized, equalize_layers, quantize_sequentially, reconstruct, rotate
+from repquant_fx.pipeline.reconstruction import Reconstructed
 from repquant_fx.pipeline.rotation import Trial
 from repquant_fx.preparation import HELD_BACK, Prepared, prepare
 from repquant_fx.recipe import RecipeLike
@@ -137,7 +138,7 @@ def compile_model(
         notes=notes,
         runtime_form=exported.left_alone,
         about=_about(
-            prepared, rewritten.rotations, exported.proto, calibration, calibrating.samples, held_back.samples
+            prepared, rewritten, exported.proto, calibration, calibrating.samples, held_back.samples
         ),
     )
     if parity is not None:
@@ -166,6 +167,7 @@ class _Rewritten:
     Attributes:
         float_graph: the float graph that it stands for, after equalization.
         rotations: what was tried, and made where it paid.
+        blocks: what was reconstructed.
         rank: of this process among those that share the work.
     """
 
@@ -175,6 +177,7 @@ class _Rewritten:
     quantized: Quantized
     statistics: Statistics | None
     rotations: list[Trial]
+    blocks: list[Reconstructed]
     rank: int
 
 
@@ -195,10 +198,13 @@ def _quantize(
         run_passes(graph_module, [InsertObservers(plan, len(batches))])
         quantized = quantize_sequentially(graph_module, plan, batches, recipe, checkpoint, source.offload_dir,
                                           statistics)
+        with log.part("reconstruct"):
+            blocks = reconstruct(graph_module, float_graph, plan, quantized, batches, recipe.reconstruct,
+                                 calibration.seed, checkpoint, source.offload_dir)
     for each in (graph_module, float_graph):
         devices.move(each, torch.device("cpu"))
     quantized.weights = {node: weight.to("cpu") for node, weight in quantized.weights.items()}
-    return _Rewritten(graph_module, float_graph, plan, quantized, statistics, trials, checkpoint.world.rank)
+    return _Rewritten(graph_module, float_graph, plan, quantized, statistics, trials, blocks, checkpoint.world.rank)
 
 
 @contextmanager
@@ -274,7 +280,7 @@ def _check(
 
 
 def _about(
-    prepared: Prepared, rotations: list[Trial], proto: onnx.ModelProto, calibration: Calibration, samples: int,
+    prepared: Prepared, rewritten: _Rewritten, proto: onnx.ModelProto, calibration: Calibration, samples: int,
     held_back: int
 ) -> dict[str, Any]:
     """What the report says of the whole compile."""
@@ -282,7 +288,8 @@ def _about(
     return {
         "repquant_fx": VERSION, "source": prepared.loaded.source, "bits": f"W{recipe.wbits}A{recipe.abits}",
         "recipe": recipe.to_dict(),
-        **({"rotations": [trial.to_dict() for trial in rotations]} if recipe.rotate else {}),
+        **({"rotations": [trial.to_dict() for trial in rewritten.rotations]} if recipe.rotate else {}),
+        **({"reconstruction": [block.to_dict() for block in rewritten.blocks]} if recipe.reconstruct else {}),
         "calibration": {"origin": data.origin, "samples": samples, "held_back": held_back, "synthetic": data.synthetic,
                         "seed": calibration.seed},
         "capture": {"difference_from_eager": captured.eager_difference, "dynamic_batch": captured.dynamic_batch},

@@ -77,6 +77,8 @@ class Recipe:
         rotate: which channel vectors may be rotated, exactly (beyond the paper): the `residual` stream, and the `heads`
             of attention. Each rotation is tried on calibration data and made where products get less noise. Empty for
             none.
+        reconstruct: steps of block reconstruction (beyond the paper): weights, biases, gains and scales are learned
+            from the float model, block by block; 0 for none.
         gptq: error-compensating rounding; else round to nearest.
         gptq_damping: share of the mean diagonal that is added to the Hessian.
         gptq_block: columns that are updated at once.
@@ -108,6 +110,7 @@ class Recipe:
     correction: bool = setting(True)
     equalize: tuple[str, ...] = setting(("values", "linear"), choices=("values", "query_key", "linear"))
     rotate: tuple[str, ...] = setting((), choices=("residual", "heads"))
+    reconstruct: int = setting(0, low=0, high=100_000, alone=400)
     gptq: bool = setting(True)
     gptq_damping: float = setting(0.01, low=0.0, high=10.0)
     gptq_block: int = setting(128, low=1)

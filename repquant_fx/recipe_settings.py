@@ -24,12 +24,14 @@ class Setting:
         choices: words, the default first where one is taken.
         low: the least number; None where it has no limit.
         high: the greatest number; None where it has no limit.
+        alone: what the switch of the command line stands for without a value; None where it needs one.
     """
 
     kind: type
     choices: tuple[str, ...] = ()
     low: float | None = None
     high: float | None = None
+    alone: int | None = None
 
     def check(self, name: str, value: Any) -> None:
         """Raises:

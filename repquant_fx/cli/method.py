@@ -40,6 +40,8 @@ def _form(limits: Setting) -> dict[str, Any]:
         return {"action": argparse.BooleanOptionalAction, "default": None}
     if limits.kind is tuple:
         return {"type": _kinds, "metavar": "KIND,... or none"}
+    if limits.alone is not None:
+        return {"type": limits.kind, "nargs": "?", "const": limits.alone, "metavar": "STEPS"}
     return {"choices": limits.choices} if limits.kind is str else {"type": limits.kind}
 
 

@@ -7,7 +7,8 @@ cut values.
 """
 
 from repquant_fx.pipeline.equalization import equalize_layers
+from repquant_fx.pipeline.reconstruction import reconstruct
 from repquant_fx.pipeline.rotation import rotate
 from repquant_fx.pipeline.sequential import Quantized, quantize_sequentially
 
-__all__ = ["Quantized", "equalize_layers", "quantize_sequentially", "rotate"]
+__all__ = ["Quantized", "equalize_layers", "quantize_sequentially", "reconstruct", "rotate"]

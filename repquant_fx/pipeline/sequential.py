@@ -17,7 +17,7 @@ from repquant_fx.checkpoint import Checkpoint
 from repquant_fx.decision import Decision
 from repquant_fx.distributed import Tensors
 from repquant_fx.errors import CalibrationError, RepQuantWarning
-from repquant_fx.passes.base import module_path, run_pass, run_passes
+from repquant_fx.passes.base import attribute, module_path, run_pass, run_passes
 from repquant_fx.passes.identity import Probe
 from repquant_fx.passes.install_decision import InstallDecision
 from repquant_fx.passes.match_sites import Group, Plan
@@ -44,12 +44,15 @@ class Quantized:
 
     Attributes:
         weights: integer weights by consumer node.
+        latents: the float weights in their place, after the activations' reparameterization, where the recipe asks
+            for reconstruction.
         errors: (round-to-nearest, chosen) output error by consumer node, on the calibration Hessian.
         notes: what the report says about a group beside the group's own notes, as sentences.
         node_executions: how many graph nodes were run in all, over all batches.
     """
 
     weights: dict[Node, QuantizedWeight] = field(default_factory=dict)
+    latents: dict[Node, Tensor] = field(default_factory=dict)
     errors: dict[Node, tuple[float, float]] = field(default_factory=dict)
     notes: dict[Group, tuple[str, ...]] = field(default_factory=dict)
     node_executions: int = 0
@@ -152,6 +155,8 @@ def _quantize_group(state: _State, segment: Segment, group: Group, name: str) ->
     weights: dict[Node, ChosenWeight] = {}
     if group.kind != "matmul":
         weights = _choose_weights(state, segment, group, statistics) if restored is None else dict(restored.weights)
+        if state.recipe.reconstruct:
+            state.result.latents |= {c: attribute(state.graph_module, c.args[1]) for c in weights}  # type: ignore[arg-type]
         run_passes(state.graph_module, [InstallDecision(group, Decision(weights=weights))])
     state.result.weights |= {c: chosen.weight for c, chosen in weights.items()}
     state.result.errors |= {c: chosen.errors for c, chosen in weights.items() if chosen.errors is not None}

@@ -190,7 +190,7 @@ def test_the_encoder_layer_of_torch_is_quantized_in_its_parts() -> None:
 
 
 def test_what_has_no_counterpart_in_onnx_is_refused() -> None:
-    with pytest.raises(InputError, match="cannot be written as ONNX.*bessel_j0"):
+    with pytest.raises(InputError, match=r"cannot be written as ONNX.*bessel_j0"):
         compiled(Around(lambda m, x: torch.special.bessel_j0(m.fc(x))))
 
 
