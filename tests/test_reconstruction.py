@@ -61,7 +61,7 @@ def test_blocks_are_the_whole_graph_cut_where_one_value_passes(vit_graph: Callab
 
 def test_errors_do_not_grow(learned: CompiledModel, plain: CompiledModel) -> None:
     blocks = learned.report["reconstruction"]
-    assert [block["first"] for block in blocks][0] == "patch_embed.proj" and blocks[-1]["last"] == "head"
+    assert blocks[0]["first"] == "patch_embed.proj" and blocks[-1]["last"] == "head"
     for block in blocks:
         own, feature = block["own"], block["feature"]
         assert feature[1] / feature[0] + 2 * own[1] / own[0] <= 3

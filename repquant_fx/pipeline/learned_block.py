@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -117,7 +117,7 @@ def run_nodes(
 def _stand_in(graph_module: GraphModule, node: Node, latent: Tensor | None) -> nn.Module | None:
     if node.target is DEQUANTIZE and is_constant(node.args[0]):
         codes, scale = (attribute(graph_module, argument) for argument in node.args[:2])  # type: ignore[arg-type]
-        return LearnedWeight(QuantizedWeight(codes, scale), latent, int(node.args[3]))  # type: ignore[call-overload]
+        return LearnedWeight(QuantizedWeight(codes, scale), latent, cast(int, node.args[3]))
     if SITE in node.meta:
         quantizer = graph_module.get_submodule(str(node.target))
         if isinstance(quantizer, LogQuantizer):

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -92,7 +92,7 @@ def reconstruct(
     held = {i for i in range(len(batches)) if (len(batches) - 1 - i) % HELD_BACK == 0}
     with torch.inference_mode(False), torch.enable_grad():
         sides = _Sides(graph_module, float_graph, plan, [batches[i] for i in numbers], offload_dir)
-        latents = {consumer.args[1]: weight for consumer, weight in quantized.latents.items()}
+        latents = {cast(Node, consumer.args[1]): weight for consumer, weight in quantized.latents.items()}
         for index, block in enumerate(progress(blocks, total=len(blocks), description="reconstruct")):
             sides.advance(block)
             learned = LearnedBlock(graph_module, list(between(block.first, block.stop)), latents)
@@ -103,9 +103,7 @@ def reconstruct(
             run_passes(graph_module, [learned.install()])
             results.append(Reconstructed(*_ends(block), (before[0], after[0]), (before[1], after[1]), kept))
     for consumer in quantized.weights:
-        dequantized = consumer.args[1]
-        assert isinstance(dequantized, Node)
-        codes, scale = (attribute(graph_module, argument) for argument in dequantized.args[:2])  # type: ignore[arg-type]
+        codes, scale = (attribute(graph_module, cast(Node, a)) for a in cast(Node, consumer.args[1]).args[:2])
         quantized.weights[consumer] = QuantizedWeight(codes, scale)
     return results
 
@@ -199,8 +197,8 @@ def _resumed(task: _Task, checkpoint: Checkpoint, name: str) -> tuple[tuple[floa
         warnings.warn(f"what the work directory holds as {name} does not fit and is made anew", RepQuantWarning,
                       stacklevel=2)
     before, after, kept = _learn(task)
-    figures = torch.tensor([*before, *after, kept], dtype=torch.float64)
-    checkpoint.save(name, {**task.block.state_dict(), "figures": figures})
+    errors = torch.tensor([*before, *after, kept], dtype=torch.float64)
+    checkpoint.save(name, {**task.block.state_dict(), "figures": errors})
     return before, after, kept
 
 

@@ -108,8 +108,8 @@ def code_window(codes: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """
     flat = codes.reshape(len(codes), -1).to(torch.float32)
     if needs_symmetric(bits):
-        low, up = symmetric_range(bits)
-        return torch.full_like(flat[:, 0], low), torch.full_like(flat[:, 0], up)
+        ends = symmetric_range(bits)
+        return torch.full_like(flat[:, 0], ends[0]), torch.full_like(flat[:, 0], ends[1])
     low, up = flat.amin(1).clamp(max=0), flat.amax(1).clamp(min=0)
     spare = (1 << bits) - 1 - (up - low)
     low = low - torch.floor(spare / 2)
