@@ -113,9 +113,8 @@ class Pass(PassBase, Generic[T]):
         if before is not None and before.same(graph_module) == modified:
             raise PassError(f"it returned {modified} and {'changed nothing' if modified else 'changed the graph'}")
         if modified:
-            graph_module.graph.eliminate_dead_code()
-            graph_module.graph.lint()
-            graph_module.recompile()
+            graph_module.graph.eliminate_dead_code()  # lints first
+            recompile_when_called(graph_module)
         outcome = Outcome(graph_module, modified)
         outcome.made = returned.value if isinstance(returned, Made) else None
         return outcome
@@ -168,6 +167,19 @@ def left_alone(graph_module: GraphModule) -> tuple[LeftAlone, ...]:
 def debugging() -> bool:
     """Whether contracts that cost time are checked too: the environment variable REPQUANT_FX_DEBUG is set and not 0."""
     return os.environ.get("REPQUANT_FX_DEBUG", "0") not in ("", "0")
+
+
+def recompile_when_called(graph_module: GraphModule) -> None:
+    """Bring `forward` up to date with the graph at the next call.
+
+    Most passes are followed by another one: writing Python for the whole graph after each would take time that grows
+    with the square of the number of layers.
+    """
+    def forward(self: GraphModule, *args: Any, **kwargs: Any) -> Any:
+        self.recompile()  # replaces this function
+        return self.forward(*args, **kwargs)
+
+    type(graph_module).forward = forward  # every GraphModule has a class of its own
 
 
 def _history(graph_module: GraphModule) -> str:
