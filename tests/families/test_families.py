@@ -159,11 +159,9 @@ def test_linears_write_the_codes_that_are_promised(name: str) -> None:
     data, settings = batches(FAMILIES[name]), replace(recipe(FAMILIES[name]), wbits=4, abits=5)
     run_passes(graph_module, [InsertObservers(plan, len(data))])
     weights = quantize_sequentially(graph_module, plan, data, settings).weights
-    lowering = LowerToQDQ(plan, weights)
-    run_passes(graph_module, [lowering])
-    fuse = FuseRequantization(lowering.quantizers)
-    fused_as_promised(graph_module, fuse, *data[0])
-    assert fuse.codes or fuse.left_alone
+    fuse = FuseRequantization(run_pass(graph_module, LowerToQDQ(plan, weights)).quantizers)
+    fused = fused_as_promised(graph_module, fuse, *data[0])
+    assert fused.codes or fuse.left_alone
 
 
 @pytest.mark.parametrize("name", CASES)
