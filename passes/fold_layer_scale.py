@@ -8,17 +8,10 @@ from __future__ import annotations
 
 from torch.fx import GraphModule, Node
 
-from repquant_fx.passes.base import (
-    Pass,
-    aten,
-    attribute,
-    drop_constant,
-    is_constant,
-    is_tensor,
-    replace_constant,
-    shape_of,
-)
+from repquant_fx.passes.base import Pass, aten, attribute, drop_constant, is_constant, is_tensor, shape_of
+from repquant_fx.passes.parameters import set_parameters, weight_and_bias
 from repquant_fx.passes.spec import CANONICAL
+from repquant_fx.quantizers.affine import scale_output
 
 
 class FoldLayerScale(Pass):
@@ -46,14 +39,7 @@ def _fold(graph_module: GraphModule, product: Node) -> bool:
     else:
         return False
     gamma = attribute(graph_module, factor).double().reshape(-1)
-    weight = linear.args[1]
-    assert isinstance(weight, Node)
-    name = str(weight.target)
-    for index, shape in ((1, (-1, 1)), (2, (-1,))):
-        old = linear.args[index] if index < len(linear.args) else None
-        if isinstance(old, Node):
-            value = attribute(graph_module, old)
-            replace_constant(graph_module, linear, index, (value.double() * gamma.reshape(shape)).to(value.dtype), name)
+    set_parameters(graph_module, linear, *scale_output(*weight_and_bias(graph_module, linear), gamma))
     product.replace_all_uses_with(linear)
     graph_module.graph.erase_node(product)
     drop_constant(graph_module, factor)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -36,9 +37,9 @@ from repquant_fx.passes.base import (
 )
 from repquant_fx.passes.canonicalize import refresh_metadata
 from repquant_fx.passes.channel_flow import hint, hinted
-from repquant_fx.passes.lower_to_qdq import BIAS_LIMIT
 from repquant_fx.passes.operators import DEQUANTIZE, MOVES, QUANTIZE
 from repquant_fx.passes.spec import LOWERED, RUNTIME
+from repquant_fx.quantizers.requantization import Codes, Operand, requantize
 
 SLACK = 1 / 16  # of a code: how far an operand's values may move to meet the grid of the accumulator
 
@@ -49,18 +50,6 @@ class Branch:
 
     quantize: Node
     factor: float
-
-
-@dataclass(frozen=True)
-class Codes:
-    """What a Linear that writes codes gives: its float output is `(output - offset) * step`.
-
-    Attributes:
-        step, offset: one for each output channel, shape (out,), float64.
-    """
-
-    step: Tensor
-    offset: Tensor
 
 
 @dataclass(frozen=True)
@@ -125,39 +114,31 @@ def _fuse(graph_module: GraphModule, linear: Node, quantizers: dict[str, Node]) 
     rows = _rows(linear, branches)
     if rows is None or len({b.quantize.args[3] for b in branches}) != 1 or any(b.factor <= 0 for b in branches):
         return "its operands share channels, differ in bits, or are multiplied by a negative number"
-    old = attribute(graph_module, _argument(weight, 1)).double()
-    step, zero_point = torch.ones_like(old), torch.zeros_like(old)
-    shared = attribute(graph_module, _argument(branches[0].quantize, 2))
-    for branch, mine in zip(branches, rows):
-        step[mine] = attribute(graph_module, _argument(branch.quantize, 1)).double() / branch.factor
-        zero_point[mine] = attribute(graph_module, _argument(branch.quantize, 2)).double() - shared.double()
-    weight_scale = (old / step).float()
-    bias_scale = attribute(graph_module, _argument(source, 1)) * weight_scale
-    offset = torch.round(zero_point / bias_scale.double())
-    codes = offset + (attribute(graph_module, _argument(bias, 0)).double() if isinstance(bias, Node) else 0)
-    if not bool(
-        (weight_scale > 0).all() and torch.isfinite(weight_scale).all() and (codes.abs() < BIAS_LIMIT).all()
-    ):
+    scale, zero_point = (partial(_constant, graph_module, index=index) for index in (1, 2))
+    operands = [Operand(channels, scale(branch.quantize).double() / branch.factor, zero_point(branch.quantize).double())
+                for branch, channels in zip(branches, rows)]
+    new = requantize(scale(source), scale(weight), None if bias is None else _constant(graph_module, bias, 0), operands)
+    if new is None:
         return "its scales or its bias leave the range of float32 or int32"
-    apart = float((offset * bias_scale.double() - zero_point).abs().max())
-    if apart > SLACK:
-        return f"a zero point in its bias would move an operand by {apart:.2g} of a code"
+    if new.apart > SLACK:
+        return f"a zero point in its bias would move an operand by {new.apart:.2g} of a code"
     scale_name = str(_argument(weight, 1).target)
     weight_name = SCALE.stem(scale_name) or scale_name
     bias_stem = free_stem(graph_module, beside(weight_name, "bias"))
-    replace_constant(graph_module, cast(Node, weight), 1, weight_scale, scale_name)
+    replace_constant(graph_module, cast(Node, weight), 1, new.weight_scale, scale_name)
     if isinstance(bias, Node):
-        replace_constant(graph_module, bias, 0, codes.to(torch.int32), QUANTIZED.of(bias_stem))
-        replace_constant(graph_module, bias, 1, bias_scale, SCALE.of(bias_stem))
-    elif bool(codes.any()):
-        constants = (constant_node(graph_module, QUANTIZED.of(bias_stem), codes.to(torch.int32), linear),
-                     constant_node(graph_module, SCALE.of(bias_stem), bias_scale, linear))
+        replace_constant(graph_module, bias, 0, new.bias.codes, QUANTIZED.of(bias_stem))
+        replace_constant(graph_module, bias, 1, new.bias.scale, SCALE.of(bias_stem))
+    elif bool(new.bias.codes.any()):
+        constants = (constant_node(graph_module, QUANTIZED.of(bias_stem), new.bias.codes, linear),
+                     constant_node(graph_module, SCALE.of(bias_stem), new.bias.scale, linear))
         with graph_module.graph.inserting_before(linear):
             restored = copy_meta(linear, graph_module.graph.call_function(DEQUANTIZE, (*constants, None, 32, 0)))
         linear.args = (source, weight, restored)
+    shared = zero_point(branches[0].quantize)
     moved = _move_quantizer(graph_module, linear, branches, beside(weight_name, "output"), shared)
     quantizers |= {name: moved[node] for name, node in quantizers.items() if node in moved}
-    return Codes(step, offset * bias_scale.double())
+    return new.output
 
 
 def _move_quantizer(
@@ -262,6 +243,11 @@ def _per_tensor(graph_module: GraphModule, node: object) -> bool:
     return (
         isinstance(node, Node) and node.target is DEQUANTIZE and attribute(graph_module, _argument(node, 1)).ndim == 0
     )
+
+
+def _constant(graph_module: GraphModule, node: object, index: int) -> Tensor:
+    """The constant that a node reads as one of its arguments."""
+    return attribute(graph_module, _argument(node, index))
 
 
 def _argument(node: object, index: int) -> Node:

@@ -22,10 +22,10 @@ from repquant_fx.passes.match_sites import SOFTMAX, Plan, Site
 from repquant_fx.passes.operators import DEQUANTIZE, LOG2_QUANTIZE, LOG2_SOFTMAX, QUANTIZE
 from repquant_fx.passes.slots import slot_module, slot_of
 from repquant_fx.passes.spec import LOWERED, OBSERVED
+from repquant_fx.quantizers.bias import round_bias
 from repquant_fx.quantizers.gptq import QuantizedWeight
 from repquant_fx.quantizers.observers import LogQuantizer, Observer, Passthrough, UniformQuantizer
-
-BIAS_LIMIT = 2.0**31 - 1024  # float32 cannot hold the largest int32
+from repquant_fx.quantizers.uniform import storable
 
 
 @dataclass(frozen=True)
@@ -126,11 +126,9 @@ class LowerToQDQ(Pass[Lowered]):
         scale, zero_point = quantizer.scale, quantizer.zero_point
         if quantizer.axis is not None:
             axis = len(shape_of(source)) - 1 if source is before.args[0] else 1  # a Linear's input was made a matrix
-            stored = zero_point.clamp(0, (1 << bits) - 1)
-            if not torch.equal(stored, zero_point):
-                # a stored zero point is a code: move the activation instead
-                shift = constant_node(graph_module, SHIFT.of(stem), scale * (zero_point - stored), before)
-            zero_point = stored
+            zero_point, moved = storable(scale, zero_point, bits)
+            if moved is not None:
+                shift = constant_node(graph_module, SHIFT.of(stem), moved, before)
         s = constant_node(graph_module, SCALE.of(stem), scale, before)
         z = constant_node(graph_module, ZERO_POINT.of(stem), zero_point.to(torch.uint8), before)
         with graph.inserting_before(before):
@@ -171,24 +169,17 @@ class LowerToQDQ(Pass[Lowered]):
         if not isinstance(bias, Node):
             return
         if bias.op != "get_attr" or quantizer.axis is not None:
-            self.leave(
-                consumer,
-                "its bias stays in float: "
-                + (
-                    "it is no constant"
-                    if bias.op != "get_attr"
-                    else "its input has one scale per channel, so the product has no one scale"
-                ),
-            )
+            why = "it is no constant" if bias.op != "get_attr" else (
+                "its input has one scale per channel, so the product has no one scale")
+            self.leave(consumer, f"its bias stays in float: {why}")
             return
-        bias_scale = quantizer.scale * scale
-        bias_codes = torch.round(attribute(graph_module, bias).double() / bias_scale.double())
-        if not bool((bias_codes.abs() < BIAS_LIMIT).all()):
+        rounded = round_bias(attribute(graph_module, bias), quantizer.scale, scale)
+        if rounded is None:
             self.leave(consumer, "its bias stays in float: in steps of its product it does not fit int32")
             return
         stem = free_stem(graph_module, str(bias.target))
-        b = constant_node(graph_module, QUANTIZED.of(stem), bias_codes.to(torch.int32), consumer)
-        bs = constant_node(graph_module, SCALE.of(stem), bias_scale, consumer)
+        b = constant_node(graph_module, QUANTIZED.of(stem), rounded.codes, consumer)
+        bs = constant_node(graph_module, SCALE.of(stem), rounded.scale, consumer)
         with graph.inserting_before(consumer):
             restored = copy_meta(consumer, graph.call_function(DEQUANTIZE, (b, bs, None, 32, 0)))
         consumer.update_arg(2, restored)

@@ -12,6 +12,11 @@ aten = torch.ops.aten
 
 NORMS = {aten.layer_norm.default, aten.rms_norm.default}
 CONVOLUTIONS = {aten.conv2d.default, aten.conv1d.default}
+# where an operator takes its weight, and its bias where it can have one
+PARAMETERS: dict[object, tuple[int, ...]] = {
+    aten.linear.default: (1, 2), aten.conv1d.default: (1, 2), aten.conv2d.default: (1, 2),
+    aten.layer_norm.default: (2, 3), aten.rms_norm.default: (2,), aten.embedding.default: (0,),
+}
 
 IDENTITIES = {
     aten.clone.default, aten.alias.default, aten.detach.default, aten.detach_.default, aten.contiguous.default,

@@ -8,8 +8,9 @@ from torch.fx import GraphModule, Node
 
 from repquant_fx.passes.base import LeftAlone, run_pass, run_passes
 from repquant_fx.passes.flatten_rows import FlattenRows
-from repquant_fx.passes.fuse_requantization import Codes, Fused, FuseRequantization
+from repquant_fx.passes.fuse_requantization import Fused, FuseRequantization
 from repquant_fx.passes.share_masks import ShareMasks
+from repquant_fx.quantizers.requantization import Codes
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from repquant_fx.passes.channel_flow import (
     softmax_behind,
 )
 from repquant_fx.passes.norm_affine import folds
-from repquant_fx.passes.operators import CONVOLUTIONS, NORMS
+from repquant_fx.passes.operators import CONVOLUTIONS, NORMS, PARAMETERS
 from repquant_fx.passes.vector_spaces import CHANNEL_BITS, PADDING, Space, Vectors
 
 
@@ -414,11 +414,7 @@ def _flat(value: Any) -> list[Vectors]:
 
 def _is_weight_of(user: Node, constant: Node) -> bool:
     """Whether a constant is a parameter of a layer, which the layer's own rule covers."""
-    parameters: dict[object, tuple[int, ...]] = {
-        aten.linear.default: (1, 2), aten.conv1d.default: (1, 2), aten.conv2d.default: (1, 2),
-        aten.layer_norm.default: (2, 3), aten.rms_norm.default: (2,), aten.embedding.default: (0,),
-    }
-    return any(user.args[i] is constant for i in parameters.get(user.target, ()) if i < len(user.args))
+    return any(user.args[i] is constant for i in PARAMETERS.get(user.target, ()) if i < len(user.args))
 
 
 def _reason(node: Node, value: Node) -> str:

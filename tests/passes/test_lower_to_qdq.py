@@ -26,9 +26,10 @@ from torch.fx import GraphModule
 from repquant_fx.parity import sqnr
 from repquant_fx.passes.base import attribute, run_pass, run_passes
 from repquant_fx.passes.insert_observers import SLOTS
-from repquant_fx.passes.lower_to_qdq import BIAS_LIMIT, Lowered, LowerToQDQ
+from repquant_fx.passes.lower_to_qdq import Lowered, LowerToQDQ
 from repquant_fx.passes.operators import DEQUANTIZE, LOG2_SOFTMAX, QUANTIZE
 from repquant_fx.passes.slots import install, slot_module
+from repquant_fx.quantizers.bias import LIMIT
 from repquant_fx.quantizers.observers import Passthrough
 from repquant_fx.recipe import Recipe
 
@@ -163,7 +164,7 @@ def test_dead_rows_keep_their_bias_in_integers() -> None:
     (left,) = lowering.left_alone
     assert (left.path, left.by) == ("2", "lower to Q/DQ") and "bias stays in float" in left.reason
     first = next(n for n in graph_module.graph.nodes if n.target is aten.linear.default)
-    assert bool((attribute(graph_module, first.args[2].args[0]).double().abs() < BIAS_LIMIT).all())
+    assert bool((attribute(graph_module, first.args[2].args[0]).double().abs() < LIMIT).all())
 
 
 def test_a_whole_layer_of_zeros() -> None:
