@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from repquant_fx.decision import Decision
 from repquant_fx.frontends.capture import capture
-from repquant_fx.parity import TIE, _Recorder
+from repquant_fx.parity import TIE, CodeRecorder
 from repquant_fx.passes.base import attribute, run_pass, run_passes
 from repquant_fx.passes.fuse_requantization import SLACK, Fused, FuseRequantization
 from repquant_fx.passes.insert_observers import InsertObservers
@@ -214,7 +214,7 @@ def fused_as_promised(graph_module: GraphModule, fuse: FuseRequantization, *inpu
     sources = dict(zip(uniform, values_at(graph_module, [node.args[0] for node in uniform.values()], *inputs)))
     steps = {n: sources[n].double() / attribute(graph_module, node.args[1]).double() for n, node in uniform.items()}
     fused = run_pass(graph_module, fuse)
-    recorder = _Recorder(graph_module, fused.quantizers, codes)
+    recorder = CodeRecorder(graph_module, fused.quantizers, codes)
     recorder.run(*inputs)
     for name, step in steps.items():
         apart = (recorder.seen[name].int() - codes[name].int()).abs()
