@@ -37,7 +37,7 @@ from repquant_fx.passes.base import (
 )
 from repquant_fx.passes.canonicalize import refresh_metadata
 from repquant_fx.passes.channel_flow import hint, hinted
-from repquant_fx.passes.operators import DEQUANTIZE, MOVES, QUANTIZE
+from repquant_fx.passes.operators import CODE_MOVES, DEQUANTIZE, QUANTIZE
 from repquant_fx.passes.spec import LOWERED, RUNTIME
 from repquant_fx.quantizers.requantization import Codes, Operand, requantize
 
@@ -179,7 +179,7 @@ def _branches(graph_module: GraphModule, node: Node, factor: float) -> Iterator[
     for user in node.users:
         if user.target is QUANTIZE and user.args[0] is node and attribute(graph_module, _argument(user, 1)).ndim == 0:
             yield Branch(user, factor)
-        elif user.target in MOVES:
+        elif user.target in CODE_MOVES:
             yield from _branches(graph_module, user, factor)
         elif (constant := _factor(user)) is not None:
             yield from _branches(graph_module, user, factor * constant)
@@ -216,7 +216,7 @@ def _rows(linear: Node, branches: Sequence[Branch]) -> list[Tensor] | None:
 
 def _root(node: Node) -> Node:
     """Back through layout operators and factors."""
-    while node.target in MOVES or _factor(node) is not None:
+    while node.target in CODE_MOVES or _factor(node) is not None:
         node = cast(Node, node.args[0])
     return node
 

@@ -1,8 +1,8 @@
 """Lower to Q/DQ: every quantizer becomes operators that each have one ONNX counterpart (`repquant_fx.ops`).
 
 Placement is what ONNX Runtime fuses: quantize and dequantize stand only on the operands of matrix products and
-convolutions; a Linear runs on a matrix (so that it becomes Gemm) with an integer weight and an int32 bias whose scale is
-the product of both.
+convolutions; a Linear runs on a matrix (so that it becomes Gemm) with an integer weight and an int32 bias whose scale
+is the product of both.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from repquant_fx.errors import PassError
 from repquant_fx.naming import QUANTIZED, SCALE, SHIFT, ZERO_POINT, site_stem
 from repquant_fx.passes.base import Made, Pass, aten, attribute, constant_node, copy_meta, free_stem, shape_of
 from repquant_fx.passes.canonicalize import refresh_metadata
-from repquant_fx.passes.channel_flow import LAYOUT
-from repquant_fx.passes.match_sites import SOFTMAX, Plan, Site
-from repquant_fx.passes.operators import DEQUANTIZE, LOG2_QUANTIZE, LOG2_SOFTMAX, QUANTIZE
+from repquant_fx.passes.match_sites import Plan, Site
+from repquant_fx.passes.operators import DEQUANTIZE, LAYOUT, LOG2_QUANTIZE, LOG2_SOFTMAX, QUANTIZE, SOFTMAX
 from repquant_fx.passes.slots import slot_module, slot_of
 from repquant_fx.passes.spec import LOWERED, OBSERVED
 from repquant_fx.quantizers.bias import round_bias
@@ -141,8 +140,8 @@ class LowerToQDQ(Pass[Lowered]):
         return codes, value
 
     def _log(self, graph_module: GraphModule, site: Site, slot: Node, quantizer: LogQuantizer) -> tuple[Node, Node]:
-        """(the log-quantized values, what the slot's readers read now): made by the Softmax itself, where the product is
-        all that reads it; else by a quantizer of its result.
+        """(the log-quantized values, what the slot's readers read now): made by the Softmax itself, where the product
+        is all that reads it; else by a quantizer of its result.
         """
         graph, source = graph_module.graph, cast(Node, slot.args[0])
         softmax = _sole_softmax(slot)

@@ -1,13 +1,10 @@
 """Where whole channel vectors go: one dataflow analysis for every rotation that a graph's constants can absorb.
 
 `channel_flow` follows single channels, which is enough for a factor. A rotation mixes the channels of a vector, so it
-passes only
-operators that keep the vector together: token selection, windows, residual additions, concatenation along tokens, a
-    norm. All values
-that such operators join live in one *space*, and one orthogonal matrix R serves it: what writes into the space (a
-    Linear, an
-embedding, a constant) absorbs R in its rows, what reads it (a Linear) absorbs the inverse in its columns. Whatever else
-meets a vector of a space fixes that space, with the reason.
+passes only operators that keep the vector together: token selection, windows, residual additions, concatenation along
+tokens, a norm. All values that such operators join live in one *space*, and one orthogonal matrix R serves it: what
+writes into the space (a Linear, an embedding, a constant) absorbs R in its rows, what reads it (a Linear) absorbs the
+inverse in its columns. Whatever else meets a vector of a space fixes that space, with the reason.
 
 Each element of a value carries the number of the vector it belongs to and its channel there; operators that only move
 elements are run on these numbers, so that splits, windows and merged patches need no rule of their own.
@@ -25,20 +22,20 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from repquant_fx.passes.base import aten, attribute, is_constant, is_tensor, module_path, shape_of
-from repquant_fx.passes.channel_flow import (
+from repquant_fx.passes.channel_flow import PADDING, Reader, describe_reader, hint, hinted, softmax_behind
+from repquant_fx.passes.norm_affine import folds
+from repquant_fx.passes.operators import (
     CASTS,
+    CONVOLUTIONS,
+    INDEXING,
     MATMULS,
     MOVES,
+    NORMS,
+    PADS,
+    PARAMETERS,
     REDUCTIONS,
-    Reader,
-    describe_reader,
-    hint,
-    hinted,
-    softmax_behind,
 )
-from repquant_fx.passes.norm_affine import folds
-from repquant_fx.passes.operators import CONVOLUTIONS, NORMS, PARAMETERS
-from repquant_fx.passes.vector_spaces import CHANNEL_BITS, PADDING, Space, Vectors
+from repquant_fx.passes.vector_spaces import CHANNEL_BITS, Space, Vectors
 
 
 class VectorFlow:
@@ -200,9 +197,9 @@ class VectorFlow:
             return self._move(node)
         if target in CASTS:
             return node.meta["val"].is_floating_point() and self._keep(node, self._value(node.args[0]))
-        if target in (aten.pad.default, aten.constant_pad_nd.default):
+        if target in PADS:
             return self._pad(node)
-        if target in (aten.index.Tensor, aten.index_select.default):
+        if target in INDEXING:
             return self._index(node)
         if target in REDUCTIONS and target is not aten.amax.default:
             return self._mean(node)

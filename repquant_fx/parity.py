@@ -21,7 +21,7 @@ from repquant_fx.errors import ParityError
 from repquant_fx.frontends.capture import tensors_in
 from repquant_fx.naming import DEQUANTIZED, QUANTIZED, SCALE, UINT8
 from repquant_fx.passes.base import attribute
-from repquant_fx.passes.operators import DEQUANTIZE, LOG2_QUANTIZE, LOG2_SOFTMAX, MOVES, QUANTIZE
+from repquant_fx.passes.operators import CODE_MOVES, DEQUANTIZE, LOG2_QUANTIZE, LOG2_SOFTMAX, QUANTIZE
 from repquant_fx.quantizers.logarithmic import zero_code
 from repquant_fx.recorder import Recorder
 from repquant_fx.runtime import run, session
@@ -203,7 +203,7 @@ class CodeRecorder:
         self.seen: dict[str, Tensor] = {}
         self.ties: dict[str, Tensor] = {}
         self._tied: dict[Node, Any] = {}  # ties of codes, carried along with them through layout operators
-        moving = (n for n in graph_module.graph.nodes if n.target is QUANTIZE or n.target in MOVES)
+        moving = (n for n in graph_module.graph.nodes if n.target is QUANTIZE or n.target in CODE_MOVES)
         self._recorder = Recorder(graph_module, [*moving, *self.names], self._visit)
 
     @torch.no_grad()
@@ -215,7 +215,7 @@ class CodeRecorder:
     def _visit(self, node: Node, value: Any) -> Any:
         if node.target is QUANTIZE:
             self._tied[node] = self._ties(node)
-        elif node.target in MOVES and node.args[0] in self._tied:
+        elif node.target in CODE_MOVES and node.args[0] in self._tied:
             args, kwargs = self._recorder.fetch_args_kwargs_from_env(node)
             self._tied[node] = cast(Any, node.target)(self._tied[cast(Node, node.args[0])], *args[1:], **kwargs)
         name = self.names.get(node)

@@ -5,7 +5,6 @@ What writes x takes it in, what reads x undoes it; together they compute what th
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -21,10 +20,11 @@ def into_writer(weight: Tensor, bias: Tensor | None, factor: Tensor, shift: Tens
 
 
 def into_reader(weight: Tensor, bias: Tensor | None, factor: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight (out, C) and bias (out,) of a Linear that reads `(x - shift) / factor` in place of x. One without bias gains
-    one.
+    """Weight and bias of a Linear that reads `(x - shift) / factor` in place of x. One without bias gains one.
 
     Args:
+        weight: shape (out, C).
+        bias: shape (out,).
         factor, shift: shape (C,).
     """
     moved = weight @ shift

@@ -25,13 +25,12 @@ from repquant_fx.errors import RepQuantWarning
 from repquant_fx.frontends.capture import AXES, Captured, capture, name_outputs, tensors_in
 from repquant_fx.frontends.loading import LoadedModel
 from repquant_fx.passes.base import run_pass, run_passes, shared_copy
-from repquant_fx.passes.channel_flow import SOFTMAX
 from repquant_fx.passes.fuse_requantization import FuseRequantization
 from repquant_fx.passes.insert_observers import InsertObservers
-from repquant_fx.passes.lower_to_qdq import LOG2_SOFTMAX, LowerToQDQ
+from repquant_fx.passes.lower_to_qdq import LowerToQDQ
 from repquant_fx.passes.match_sites import MatchSites, Plan
 from repquant_fx.passes.normal_form import normalize
-from repquant_fx.passes.operators import NORMS
+from repquant_fx.passes.operators import LOG2_SOFTMAX, NORMS, SOFTMAX
 from repquant_fx.passes.reparameterize_norms import ReparameterizeNorms
 from repquant_fx.pipeline import absorb_scales, quantize_sequentially
 from repquant_fx.quantizers.observers import Observer

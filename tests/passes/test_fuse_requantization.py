@@ -23,7 +23,8 @@ from torch.fx import GraphModule, Node
 from repquant_fx.parity import sqnr
 from repquant_fx.passes.base import attribute, run_pass, run_passes
 from repquant_fx.passes.fuse_requantization import FuseRequantization
-from repquant_fx.passes.lower_to_qdq import DEQUANTIZE, QUANTIZE, LowerToQDQ
+from repquant_fx.passes.lower_to_qdq import LowerToQDQ
+from repquant_fx.passes.operators import DEQUANTIZE, QUANTIZE
 from repquant_fx.recipe import LayerRule, Recipe
 
 
