@@ -1,9 +1,9 @@
 """Write codes of up to 4 bits in the types UINT4 and INT4 alone (`container: int4`).
 
 The form that tool chains of accelerators read: `QuantizeLinear -> DequantizeLinear` on UINT4 activations and INT4
-    weights, with neither
-the Min that saturates codes in a byte nor the Cast that unpacks weights. ONNX Runtime's CPU computes it in float, so it
-is no default. Below 4 bits a float Min saturates instead. Values are those of the byte-wide form.
+weights, with neither the Min that saturates codes in a byte nor the Cast that unpacks weights. ONNX Runtime's CPU
+computes it in float, so it is no default. Below 4 bits a float Min saturates instead. Values are those of the byte-wide
+form.
 """
 
 from __future__ import annotations

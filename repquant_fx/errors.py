@@ -2,8 +2,7 @@
 traceback.
 
 Exit codes of the CLI: 0 success, 1 internal error (a bug), 2 bad input (`InputError`), 3 the exported file disagrees
-    with the
-FX reference (`ParityError`), 130 interrupted (SIGINT), 143 terminated (SIGTERM), 129 hung up (SIGHUP).
+with the FX reference (`ParityError`), 130 interrupted (SIGINT), 143 terminated (SIGTERM), 129 hung up (SIGHUP).
 """
 
 from __future__ import annotations

@@ -146,8 +146,7 @@ def _fitted(tensor: Tensor, rows: int, spec: InputSpec, source: str) -> Tensor:
     return tensor.to(spec.dtype).contiguous()
 
 
-# ---- ONNX Runtime
-# ---------------------------------------------------------------------------------------------------------
+# ---- ONNX Runtime ----------------------------------------------------------------------------------------------------
 
 
 def _onnx_runner(path: str, threads: int | None) -> Runner:
@@ -188,8 +187,7 @@ def _tokenizer_beside(path: Path) -> Any | None:
     return load_tokenizer(path.parent) if has_tokenizer(path.parent) else None
 
 
-# ---- torch
-# ----------------------------------------------------------------------------------------------------------------
+# ---- torch -----------------------------------------------------------------------------------------------------------
 
 
 def _torch_runner(source: str, arch: str | None, allow_pickle: bool, task: str | None) -> Runner:

@@ -1,8 +1,7 @@
 """transformers directories (`config.json`, weights, tokenizer, image processor) and `hf:PATH_OR_ID`.
 
 Only classes of the installed transformers build the model: code that comes with a directory is refused, and a directory
-    never
-causes a network access. A hub id is downloaded first and is then a directory like any other.
+never causes a network access. A hub id is downloaded first and is then a directory like any other.
 """
 
 from __future__ import annotations

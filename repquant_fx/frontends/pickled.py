@@ -2,9 +2,8 @@
 
 torch's weights-only unpickler does the reading; it resolves a global only if we admit it. What is admitted stands for
 data: classes come in as stand-ins that make blank instances and cannot be called, so no constructor runs;
-    `functools.partial`
-becomes an object that holds but never calls. Everything else is refused by name. The unpickler's own defaults (tensors,
-storages, dtypes, OrderedDict) stay torch's trust boundary.
+`functools.partial` becomes an object that holds but never calls. Everything else is refused by name. The unpickler's
+own defaults (tensors, storages, dtypes, OrderedDict) stay torch's trust boundary.
 """
 
 from __future__ import annotations

@@ -7,10 +7,9 @@ that GPTQ needs anyway.
 
 The strength of the ridge is chosen by cross-validation between two halves of the batches, so that a layer with few
 samples (a classifier head) is not overfitted: where no correction helps on the other half, none is made. Of the fitted
-correction half is
-applied: the next layers make up for what is left, so that nothing is lost on data like the calibration's, and a model
-    that then sees
-other data (a sentence encoder calibrated on encyclopaedia text) is bent less towards what it was calibrated on.
+correction half is applied: the next layers make up for what is left, so that nothing is lost on data like the
+calibration's, and a model that then sees other data (a sentence encoder calibrated on encyclopaedia text) is bent less
+towards what it was calibrated on.
 """
 
 from __future__ import annotations

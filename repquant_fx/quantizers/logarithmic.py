@@ -1,10 +1,9 @@
 """Logarithmic quantization of Softmax activations (RepQuant Eq. 15-17), as pure functions on tensors.
 
-`steps` is the number of codes an octave: 2 is the paper's log-sqrt2 quantizer, 1 is log2; with many bits more steps
-pay, since 2 leave an error of up to 19 % however many bits there are. The top code `2^b - 1` is reserved
-for exact zero: an attention mask makes exact zeros, and the plain formula would turn each into the smallest level, a
-    leak
-that grows with the number of masked tokens. So b bits hold `2^b - 1` levels and a zero.
+`steps` is the number of codes per octave: 2 is the paper's log-sqrt2 quantizer, 1 is log2; with many bits more steps
+pay, since 2 leave an error of up to 19 % however many bits there are. The top code `2^b - 1` is reserved for exact
+zero: an attention mask makes exact zeros, and the plain formula would turn each into the smallest level, a leak that
+grows with the number of masked tokens. So b bits hold `2^b - 1` levels and a zero.
 """
 
 from __future__ import annotations
@@ -26,10 +25,9 @@ def quantize_log(log_a: Tensor, scale: float, bits: int, steps: int = 2) -> Tens
     """Codes `clip(round(-steps * log2(A / scale)), 0, 2^bits - 1)` (Eq. 15) from the *natural logarithm* of A.
 
     Taking the logarithm as input lets LogSoftmax feed the quantizer directly: log2 quantization is uniform quantization
-        of
-    the logarithm. A scale that is a whole number of steps below 1 (see `snap`) is then a zero point, and the arithmetic
-    below (divide, round half to even, add, saturate) is that of ONNX QuantizeLinear with scale `ln 2 / steps`, in
-    float32, so that codes agree. `log_a = -inf` gives the zero code.
+    of the logarithm. A scale that is a whole number of steps below 1 (see `snap`) is then a zero point, and the
+    arithmetic below (divide, round half to even, add, saturate) is that of ONNX QuantizeLinear with scale `ln 2 /
+    steps`, in float32, so that codes agree. `log_a = -inf` gives the zero code.
     """
     width = torch.tensor(math.log(2) / steps, dtype=log_a.dtype, device=log_a.device)
     offset = steps * math.log2(scale)

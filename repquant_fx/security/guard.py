@@ -6,10 +6,8 @@ hook cannot be removed, so there is one for the process, and `guarded` switches 
 entered the block and for every thread started since; threads that ran before go on as they like.
 
 The guard stops chains of calls through installed libraries, which is what a model of known classes can be bent to. It
-is no
-boundary against Python code that an attacker writes freely, and sees nothing of what a C library does by itself: such
-    code is not
-loaded in the first place, and `confinement` is the kernel's part.
+is no boundary against Python code that an attacker writes freely, and sees nothing of what a C library does by itself:
+such code is not loaded in the first place, and `confinement` is the kernel's part.
 
 | refused | audit events |
 |---|---|

@@ -15,8 +15,7 @@ outputs are renamed into place:
 | the supervisor is killed | the kernel kills the child (Linux), and it has no leave to write outputs (everywhere) |
 
 The child is killed rather than asked to stop: an exception raised from outside, in whatever a C library is doing, is
-    swallowed by
-one callback and turned into an abort by the next. Nothing is lost, since every output appears by renaming.
+swallowed by one callback and turned into an abort by the next. Nothing is lost, since every output appears by renaming.
 
 Not for Windows, nor for a process that has threads already; there the work runs in the process itself.
 """

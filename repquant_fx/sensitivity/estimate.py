@@ -9,11 +9,9 @@ the float model:
   that are logits.
 
 Both are `E[(v^T J d)^2]` for a random `v` with the right covariance (Hutchinson), and `J^T v` at all values of the
-model at once is one
-backward pass: `g`. So the damage of every error of every layer is the mean of `(g . d)^2` over samples and probes.
-    Errors of different
-samples do not mix, as their `v` are independent; the sum over the tokens of a sample comes before the square, since
-errors of one weight add up coherently over tokens.
+model at once is one backward pass: `g`. So the damage of every error of every layer is the mean of `(g . d)^2` over
+samples and probes. Errors of different samples do not mix, as their `v` are independent; the sum over the tokens of a
+sample comes before the square, since errors of one weight add up coherently over tokens.
 
 The published relatives use the labels' gradient (empirical Fisher) or the trace of a Hessian (HAWQ, arXiv 1905.03696
 and 1911.03852); neither is needed where the float model's own output is the target, and the direction of the error is
