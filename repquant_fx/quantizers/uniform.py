@@ -76,8 +76,3 @@ def storable(scale: Tensor, zero_point: Tensor, bits: int) -> tuple[Tensor, Tens
     """A stored zero point is a code: (the nearest one, what to add to the activation for it, None for nothing)."""
     stored = zero_point.clamp(0, levels(bits) - 1)
     return stored, None if torch.equal(stored, zero_point) else scale * (zero_point - stored)
-
-
-def squared_error(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None = None) -> Tensor:
-    """Elementwise squared quantization error, of the shape of `x`."""
-    return (fake_quantize(x, scale, zero_point, bits, axis) - x).square()
