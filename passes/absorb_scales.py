@@ -26,7 +26,7 @@ from repquant_fx.naming import site_operand
 from repquant_fx.passes.base import Pass, aten, is_constant, module_path, shape_of
 from repquant_fx.passes.channel_flow import FIXED, ChannelFlow, is_empty, leads_to_softmax
 from repquant_fx.passes.match_sites import Plan
-from repquant_fx.passes.operators import NORMS
+from repquant_fx.passes.operators import NORMS, PARAMETERS
 from repquant_fx.passes.parameters import set_parameters, weight_and_bias
 from repquant_fx.passes.spec import CANONICAL
 from repquant_fx.quantizers.affine import into_reader, into_writer
@@ -95,7 +95,9 @@ def find_absorbable(graph_module: GraphModule, plan: Plan, kinds: tuple[str, ...
         found.columns[reader.node] = columns
         if not reader.shifted or reader.padded:
             unshifted.update(torch.unique(columns).tolist())
-    for labels in sources.values():
+    for node, labels in sources.items():
+        if len(PARAMETERS[node.target]) == 1:  # an RMS norm has no bias that could take a shift
+            unshifted.update(labels.tolist())
         for label in labels.tolist():
             if kind_of.get(label, "linear") not in kinds:
                 flow.ties.tie(label, FIXED)
