@@ -27,9 +27,9 @@ from repquant_fx.passes.base import Pass, aten, is_constant, module_path, shape_
 from repquant_fx.passes.channel_flow import FIXED, ChannelFlow, is_empty, leads_to_softmax
 from repquant_fx.passes.match_sites import Plan
 from repquant_fx.passes.operators import NORMS, PARAMETERS
-from repquant_fx.passes.parameters import set_parameters, weight_and_bias
+from repquant_fx.passes.parameters import set_parameters, weight_and_bias, weight_of
 from repquant_fx.passes.spec import CANONICAL
-from repquant_fx.quantizers.affine import into_reader, into_writer
+from repquant_fx.quantizers.affine import into_reader, into_writer, scale_input
 from repquant_fx.quantizers.equalization import Equalization
 from repquant_fx.recipe import ABSORB
 
@@ -227,7 +227,9 @@ class AbsorbScales(Pass):
 
     def _rewrite_columns(self, graph_module: GraphModule, linear: Node, labels: Tensor) -> None:
         """Undo both for each input channel."""
-        weight, bias = weight_and_bias(graph_module, linear)
+        weight = weight_of(graph_module, linear)
         factor, shift = self._of(labels, weight.device)
-        weight, bias = into_reader(weight, bias, factor, shift)
-        set_parameters(graph_module, linear, weight, bias if bool(shift.any()) else None)
+        if bool(shift.any()):
+            set_parameters(graph_module, linear, *into_reader(*weight_and_bias(graph_module, linear), factor, shift))
+        else:
+            set_parameters(graph_module, linear, scale_input(weight, factor), None)

@@ -12,16 +12,20 @@ from repquant_fx.passes.operators import PARAMETERS
 
 def parameters(graph_module: GraphModule, node: Node) -> tuple[Tensor | None, Tensor | None]:
     """Weight and bias, float64; None for what there is not."""
-    values = [_argument(node, index) for index in PARAMETERS[node.target]]
-    weight, bias = (None if value is None else attribute(graph_module, value).double() for value in (*values, None)[:2])
+    weight, bias = (*(_constant(graph_module, node, index) for index in PARAMETERS[node.target]), None)[:2]
     return weight, bias
+
+
+def weight_of(graph_module: GraphModule, node: Node) -> Tensor:
+    """The weight of what has one, float64."""
+    weight = _constant(graph_module, node, PARAMETERS[node.target][0])
+    assert weight is not None
+    return weight
 
 
 def weight_and_bias(graph_module: GraphModule, node: Node) -> tuple[Tensor, Tensor | None]:
-    """The same, of what has a weight."""
-    weight, bias = parameters(graph_module, node)
-    assert weight is not None
-    return weight, bias
+    """Both, of what has a weight."""
+    return weight_of(graph_module, node), parameters(graph_module, node)[1]
 
 
 def set_parameters(graph_module: GraphModule, node: Node, weight: Tensor | None, bias: Tensor | None) -> None:
@@ -33,6 +37,11 @@ def set_parameters(graph_module: GraphModule, node: Node, weight: Tensor | None,
         replace_constant(graph_module, node, places[0], weight.float(), name)
     if bias is not None:
         replace_constant(graph_module, node, places[1], bias.float(), beside(name, "bias"))
+
+
+def _constant(graph_module: GraphModule, node: Node, index: int) -> Tensor | None:
+    argument = _argument(node, index)
+    return None if argument is None else attribute(graph_module, argument).double()
 
 
 def _argument(node: Node, index: int) -> Node | None:

@@ -16,10 +16,10 @@ from torch.fx import GraphModule, Node
 
 from repquant_fx.passes.base import Pass, aten, attribute, constant_node
 from repquant_fx.passes.norm_affine import affine_readers
-from repquant_fx.passes.parameters import parameters, set_parameters, weight_and_bias
+from repquant_fx.passes.parameters import parameters, set_parameters, weight_and_bias, weight_of
 from repquant_fx.passes.spec import CANONICAL
 from repquant_fx.passes.vector_spaces import Space
-from repquant_fx.quantizers.affine import into_reader
+from repquant_fx.quantizers.affine import into_reader, scale_input
 from repquant_fx.quantizers.rotation import gain_divides, rotate_columns, rotate_rows, rotate_vectors, rotated_bias
 
 
@@ -69,11 +69,11 @@ def _fold_affine(graph_module: GraphModule, norm: Node, matrix: Tensor) -> None:
     assert readers is not None  # the flow has found so
     factor = torch.ones_like(sizes) if gain is None else gain
     stays = bias is not None and any(reader.padded for reader in readers)
-    moves = None if stays else bias
-    for reader in readers:
-        weight, new_bias = into_reader(*weight_and_bias(graph_module, reader.node), factor,
-                                       torch.zeros_like(factor) if moves is None else moves)
-        set_parameters(graph_module, reader.node, weight, None if moves is None else new_bias)
+    for linear in (reader.node for reader in readers):
+        if bias is None or stays:
+            set_parameters(graph_module, linear, scale_input(weight_of(graph_module, linear), factor), None)
+        else:
+            set_parameters(graph_module, linear, *into_reader(*weight_and_bias(graph_module, linear), factor, bias))
     kept = None if bias is None else rotated_bias(bias, factor, matrix) if stays else torch.zeros_like(bias)
     set_parameters(graph_module, norm, None if gain is None else torch.ones_like(gain), kept)
 
@@ -104,5 +104,4 @@ def _write(graph_module: GraphModule, node: Node, block: int, matrix: Tensor) ->
 
 def _read(graph_module: GraphModule, node: Node, block: int, matrix: Tensor) -> None:
     """The inverse in the columns (of a convolution: the input channels) that read the vectors."""
-    weight, _ = weight_and_bias(graph_module, node)
-    set_parameters(graph_module, node, rotate_columns(weight, matrix, block), None)
+    set_parameters(graph_module, node, rotate_columns(weight_of(graph_module, node), matrix, block), None)

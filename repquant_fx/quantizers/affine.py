@@ -28,7 +28,12 @@ def into_reader(weight: Tensor, bias: Tensor | None, factor: Tensor, shift: Tens
         factor, shift: shape (C,).
     """
     moved = weight @ shift
-    return weight * factor, moved if bias is None else bias + moved
+    return scale_input(weight, factor), moved if bias is None else bias + moved
+
+
+def scale_input(weight: Tensor, factor: Tensor) -> Tensor:
+    """Weight (out, C) of a Linear whose input is divided by a factor of shape (C,)."""
+    return weight * factor
 
 
 def scale_output(weight: Tensor, bias: Tensor | None, factor: Tensor) -> tuple[Tensor, Tensor | None]:
