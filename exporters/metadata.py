@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import onnx
 
+from repquant_fx import described
 from repquant_fx.errors import ModelFileError
 from repquant_fx.security.schema import Misfit, Within, parse, read
 from repquant_fx.version import VERSION
@@ -28,48 +29,31 @@ if TYPE_CHECKING:
 
 PREFIX = "repquant_fx."
 RECORD = "layers"
-Bits = Annotated[int, Within(2, 8)]
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class StoredSite:
-    """A quantized activation: its name, bits and grid, and the name of the tensor that is its scale."""
+@dataclass(frozen=True, kw_only=True)
+class StoredSite(described.Activation):
+    """With its grid in words, and the name of the tensor that is its scale."""
 
-    name: str
-    bits: Bits
     grid: str
     scale: str
-    zero_code: Annotated[int, Within(0, 255)] | None = None
 
 
-@dataclass(frozen=True)
-class StoredWeight:
-    """A quantized weight: its bits, and the name of the tensor that holds its codes."""
+@dataclass(frozen=True, kw_only=True)
+class StoredWeight(described.Weight):
+    """With the name of the tensor that holds its codes."""
 
-    bits: Bits
     codes: str
 
 
-@dataclass(frozen=True)
-class StoredLayer:
-    """A quantized operator, what it reads, and what was done to the graph around it."""
+@dataclass(frozen=True, kw_only=True)
+class StoredLayer(described.Layer):
+    """With what it reads; `kind` is that of its group."""
 
-    path: str
-    operator: str
     kind: str
     sites: tuple[StoredSite, ...]
-    rewritten: tuple[str, ...]
     weight: StoredWeight | None = None
-
-
-@dataclass(frozen=True)
-class StoredReason:
-    """A norm, Softmax or product that is not quantized or rewritten, and why."""
-
-    path: str
-    operator: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -89,7 +73,7 @@ class Layers:
     """The record of a file's layers, in graph order, and what was left alone."""
 
     layers: tuple[StoredLayer, ...]
-    left_alone: tuple[StoredReason, ...]
+    left_alone: tuple[described.Reason, ...]
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -118,7 +102,7 @@ def describe(recipe: Recipe, preprocessing: Mapping[str, Any] | None, layers: st
 
 
 def record(layers: Sequence[Mapping[str, Any]], left_alone: Sequence[Any], tensors: Mapping[str, str]) -> str:
-    """The JSON text that a file keeps of its layers; `stored_layers` reads it.
+    """The JSON text that a file keeps of its layers; `Metadata.layers` reads it.
 
     Args:
         layers: of `report.describe_layers`.

@@ -22,7 +22,7 @@ from repquant_fx.exporters.translations import translation_table
 from repquant_fx.exporters.zero_points import add_zero_points
 from repquant_fx.frontends.capture import AXES, quiet_torch
 from repquant_fx.passes.base import aten, attribute, copy_meta
-from repquant_fx.passes.lower_to_qdq import DEQUANTIZE
+from repquant_fx.passes.operators import DEQUANTIZE
 
 OPSET = functions.OPSET
 LOCAL_FUNCTIONS = {"Log2Softmax": functions.log2_softmax, "Log2Quantize": functions.log2_quantize}

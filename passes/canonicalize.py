@@ -15,12 +15,9 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from repquant_fx.errors import PassError
 from repquant_fx.naming import PATCHES, TRANSPOSED
 from repquant_fx.passes.base import Pass, aten, attribute, constant_node, copy_meta, is_constant, is_tensor, shape_of
-from repquant_fx.passes.operators import CONVOLUTIONS, IDENTITIES, VIEWS
+from repquant_fx.passes.operators import CONVOLUTIONS, GLOBAL_POOLS, IDENTITIES, PADS, VIEWS
 from repquant_fx.passes.spec import CANONICAL
 from repquant_fx.torch_private import fake_mode, propagating
-
-# to one value: a mean over these axes
-POOLS = {aten.adaptive_avg_pool1d.default: [-1], aten.adaptive_avg_pool2d.default: [-2, -1]}
 
 
 class Canonicalize(Pass):
@@ -70,9 +67,9 @@ class Canonicalize(Pass):
             self._to_matmul(graph_module, node)
         elif target is aten.einsum.default:
             return _einsum_to_matmul(graph_module, node)
-        elif target in POOLS and all(size == 1 for size in node.args[1]):  # type: ignore[union-attr]
+        elif target in GLOBAL_POOLS and all(size == 1 for size in node.args[1]):  # type: ignore[union-attr]
             node.target = aten.mean.dim
-            node.args = (node.args[0], POOLS[target], True)  # type: ignore[index]
+            node.args = (node.args[0], GLOBAL_POOLS[target], True)  # type: ignore[index]
         else:
             return False
         return True
@@ -88,14 +85,14 @@ class Canonicalize(Pass):
             aten.type_as.default,
         ):
             return source.meta["val"].dtype == node.meta["val"].dtype
-        if node.target in (aten.pad.default, aten.constant_pad_nd.default):
+        if node.target in PADS:
             return all(isinstance(p, int) and p == 0 for p in node.args[1])  # type: ignore[union-attr]
         if node.target is aten.roll.default:
             return all(isinstance(p, int) and p == 0 for p in node.args[1])  # type: ignore[union-attr]
         if node.target is aten.slice.Tensor:
             given: list[Any] = [*node.args[1:], *(0, 0, None, 1)[len(node.args) - 1:]]
             _, start, end, step = given
-            return start in (0, None) and step == 1 and bool (end is None or (isinstance(end, int) and end >= 1 << 31))
+            return start in (0, None) and step == 1 and bool(end is None or (isinstance(end, int) and end >= 1 << 31))
         return False
 
     def _infer_symbol(self, node: Node) -> None:

@@ -14,7 +14,6 @@ Long because the analysis is its rules, one per kind of operator, and each is ju
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -26,50 +25,26 @@ from torch.fx.node import map_arg
 
 from repquant_fx.errors import InputError
 from repquant_fx.passes.base import aten, attribute, is_float32, is_tensor, module_path, shape_of
-from repquant_fx.passes.operators import LAYOUT
+from repquant_fx.passes.operators import (
+    CASTS,
+    HOMOGENEOUS,
+    INDEXING,
+    LAYOUT,
+    MASKS,
+    MATMULS,
+    MOVES,
+    PADS,
+    POOLS,
+    REDUCTIONS,
+    ROW_WISE,
+    SOFTMAX,
+)
 from repquant_fx.torch_private import size_hint
 
 FIXED = 0  # label of elements that no factor may touch
 PADDING = -1  # label of zeros put in: any factor leaves them zero, a shift does not
 
-SOFTMAX = {aten.softmax.int, aten._softmax.default}
-MATMULS = {aten.matmul.default, aten.bmm.default}
-CASTS = {aten._to_copy.default, aten.to.dtype, aten.clone.default}
-MOVES = {
-    aten.reshape.default,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.t.default,
-    aten.expand.default,
-    aten.unsqueeze.default,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-    aten.roll.default,
-    aten.flip.default,
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-    aten.chunk.default,
-    aten.unbind.int,
-    aten.cat.default,
-    aten.stack.default,
-    aten.repeat.default,
-    aten.repeat_interleave.self_int,
-    aten.movedim.int,
-    aten.pixel_unshuffle.default,
-    aten.pixel_shuffle.default,
-    operator.getitem,
-}
-REDUCTIONS = {aten.mean.dim: True, aten.amax.default: True, aten.sum.dim_IntList: False}  # whether a shift passes too
-POOLS = {aten.adaptive_avg_pool2d.default, aten.avg_pool2d.default, aten.max_pool2d.default}
-MASKS = {aten.where.self, aten.masked_fill.Scalar, aten.masked_fill.Tensor}
-ROW_WISE = MASKS | {aten.add.Tensor, aten.reshape.default, aten.unsqueeze.default, aten.expand.default}
 VANISHES = -1e4  # a logit of this much or less has the probability zero beside ordinary ones
-HOMOGENEOUS = {aten.relu.default, aten.neg.default, aten.leaky_relu.default}
 
 
 class Ties:
@@ -234,9 +209,9 @@ class ChannelFlow:
             return self._move(node), True
         if target in CASTS:
             return self._only(node), True
-        if target in (aten.pad.default, aten.constant_pad_nd.default):
+        if target in PADS:
             return self._pad(node), True
-        if target in (aten.index.Tensor, aten.index_select.default):
+        if target in INDEXING:
             return self._index(node), True
         if target in REDUCTIONS:
             return self._reduce(node), REDUCTIONS[target] and not self._padded(node.args[0])  # type: ignore[index]

@@ -22,21 +22,14 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from repquant_fx.naming import beside, site_operand
-from repquant_fx.passes.base import (
-    Pass,
-    aten,
-    attribute,
-    is_constant,
-    is_float32,
-    module_path,
-    replace_constant,
-    shape_of,
-)
+from repquant_fx.naming import site_operand
+from repquant_fx.passes.base import Pass, aten, is_constant, is_float32, module_path, shape_of
 from repquant_fx.passes.channel_flow import FIXED, ChannelFlow, is_empty, leads_to_softmax
 from repquant_fx.passes.match_sites import Plan
-from repquant_fx.passes.operators import NORMS
+from repquant_fx.passes.operators import NORMS, PARAMETERS
+from repquant_fx.passes.parameters import set_parameters, weight_and_bias, weight_of
 from repquant_fx.passes.spec import CANONICAL
+from repquant_fx.quantizers.affine import into_reader, into_writer, scale_input
 from repquant_fx.quantizers.equalization import Equalization
 from repquant_fx.recipe import EQUALIZE
 
@@ -103,7 +96,9 @@ def find_equalizable(graph_module: GraphModule, plan: Plan, kinds: tuple[str, ..
         result.columns[reader.node] = columns
         if not reader.shifted or reader.padded:
             unshifted.update(torch.unique(columns).tolist())
-    for labels in sources.values():
+    for node, labels in sources.items():
+        if len(PARAMETERS[node.target]) == 1:  # an RMS norm has no bias that could take a shift
+            unshifted.update(labels.tolist())
         for label in labels.tolist():
             if kind_of.get(label, "linear") not in kinds:
                 flow.ties.tie(label, FIXED)
@@ -231,33 +226,17 @@ class EqualizeLayers(Pass):
 
     def _rewrite_rows(self, graph_module: GraphModule, node: Node, labels: Tensor) -> None:
         """`x -> (x - shift) / factor` for each output channel."""
-        at, bias_at = (1, 2) if node.target is aten.linear.default else (2, 3)
-        weight_node = node.args[at]
-        assert isinstance(weight_node, Node)
-        name, weight = str(weight_node.target), attribute(graph_module, weight_node).double()
+        weight, bias = weight_and_bias(graph_module, node)
         factor, shift = self._of(labels, weight.device)
-        replace_constant(
-            graph_module, node, at, (weight / (factor[:, None] if weight.ndim == 2 else factor)).float(), name
-        )
-        if node.target is aten.rms_norm.default:
-            return
-        bias_node = node.args[bias_at] if len(node.args) > bias_at else None
-        bias = attribute(graph_module, bias_node).double() if isinstance(bias_node, Node) else None
-        if bias is None and not bool(shift.any()):
-            return
-        bias = (-shift if bias is None else bias - shift) / factor
-        replace_constant(graph_module, node, bias_at, bias.float(), beside(name, "bias"))
+        none = bias is None and not bool(shift.any())  # a bias is gained only for a shift
+        weight, bias = into_writer(weight, bias, factor, shift)
+        set_parameters(graph_module, node, weight, None if none else bias)
 
     def _rewrite_columns(self, graph_module: GraphModule, linear: Node, labels: Tensor) -> None:
         """Undo both for each input channel."""
-        weight_node = linear.args[1]
-        assert isinstance(weight_node, Node)
-        name, weight = str(weight_node.target), attribute(graph_module, weight_node).double()
+        weight = weight_of(graph_module, linear)
         factor, shift = self._of(labels, weight.device)
         if bool(shift.any()):
-            bias_node = linear.args[2] if len(linear.args) > 2 else None
-            bias = weight @ shift
-            if isinstance(bias_node, Node):
-                bias = bias + attribute(graph_module, bias_node).double()
-            replace_constant(graph_module, linear, 2, bias.float(), beside(name, "bias"))
-        replace_constant(graph_module, linear, 1, (weight * factor).float(), name)
+            set_parameters(graph_module, linear, *into_reader(*weight_and_bias(graph_module, linear), factor, shift))
+        else:
+            set_parameters(graph_module, linear, scale_input(weight, factor), None)

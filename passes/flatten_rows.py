@@ -15,27 +15,8 @@ from torch.fx import GraphModule, Node
 
 from repquant_fx.passes.base import Pass, aten, copy_meta, is_constant, is_tensor, shape_of
 from repquant_fx.passes.canonicalize import refresh_metadata
+from repquant_fx.passes.operators import ELEMENT_WISE, NORMS
 from repquant_fx.passes.spec import RUNTIME
-
-ELEMENT_WISE = {
-    aten.gelu.default,
-    aten.relu.default,
-    aten.relu_.default,
-    aten.silu.default,
-    aten.sigmoid.default,
-    aten.tanh.default,
-    aten.neg.default,
-    aten.hardswish.default,
-    aten.leaky_relu.default,
-    aten.exp.default,
-    aten.mul.Tensor,
-    aten.mul.Scalar,
-    aten.add.Tensor,
-    aten.add.Scalar,
-    aten.sub.Tensor,
-    aten.div.Tensor,
-}
-NORMS = {aten.layer_norm.default, aten.rms_norm.default}
 
 
 class FlattenRows(Pass):

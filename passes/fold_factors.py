@@ -9,8 +9,10 @@ import torch
 from torch.fx import GraphModule, Node
 
 from repquant_fx.errors import PassError
-from repquant_fx.passes.base import Pass, attribute, drop_constant, is_constant, is_tensor, replace_constant, shape_of
+from repquant_fx.passes.base import Pass, attribute, drop_constant, is_constant, is_tensor, shape_of
+from repquant_fx.passes.parameters import set_parameters, weight_and_bias
 from repquant_fx.passes.spec import CANONICAL
+from repquant_fx.quantizers.affine import scale_output
 
 aten = torch.ops.aten
 
@@ -82,11 +84,8 @@ def _obstacle(product: Node, linear: Node, factor: Any) -> str:
 
 def _fold(graph_module: GraphModule, product: Node, linear: Node, factor: Any) -> None:
     scale = attribute(graph_module, factor) if isinstance(factor, Node) else torch.tensor(factor)
-    for index, old in enumerate(linear.args[1:], 1):
-        if isinstance(old, Node):
-            value = attribute(graph_module, old).double()
-            value = value * scale.to(value).reshape(-1, *[1] * (value.ndim - 1))
-            replace_constant(graph_module, linear, index, value.float(), str(old.target))
+    weight, bias = weight_and_bias(graph_module, linear)
+    set_parameters(graph_module, linear, *scale_output(weight, bias, scale.double().reshape(-1).expand(len(weight))))
     product.replace_all_uses_with(linear)
     graph_module.graph.erase_node(product)
     if isinstance(factor, Node):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -24,6 +25,7 @@ from torch.fx import GraphModule, Node, map_arg
 
 from repquant_fx.naming import QUANTIZED, SCALE, ZERO_POINT, beside
 from repquant_fx.passes.base import (
+    Made,
     Pass,
     aten,
     attribute,
@@ -35,9 +37,9 @@ from repquant_fx.passes.base import (
 )
 from repquant_fx.passes.canonicalize import refresh_metadata
 from repquant_fx.passes.channel_flow import hint, hinted
-from repquant_fx.passes.lower_to_qdq import BIAS_LIMIT
-from repquant_fx.passes.operators import DEQUANTIZE, MOVES, QUANTIZE
+from repquant_fx.passes.operators import CODE_MOVES, DEQUANTIZE, QUANTIZE
 from repquant_fx.passes.spec import LOWERED, RUNTIME
+from repquant_fx.quantizers.requantization import Codes, Operand, requantize
 
 SLACK = 1 / 16  # of a code: how far an operand's values may move to meet the grid of the accumulator
 
@@ -51,122 +53,123 @@ class Branch:
 
 
 @dataclass(frozen=True)
-class Codes:
-    """What a Linear that writes codes gives: its float output is `(output - offset) * step`.
+class Fused:
+    """Where codes come from now.
 
     Attributes:
-        step, offset: one for each output channel, shape (out,), float64.
+        quantizers: the node that produces each site's codes, by site name.
+        codes: the Linears that write codes, by name.
     """
 
-    step: Tensor
-    offset: Tensor
+    quantizers: dict[str, Node]
+    codes: dict[str, Codes]
 
 
-class FuseRequantization(Pass):
-    """Attributes: `quantizers`, the node that produces each site's codes, by site name, as `LowerToQDQ` left it and
-    brought up to date; `codes`, the Linears that write codes, by name."""
+class FuseRequantization(Pass[Fused]):
+    """Given the `quantizers` of `Lowered`, it makes them anew."""
 
     name = "fuse requantization"
     needs = "a graph lowered to Q/DQ"
     guarantees = (
         "Linears that only quantized operands read write codes; on the same inputs every code is the same, or the "
-        "other one of the two "
-        "that its value lay between, no further than SLACK from their midpoint"
+        "other one of the two that its value lay between, no further than SLACK from their midpoint"
     )
     takes, gives = LOWERED, RUNTIME
 
     def __init__(self, quantizers: dict[str, Node]) -> None:
         super().__init__()
         self.quantizers = quantizers
-        self.codes: dict[str, Codes] = {}
 
-    def run(self, graph_module: GraphModule) -> bool:
-        modified = False
+    def run(self, graph_module: GraphModule) -> Made[Fused]:
+        fused = Fused(dict(self.quantizers), {})
         for linear in list(graph_module.graph.find_nodes(op="call_function", target=aten.linear.default)):
-            reason = self._fuse(graph_module, linear)
-            modified |= reason == ""
-            if reason:
-                self.leave(linear, reason)
-        if modified:
+            done = _fuse(graph_module, linear, fused.quantizers)
+            if isinstance(done, Codes):
+                fused.codes[linear.name] = done
+            elif done is not None:
+                self.leave(linear, done)
+        if fused.codes:
             graph_module.graph.eliminate_dead_code()
             refresh_metadata(graph_module)
-        return modified
+        return Made(bool(fused.codes), fused)
 
-    def _fuse(self, graph_module: GraphModule, linear: Node) -> str | None:
-        """Fuse one Linear. '' where that was done, the reason where it was not, None where no operand of a product
-        reads it.
-        """
-        source, weight, bias = (*linear.args, None)[:3]
-        found = list(_branches(graph_module, linear, 1.0))
-        branches = [branch for branch in found if branch is not None]
-        if not branches or (len(found) == 1 and branches[0].quantize.args[0] is linear):
-            return None  # in the second case it writes codes already
-        if len(branches) != len(found):
-            return "not only quantized operands read it"
-        if not (
-            _constant_codes(weight) and (bias is None or _constant_codes(bias)) and _per_tensor(graph_module, source)
-        ):
-            return "its input, weight and bias are not all integer codes of its own"
-        rows = _rows(linear, branches)
-        if rows is None or len({b.quantize.args[3] for b in branches}) != 1 or any(b.factor <= 0 for b in branches):
-            return "its operands share channels, differ in bits, or are multiplied by a negative number"
-        old = attribute(graph_module, _argument(weight, 1)).double()
-        step, zero_point = torch.ones_like(old), torch.zeros_like(old)
-        shared = attribute(graph_module, _argument(branches[0].quantize, 2))
-        for branch, mine in zip(branches, rows):
-            step[mine] = attribute(graph_module, _argument(branch.quantize, 1)).double() / branch.factor
-            zero_point[mine] = attribute(graph_module, _argument(branch.quantize, 2)).double() - shared.double()
-        weight_scale = (old / step).float()
-        bias_scale = attribute(graph_module, _argument(source, 1)) * weight_scale
-        offset = torch.round(zero_point / bias_scale.double())
-        codes = offset + (attribute(graph_module, _argument(bias, 0)).double() if isinstance(bias, Node) else 0)
-        if not bool(
-            (weight_scale > 0).all() and torch.isfinite(weight_scale).all() and (codes.abs() < BIAS_LIMIT).all()
-        ):
-            return "its scales or its bias leave the range of float32 or int32"
-        apart = float((offset * bias_scale.double() - zero_point).abs().max())
-        if apart > SLACK:
-            return f"a zero point in its bias would move an operand by {apart:.2g} of a code"
-        scale_name = str(_argument(weight, 1).target)
-        weight_name = SCALE.stem(scale_name) or scale_name
-        bias_stem = free_stem(graph_module, beside(weight_name, "bias"))
-        replace_constant(graph_module, cast(Node, weight), 1, weight_scale, scale_name)
-        if isinstance(bias, Node):
-            replace_constant(graph_module, bias, 0, codes.to(torch.int32), QUANTIZED.of(bias_stem))
-            replace_constant(graph_module, bias, 1, bias_scale, SCALE.of(bias_stem))
-        elif bool(codes.any()):
-            constants = (constant_node(graph_module, QUANTIZED.of(bias_stem), codes.to(torch.int32), linear),
-                         constant_node(graph_module, SCALE.of(bias_stem), bias_scale, linear))
-            with graph_module.graph.inserting_before(linear):
-                restored = copy_meta(linear, graph_module.graph.call_function(DEQUANTIZE, (*constants, None, 32, 0)))
-            linear.args = (source, weight, restored)
-        self.codes[linear.name] = Codes(step, offset * bias_scale.double())
-        self._move_quantizer(graph_module, linear, branches, beside(weight_name, "output"), shared)
-        return ""
 
-    def _move_quantizer(
-        self, graph_module: GraphModule, linear: Node, branches: Sequence[Branch], name: str, zero_point: Tensor
-    ) -> None:
-        """One quantizer behind the Linear; the operands read its codes through the layout operators that were there."""
-        graph, after, stem = graph_module.graph, linear.next, free_stem(graph_module, name)
-        one = constant_node(graph_module, SCALE.of(stem), torch.tensor(1.0), after)
-        zero = constant_node(graph_module, ZERO_POINT.of(stem), zero_point, after)
-        with graph.inserting_before(after):
-            quantize = copy_meta(
-                linear, graph.call_function(QUANTIZE, (linear, one, zero, branches[0].quantize.args[3], -1))
-            )
-        linear.replace_all_uses_with(quantize, delete_user_cb=lambda user: user is not quantize)
-        for branch in branches:
-            codes = cast(Node, branch.quantize.args[0])
-            while _factor(codes) is not None:
-                codes = cast(Node, codes.args[0])
-            branch.quantize.replace_all_uses_with(codes)
-            self.quantizers.update({name: codes for name, node in self.quantizers.items() if node is branch.quantize})
-            graph.erase_node(branch.quantize)
-        for node in list(graph.nodes):  # the factors are in the scales now
-            if _factor(node) is not None and _root(node) is quantize:
-                node.replace_all_uses_with(cast(Node, node.args[0]))
-                graph.erase_node(node)
+def _fuse(graph_module: GraphModule, linear: Node, quantizers: dict[str, Node]) -> Codes | str | None:
+    """Fuse one Linear, and bring `quantizers` up to date.
+
+    Returns:
+        what it gives now; the reason where it was not fused, None where no operand of a product reads it.
+    """
+    source, weight, bias = (*linear.args, None)[:3]
+    found = list(_branches(graph_module, linear, 1.0))
+    branches = [branch for branch in found if branch is not None]
+    if not branches or (len(found) == 1 and branches[0].quantize.args[0] is linear):
+        return None  # in the second case it writes codes already
+    if len(branches) != len(found):
+        return "not only quantized operands read it"
+    if not (
+        _constant_codes(weight) and (bias is None or _constant_codes(bias)) and _per_tensor(graph_module, source)
+    ):
+        return "its input, weight and bias are not all integer codes of its own"
+    rows = _rows(linear, branches)
+    if rows is None or len({b.quantize.args[3] for b in branches}) != 1 or any(b.factor <= 0 for b in branches):
+        return "its operands share channels, differ in bits, or are multiplied by a negative number"
+    scale, zero_point = (partial(_constant, graph_module, index=index) for index in (1, 2))
+    operands = [Operand(channels, scale(branch.quantize).double() / branch.factor, zero_point(branch.quantize).double())
+                for branch, channels in zip(branches, rows)]
+    new = requantize(scale(source), scale(weight), None if bias is None else _constant(graph_module, bias, 0), operands)
+    if new is None:
+        return "its scales or its bias leave the range of float32 or int32"
+    if new.apart > SLACK:
+        return f"a zero point in its bias would move an operand by {new.apart:.2g} of a code"
+    scale_name = str(_argument(weight, 1).target)
+    weight_name = SCALE.stem(scale_name) or scale_name
+    bias_stem = free_stem(graph_module, beside(weight_name, "bias"))
+    replace_constant(graph_module, cast(Node, weight), 1, new.weight_scale, scale_name)
+    if isinstance(bias, Node):
+        replace_constant(graph_module, bias, 0, new.bias.codes, QUANTIZED.of(bias_stem))
+        replace_constant(graph_module, bias, 1, new.bias.scale, SCALE.of(bias_stem))
+    elif bool(new.bias.codes.any()):
+        constants = (constant_node(graph_module, QUANTIZED.of(bias_stem), new.bias.codes, linear),
+                     constant_node(graph_module, SCALE.of(bias_stem), new.bias.scale, linear))
+        with graph_module.graph.inserting_before(linear):
+            restored = copy_meta(linear, graph_module.graph.call_function(DEQUANTIZE, (*constants, None, 32, 0)))
+        linear.args = (source, weight, restored)
+    shared = zero_point(branches[0].quantize)
+    moved = _move_quantizer(graph_module, linear, branches, beside(weight_name, "output"), shared)
+    quantizers |= {name: moved[node] for name, node in quantizers.items() if node in moved}
+    return new.output
+
+
+def _move_quantizer(
+    graph_module: GraphModule, linear: Node, branches: Sequence[Branch], name: str, zero_point: Tensor
+) -> dict[Node, Node]:
+    """One quantizer behind the Linear; the operands read its codes through the layout operators that were there.
+
+    Returns:
+        what gives each operand's codes, by the node that quantized it and is gone.
+    """
+    graph, after, stem = graph_module.graph, linear.next, free_stem(graph_module, name)
+    one = constant_node(graph_module, SCALE.of(stem), torch.tensor(1.0), after)
+    zero = constant_node(graph_module, ZERO_POINT.of(stem), zero_point, after)
+    with graph.inserting_before(after):
+        quantize = copy_meta(
+            linear, graph.call_function(QUANTIZE, (linear, one, zero, branches[0].quantize.args[3], -1))
+        )
+    linear.replace_all_uses_with(quantize, delete_user_cb=lambda user: user is not quantize)
+    moved: dict[Node, Node] = {}
+    for branch in branches:
+        codes = cast(Node, branch.quantize.args[0])
+        while _factor(codes) is not None:
+            codes = cast(Node, codes.args[0])
+        branch.quantize.replace_all_uses_with(codes)
+        moved[branch.quantize] = codes
+        graph.erase_node(branch.quantize)
+    for node in list(graph.nodes):  # the factors are in the scales now
+        if _factor(node) is not None and _root(node) is quantize:
+            node.replace_all_uses_with(cast(Node, node.args[0]))
+            graph.erase_node(node)
+    return moved
 
 
 def _branches(graph_module: GraphModule, node: Node, factor: float) -> Iterator[Branch | None]:
@@ -176,7 +179,7 @@ def _branches(graph_module: GraphModule, node: Node, factor: float) -> Iterator[
     for user in node.users:
         if user.target is QUANTIZE and user.args[0] is node and attribute(graph_module, _argument(user, 1)).ndim == 0:
             yield Branch(user, factor)
-        elif user.target in MOVES:
+        elif user.target in CODE_MOVES:
             yield from _branches(graph_module, user, factor)
         elif (constant := _factor(user)) is not None:
             yield from _branches(graph_module, user, factor * constant)
@@ -213,7 +216,7 @@ def _rows(linear: Node, branches: Sequence[Branch]) -> list[Tensor] | None:
 
 def _root(node: Node) -> Node:
     """Back through layout operators and factors."""
-    while node.target in MOVES or _factor(node) is not None:
+    while node.target in CODE_MOVES or _factor(node) is not None:
         node = cast(Node, node.args[0])
     return node
 
@@ -240,6 +243,11 @@ def _per_tensor(graph_module: GraphModule, node: object) -> bool:
     return (
         isinstance(node, Node) and node.target is DEQUANTIZE and attribute(graph_module, _argument(node, 1)).ndim == 0
     )
+
+
+def _constant(graph_module: GraphModule, node: object, index: int) -> Tensor:
+    """The constant that a node reads as one of its arguments."""
+    return attribute(graph_module, _argument(node, index))
 
 
 def _argument(node: object, index: int) -> Node:

@@ -1,13 +1,13 @@
 """Lower to Q/DQ: every quantizer becomes operators that each have one ONNX counterpart (`repquant_fx.ops`).
 
 Placement is what ONNX Runtime fuses: quantize and dequantize stand only on the operands of matrix products and
-    convolutions; a
-Linear runs on a matrix (so that it becomes Gemm) with an integer weight and an int32 bias whose scale is the product of
-both.
+convolutions; a Linear runs on a matrix (so that it becomes Gemm) with an integer weight and an int32 bias whose scale
+is the product of both.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -15,23 +15,32 @@ from torch.fx import GraphModule, Node
 
 from repquant_fx.errors import PassError
 from repquant_fx.naming import QUANTIZED, SCALE, SHIFT, ZERO_POINT, site_stem
-from repquant_fx.passes.base import Pass, aten, attribute, constant_node, copy_meta, free_stem, shape_of
+from repquant_fx.passes.base import Made, Pass, aten, attribute, constant_node, copy_meta, free_stem, shape_of
 from repquant_fx.passes.canonicalize import refresh_metadata
-from repquant_fx.passes.channel_flow import LAYOUT
-from repquant_fx.passes.match_sites import SOFTMAX, Plan, Site
-from repquant_fx.passes.operators import DEQUANTIZE, LOG2_QUANTIZE, LOG2_SOFTMAX, QUANTIZE
+from repquant_fx.passes.match_sites import Plan, Site
+from repquant_fx.passes.operators import DEQUANTIZE, LAYOUT, LOG2_QUANTIZE, LOG2_SOFTMAX, QUANTIZE, SOFTMAX
 from repquant_fx.passes.slots import slot_module, slot_of
 from repquant_fx.passes.spec import LOWERED, OBSERVED
+from repquant_fx.quantizers.bias import round_bias
 from repquant_fx.quantizers.gptq import QuantizedWeight
 from repquant_fx.quantizers.observers import LogQuantizer, Observer, Passthrough, UniformQuantizer
+from repquant_fx.quantizers.uniform import storable
 
-BIAS_LIMIT = 2.0**31 - 1024  # float32 cannot hold the largest int32
+
+@dataclass(frozen=True)
+class Lowered:
+    """Where things are in a lowered graph.
+
+    Attributes:
+        quantizers: the node that produces each site's codes (or log-quantized values), by site name.
+        constants: names of tensors: each site's scale, by site name, and each weight's codes, by its consumer's.
+    """
+
+    quantizers: dict[str, Node]
+    constants: dict[str, str]
 
 
-class LowerToQDQ(Pass):
-    """Attributes: `quantizers`, the node that produces each site's codes (or log-quantized values), by site name;
-    `constants`, the names of each site's scale and, by the consumer's node name, of each weight's codes."""
-
+class LowerToQDQ(Pass[Lowered]):
     name = "lower to Q/DQ"
     needs = "a quantizer at every site and the integer codes of every quantized weight"
     guarantees = (
@@ -42,28 +51,22 @@ class LowerToQDQ(Pass):
     def __init__(self, plan: Plan, weights: dict[Node, QuantizedWeight]) -> None:
         super().__init__()
         self.plan, self.weights = plan, weights
-        self.quantizers: dict[str, Node] = {}
-        self.constants: dict[str, str] = {}
 
-    def run(self, graph_module: GraphModule) -> bool:
-        slots = {
-            str(slot_of(graph_module, site).target).partition(".")[0]
-            for group in self.plan.groups
-            for site in group.sites
-        }
-        for group in self.plan.groups:
-            for site in group.sites:
-                self._lower_site(graph_module, site)
+    def run(self, graph_module: GraphModule) -> Made[Lowered]:
+        sites = [site for group in self.plan.groups for site in group.sites]
+        slots = {str(slot_of(graph_module, site).target).partition(".")[0] for site in sites}
+        lowered = [(site.name, self._lower_site(graph_module, site)) for site in sites]
         for name in slots:
             delattr(graph_module, name)
         _merge_reshapes(graph_module)
         graph_module.graph.eliminate_dead_code()
         refresh_metadata(graph_module)
-        self.constants = {name: str(cast(Node, node.args[1]).target) for name, node in self.quantizers.items()}
+        quantizers = {name: node for name, node in lowered if node is not None}
+        constants = {name: str(cast(Node, node.args[1]).target) for name, node in quantizers.items()}
         for consumer in self.weights:
             codes = consumer.args[1].args[0]  # type: ignore[union-attr]
-            self.constants[consumer.name] = str(cast(Node, codes).target)
-        return True
+            constants[consumer.name] = str(cast(Node, codes).target)
+        return Made(True, Lowered(quantizers, constants))
 
     def requires(self, graph_module: GraphModule) -> None:
         super().requires(graph_module)
@@ -71,56 +74,60 @@ class LowerToQDQ(Pass):
             if isinstance(slot_module(graph_module, site), Observer):
                 raise PassError(f"{site.name} holds an observer, not a quantizer: calibrate its group first")
 
-    def _lower_site(self, graph_module: GraphModule, site: Site) -> None:
+    def _lower_site(self, graph_module: GraphModule, site: Site) -> Node | None:
+        """The node that produces its codes; None for what stays in float."""
         slot = slot_of(graph_module, site)
         module, source = graph_module.get_submodule(str(slot.target)), slot.args[0]
         assert isinstance(source, Node)
+        codes: Node | None = None
         if isinstance(module, Passthrough):
             slot.replace_all_uses_with(source)
         elif isinstance(module, LogQuantizer):
-            slot.replace_all_uses_with(self._log(graph_module, site, slot, module))
+            codes, value = self._log(graph_module, site, slot, module)
+            slot.replace_all_uses_with(value)
         else:
             assert isinstance(module, UniformQuantizer)
             linears = [c for c in site.consumers if c.target is aten.linear.default]
             if linears and len(linears) == len(site.consumers):
-                self._lower_linears(graph_module, site, slot, module, linears)
+                codes = self._lower_linears(graph_module, site, slot, module, linears)
             else:
-                value = self._quantize(graph_module, site, source, module, slot)
+                codes, value = self._quantize(graph_module, site, source, module, slot)
                 for consumer in site.consumers:
                     if consumer in self.weights:
                         self._lower_bias(graph_module, consumer, module)
                 slot.replace_all_uses_with(value)
         if not slot.users:
             graph_module.graph.erase_node(slot)
+        return codes
 
     def _lower_linears(self, graph_module: GraphModule, site: Site, slot: Node, quantizer: UniformQuantizer,
-                       linears: list[Node]) -> None:
-        """One flat, quantized input shared by all Linears of the site."""
+                       linears: list[Node]) -> Node:
+        """One flat, quantized input shared by all Linears of the site; the node that produces its codes."""
         graph, source, shape = graph_module.graph, cast(Node, slot.args[0]), shape_of(slot)
         flat = source
         if len(shape) != 2:
             with graph.inserting_before(slot):
                 flat = copy_meta(slot, graph.call_function(aten.reshape.default, (source, [-1, shape[-1]])))
-        value = self._quantize(graph_module, site, flat, quantizer, slot)
+        codes, value = self._quantize(graph_module, site, flat, quantizer, slot)
         for linear in linears:
             self._lower_bias(graph_module, linear, quantizer)
             linear.update_arg(0, value)
             if len(shape) != 2:
                 _restore_shape(graph_module, linear, source)
+        return codes
 
     def _quantize(
         self, graph_module: GraphModule, site: Site, source: Node, quantizer: UniformQuantizer, before: Node
-    ) -> Node:
+    ) -> tuple[Node, Node]:
+        """(the codes, the values that they stand for), inserted before `before`."""
         stem, bits, graph = free_stem(graph_module, site_stem(site.name)), quantizer.bits, graph_module.graph
         axis, shift = -1, None
         scale, zero_point = quantizer.scale, quantizer.zero_point
         if quantizer.axis is not None:
             axis = len(shape_of(source)) - 1 if source is before.args[0] else 1  # a Linear's input was made a matrix
-            stored = zero_point.clamp(0, (1 << bits) - 1)
-            if not torch.equal(stored, zero_point):
-                # a stored zero point is a code: move the activation instead
-                shift = constant_node(graph_module, SHIFT.of(stem), scale * (zero_point - stored), before)
-            zero_point = stored
+            zero_point, moved = storable(scale, zero_point, bits)
+            if moved is not None:
+                shift = constant_node(graph_module, SHIFT.of(stem), moved, before)
         s = constant_node(graph_module, SCALE.of(stem), scale, before)
         z = constant_node(graph_module, ZERO_POINT.of(stem), zero_point.to(torch.uint8), before)
         with graph.inserting_before(before):
@@ -130,11 +137,12 @@ class LowerToQDQ(Pass):
             value = copy_meta(before, graph.call_function(DEQUANTIZE, (codes, s, z, bits, axis)))
             if shift is not None:
                 value = copy_meta(before, graph.call_function(aten.sub.Tensor, (value, shift)))
-        self.quantizers[site.name] = codes
-        return value
+        return codes, value
 
-    def _log(self, graph_module: GraphModule, site: Site, slot: Node, quantizer: LogQuantizer) -> Node:
-        """The Softmax itself, where the product is all that reads it; else a quantizer of its result."""
+    def _log(self, graph_module: GraphModule, site: Site, slot: Node, quantizer: LogQuantizer) -> tuple[Node, Node]:
+        """(the log-quantized values, what the slot's readers read now): made by the Softmax itself, where the product
+        is all that reads it; else by a quantizer of its result.
+        """
         graph, source = graph_module.graph, cast(Node, slot.args[0])
         softmax = _sole_softmax(slot)
         before = slot if softmax is None else softmax
@@ -144,15 +152,14 @@ class LowerToQDQ(Pass):
         if softmax is None:
             with graph.inserting_before(before):
                 result = graph.call_function(LOG2_QUANTIZE, (source, scale, quantizer.bits, quantizer.steps))
-            self.quantizers[site.name] = copy_meta(before, result)
-            return result
+            return copy_meta(before, result), result
         dim = cast(int, softmax.args[1]) % len(shape_of(softmax))
         with graph.inserting_before(softmax):
             result = graph.call_function(LOG2_SOFTMAX, (softmax.args[0], scale, dim, quantizer.bits, quantizer.steps))
-        self.quantizers[site.name] = copy_meta(softmax, result)
+        copy_meta(softmax, result)
         softmax.replace_all_uses_with(result)
         graph.erase_node(softmax)
-        return result if source is softmax else source
+        return result, (result if source is softmax else source)
 
     def _lower_bias(self, graph_module: GraphModule, consumer: Node, quantizer: UniformQuantizer) -> None:
         """An int32 bias, where the activation has one scale: the weight holds integer codes already."""
@@ -161,24 +168,17 @@ class LowerToQDQ(Pass):
         if not isinstance(bias, Node):
             return
         if bias.op != "get_attr" or quantizer.axis is not None:
-            self.leave(
-                consumer,
-                "its bias stays in float: "
-                + (
-                    "it is no constant"
-                    if bias.op != "get_attr"
-                    else "its input has one scale per channel, so the product has no one scale"
-                ),
-            )
+            why = "it is no constant" if bias.op != "get_attr" else (
+                "its input has one scale per channel, so the product has no one scale")
+            self.leave(consumer, f"its bias stays in float: {why}")
             return
-        bias_scale = quantizer.scale * scale
-        bias_codes = torch.round(attribute(graph_module, bias).double() / bias_scale.double())
-        if not bool((bias_codes.abs() < BIAS_LIMIT).all()):
+        rounded = round_bias(attribute(graph_module, bias), quantizer.scale, scale)
+        if rounded is None:
             self.leave(consumer, "its bias stays in float: in steps of its product it does not fit int32")
             return
         stem = free_stem(graph_module, str(bias.target))
-        b = constant_node(graph_module, QUANTIZED.of(stem), bias_codes.to(torch.int32), consumer)
-        bs = constant_node(graph_module, SCALE.of(stem), bias_scale, consumer)
+        b = constant_node(graph_module, QUANTIZED.of(stem), rounded.codes, consumer)
+        bs = constant_node(graph_module, SCALE.of(stem), rounded.scale, consumer)
         with graph.inserting_before(consumer):
             restored = copy_meta(consumer, graph.call_function(DEQUANTIZE, (b, bs, None, 32, 0)))
         consumer.update_arg(2, restored)

@@ -16,14 +16,10 @@ from torch.fx import GraphModule, Node
 from repquant_fx import naming
 from repquant_fx.naming import Names
 from repquant_fx.passes.base import LeftAlone, Made, Pass, aten, is_constant, is_tensor, module_path, shape_of
-from repquant_fx.passes.channel_flow import MATMULS, SOFTMAX, ChannelFlow, describe_reader, is_empty, origin
-from repquant_fx.passes.operators import CONVOLUTIONS, NORMS
+from repquant_fx.passes.channel_flow import ChannelFlow, describe_reader, is_empty, origin
+from repquant_fx.passes.operators import CONVOLUTIONS, MATMULS, NORMS, OTHER_NORMS, PRODUCTS, SOFTMAX
 from repquant_fx.passes.spec import CANONICAL
 from repquant_fx.recipe import LayerPlan, Recipe
-
-OTHER_NORMS = {aten.group_norm.default, aten.batch_norm.default, aten.instance_norm.default,
-               aten._native_batch_norm_legit_no_training.default}  # what export makes of BatchNorm
-PRODUCTS = CONVOLUTIONS | MATMULS | {aten.linear.default}
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity

@@ -7,14 +7,17 @@ the original norm, the Linears read a rewritten copy.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from repquant_fx.errors import CalibrationError
 from repquant_fx.naming import beside
-from repquant_fx.passes.base import Made, Pass, aten, attribute, constant_node, copy_meta, replace_constant
+from repquant_fx.passes.base import Made, Pass, aten, constant_node, copy_meta
 from repquant_fx.passes.match_sites import Group, Site
+from repquant_fx.passes.parameters import parameters, set_parameters, weight_and_bias
 from repquant_fx.passes.slots import install, slot_module, slot_of
 from repquant_fx.passes.spec import OBSERVED
 from repquant_fx.quantizers.observers import UniformQuantizer
@@ -76,27 +79,20 @@ class ReparameterizeNorms(Pass[str | None]):
         return copies[norm]
 
     def _rewrite_norm(self, graph_module: GraphModule, norm: Node, affine: ChannelAffine) -> None:
-        weight = _optional(graph_module, norm, 2)
-        layer_norm = norm.target is aten.layer_norm.default
-        bias = _optional(graph_module, norm, 3) if layer_norm else None
+        weight, bias = parameters(graph_module, norm)
         new_weight, new_bias = affine.rewrite_norm(weight, bias)
         _check(norm, new_weight, new_bias)
-        old = norm.args[2] if len(norm.args) > 2 else None
-        name = str(old.target) if isinstance(old, Node) else f"{norm.name}.weight"
-        replace_constant(graph_module, norm, 2, new_weight.float(), name)
-        bias_name = beside(name, "bias")
-        if layer_norm and not self.group.padded:
-            replace_constant(graph_module, norm, 3, new_bias.float(), bias_name)
+        if norm.target is aten.layer_norm.default and not self.group.padded:
+            set_parameters(graph_module, norm, new_weight, new_bias)
             return
         # an RMS norm has no bias, and zeros padded in after a norm must be shifted too: the shift is added where it is
         # needed
-        shift = affine.shift / affine.ratio
-        if layer_norm and bias is not None:
-            replace_constant(graph_module, norm, 3, (new_bias - shift).float(), bias_name)
-        if not bool(shift.any()):
+        set_parameters(graph_module, norm, new_weight, None if bias is None else new_bias - affine.added)
+        if not bool(affine.added.any()):
             return
+        name = beside(str(cast(Node, norm.args[2]).target), "shift")
         for site in self.group.sites:
-            self._add_shift(graph_module, site, beside(name, "shift"), shift.float())
+            self._add_shift(graph_module, site, name, affine.added.float())
 
     def _add_shift(self, graph_module: GraphModule, site: Site, name: str, shift: Tensor) -> None:
         slot = slot_of(graph_module, site)
@@ -109,14 +105,9 @@ class ReparameterizeNorms(Pass[str | None]):
         slot.update_arg(0, added)
 
     def _rewrite_linear(self, graph_module: GraphModule, linear: Node, affine: ChannelAffine) -> None:
-        weight_node = linear.args[1]
-        assert isinstance(weight_node, Node)
-        weight = attribute(graph_module, weight_node).double()
-        new_weight, new_bias = affine.rewrite_linear(weight, _optional(graph_module, linear, 2))
-        _check(linear, new_weight, new_bias)
-        name = str(weight_node.target)
-        replace_constant(graph_module, linear, 1, new_weight.float(), name)
-        replace_constant(graph_module, linear, 2, new_bias.float(), beside(name, "bias"))
+        weight, bias = affine.rewrite_linear(*weight_and_bias(graph_module, linear))
+        _check(linear, weight, bias)
+        set_parameters(graph_module, linear, weight, bias)
 
 
 def descendants(node: Node) -> set[Node]:
@@ -129,11 +120,6 @@ def descendants(node: Node) -> set[Node]:
                 found.add(user)
                 pending.append(user)
     return found
-
-
-def _optional(graph_module: GraphModule, node: Node, index: int) -> Tensor | None:
-    argument = node.args[index] if index < len(node.args) else None
-    return attribute(graph_module, argument).double() if isinstance(argument, Node) else None
 
 
 def _check(node: Node, *tensors: Tensor) -> None:

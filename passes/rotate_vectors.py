@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from repquant_fx.passes.base import Pass, aten, attribute, constant_node, replace_constant
+from repquant_fx.passes.base import Pass, aten, attribute, constant_node
 from repquant_fx.passes.norm_affine import affine_readers
+from repquant_fx.passes.parameters import parameters, set_parameters, weight_and_bias, weight_of
 from repquant_fx.passes.spec import CANONICAL
 from repquant_fx.passes.vector_spaces import Space
-
-SMALLEST_GAIN = 1e-3  # relative to the largest: below, a bias that stays with the norm cannot be divided by it
+from repquant_fx.quantizers.affine import into_reader, scale_input
+from repquant_fx.quantizers.rotation import gain_divides, rotate_columns, rotate_rows, rotate_vectors, rotated_bias
 
 
 @dataclass(frozen=True)
@@ -56,99 +57,51 @@ class RotateVectors(Pass):
         return next(each.matrix for each in self.rotations if norm in each.space.norms)
 
 
-def _tensor(graph_module: GraphModule, node: Node, index: int) -> Tensor | None:
-    argument = node.args[index] if index < len(node.args) else None
-    return attribute(graph_module, argument).double() if isinstance(argument, Node) else None
-
-
-def _name(node: Node, index: int, fallback: str) -> str:
-    argument = node.args[index] if index < len(node.args) else None
-    return str(argument.target) if isinstance(argument, Node) else fallback
-
-
-def _put(graph_module: GraphModule, node: Node, index: int, value: Tensor, name: str) -> None:
-    replace_constant(graph_module, node, index, value.float(), name)
-
-
 def _fold_affine(graph_module: GraphModule, norm: Node, matrix: Tensor) -> None:
     """Gain and bias into the Linears that read the norm. Past zeros that are padded in, a bias cannot move: it stays,
     rotated.
     """
-    gain, bias = _tensor(graph_module, norm, 2), _tensor(graph_module, norm, 3)
-    if gain is None and bias is None:
+    gain, bias = parameters(graph_module, norm)
+    sizes = gain if gain is not None else bias
+    if sizes is None:
         return
     readers = affine_readers(graph_module, norm)
     assert readers is not None  # the flow has found so
-    sizes = gain if gain is not None else bias
-    assert sizes is not None
-    gain = torch.ones_like(sizes) if gain is None else gain
+    factor = torch.ones_like(sizes) if gain is None else gain
     stays = bias is not None and any(reader.padded for reader in readers)
-    for reader in readers:
-        linear = reader.node
-        weight = _tensor(graph_module, linear, 1)
-        assert weight is not None
-        name = _name(linear, 1, "weight")
-        if bias is not None and not stays:
-            moved, own = weight @ bias, _tensor(graph_module, linear, 2)
-            _put(
-                graph_module,
-                linear,
-                2,
-                moved if own is None else own + moved,
-                _name(linear, 2, name.removesuffix("weight") + "bias"),
-            )
-        _put(graph_module, linear, 1, weight * gain, name)
-    name = _name(norm, 2, "weight")
-    if norm.args[2] is not None:
-        _put(graph_module, norm, 2, torch.ones_like(gain), name)
-    if bias is not None:
-        kept = torch.zeros_like(bias)
-        if stays:
-            size = len(matrix)
-            kept = ((bias / gain).unflatten(0, (-1, size)) @ matrix).flatten()
-        _put(graph_module, norm, 3, kept, _name(norm, 3, "bias"))
+    for linear in (reader.node for reader in readers):
+        if bias is None or stays:
+            set_parameters(graph_module, linear, scale_input(weight_of(graph_module, linear), factor), None)
+        else:
+            set_parameters(graph_module, linear, *into_reader(*weight_and_bias(graph_module, linear), factor, bias))
+    kept = None if bias is None else rotated_bias(bias, factor, matrix) if stays else torch.zeros_like(bias)
+    set_parameters(graph_module, norm, None if gain is None else torch.ones_like(gain), kept)
 
 
 def gain_allows(graph_module: GraphModule, norm: Node) -> bool:
     """Whether a bias that must stay with its norm, for padding that follows, can be divided by the gain."""
-    gain, bias = _tensor(graph_module, norm, 2), _tensor(graph_module, norm, 3)
+    gain, bias = parameters(graph_module, norm)
     readers = affine_readers(graph_module, norm)
     if gain is None or bias is None or readers is None or not any(reader.padded for reader in readers):
         return True
-    return bool(gain.abs().min() > SMALLEST_GAIN * gain.abs().max())
+    return gain_divides(gain)
 
 
 def _write(graph_module: GraphModule, node: Node, block: int, matrix: Tensor) -> None:
-    """`x -> x R` of what a node writes: W^T R, and b R."""
-    size = len(matrix)
-    rows = slice(block * size, (block + 1) * size)
+    """`x -> x R` of what a node writes."""
     if node.op == "get_attr":
-        value = attribute(graph_module, node)
-        new = constant_node(graph_module, str(node.target), (value.double() @ matrix).float(), node)
+        value = rotate_vectors(attribute(graph_module, node).double(), matrix)
+        new = constant_node(graph_module, str(node.target), value.float(), node)
         node.replace_all_uses_with(new)
         return
+    weight, bias = weight_and_bias(graph_module, node)
     if node.target is aten.embedding.default:
-        table = _tensor(graph_module, node, 0)
-        assert table is not None
-        _put(graph_module, node, 0, table @ matrix, _name(node, 0, "weight"))
+        set_parameters(graph_module, node, rotate_vectors(weight, matrix), None)
         return
-    weight, bias = _tensor(graph_module, node, 1), _tensor(graph_module, node, 2)
-    assert weight is not None
-    weight = weight.clone()
-    weight[rows] = torch.tensordot(matrix.T, weight[rows], dims=1)
-    _put(graph_module, node, 1, weight, _name(node, 1, "weight"))
-    if bias is not None:
-        bias = bias.clone()
-        bias[rows] = bias[rows] @ matrix
-        _put(graph_module, node, 2, bias, _name(node, 2, "bias"))
+    new_bias = None if bias is None else rotate_rows(bias, matrix, block)
+    set_parameters(graph_module, node, rotate_rows(weight, matrix, block), new_bias)
 
 
 def _read(graph_module: GraphModule, node: Node, block: int, matrix: Tensor) -> None:
-    """`W R` on the columns (of a convolution: the input channels) that read the vectors."""
-    size = len(matrix)
-    weight = _tensor(graph_module, node, 1)
-    assert weight is not None
-    weight = weight.clone()
-    columns = weight.narrow(1, block * size, size)
-    columns.copy_(torch.tensordot(columns, matrix, dims=([1], [0])).movedim(-1, 1))
-    _put(graph_module, node, 1, weight, _name(node, 1, "weight"))
+    """The inverse in the columns (of a convolution: the input channels) that read the vectors."""
+    set_parameters(graph_module, node, rotate_columns(weight_of(graph_module, node), matrix, block), None)

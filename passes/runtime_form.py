@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
-from repquant_fx.passes.base import LeftAlone, run_passes
+from repquant_fx.passes.base import LeftAlone, run_pass, run_passes
 from repquant_fx.passes.flatten_rows import FlattenRows
-from repquant_fx.passes.fuse_requantization import Codes, FuseRequantization
+from repquant_fx.passes.fuse_requantization import Fused, FuseRequantization
 from repquant_fx.passes.share_masks import ShareMasks
+from repquant_fx.quantizers.requantization import Codes
 
 
 @dataclass(frozen=True)
@@ -17,13 +18,15 @@ class RuntimeForm:
     """The graph that ships.
 
     Attributes:
+        quantizers: the node that produces each site's codes, by site name.
         codes: what the Linears give that write codes, by name.
         left_alone: what was not brought into this form, and why.
     """
 
     graph_module: GraphModule
-    codes: dict[str, Codes] = field(default_factory=dict)
-    left_alone: tuple[LeftAlone, ...] = ()
+    quantizers: dict[str, Node]
+    codes: dict[str, Codes]
+    left_alone: tuple[LeftAlone, ...]
 
 
 def optimize_for_runtime(graph_module: GraphModule, quantizers: dict[str, Node], *,
@@ -31,11 +34,12 @@ def optimize_for_runtime(graph_module: GraphModule, quantizers: dict[str, Node],
     """Integer codes out of Linears, flat token matrices, one mask for all layers.
 
     Args:
-        quantizers: the node that produces each site's codes, by site name; brought up to date.
+        quantizers: the node that produces each site's codes in the lowered graph, by site name.
         adjacent: keep every quantize next to its dequantize, for containers that layout operators cannot move about
             (UINT4).
     """
-    fuse = FuseRequantization(quantizers)
-    passes = [*([] if adjacent else [fuse]), FlattenRows(), ShareMasks()]
-    graph_module = run_passes(graph_module, passes)
-    return RuntimeForm(graph_module, fuse.codes, tuple(item for each in passes for item in each.left_alone))
+    fuse, others = FuseRequantization(quantizers), (FlattenRows(), ShareMasks())
+    fused = Fused(quantizers, {}) if adjacent else run_pass(graph_module, fuse)
+    graph_module = run_passes(graph_module, others)
+    left_alone = tuple(item for each in (fuse, *others) for item in each.left_alone)
+    return RuntimeForm(graph_module, fused.quantizers, fused.codes, left_alone)

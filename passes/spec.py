@@ -20,11 +20,11 @@ from torch.fx import GraphModule, Node
 
 from repquant_fx.errors import PassError
 from repquant_fx.passes.operators import (
+    CODE_MOVES,
     DEQUANTIZE,
     IDENTITIES,
     LOG2_QUANTIZE,
     LOG2_SOFTMAX,
-    MOVES,
     QUANTIZE,
     VIEWS,
 )
@@ -121,4 +121,4 @@ def _either(dtypes: frozenset[torch.dtype]) -> str:
 CANONICAL = Stage("canonical")
 OBSERVED = Stage("observed", frozenset({DEQUANTIZE}), slots=True)
 LOWERED = Stage("lowered", frozenset(SIGNATURES))
-RUNTIME = Stage("in runtime form", frozenset(SIGNATURES), frozenset({DEQUANTIZE, *MOVES}))
+RUNTIME = Stage("in runtime form", frozenset(SIGNATURES), frozenset({DEQUANTIZE, *CODE_MOVES}))

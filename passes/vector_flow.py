@@ -22,20 +22,20 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from repquant_fx.passes.base import aten, attribute, is_constant, is_float32, is_tensor, module_path, shape_of
-from repquant_fx.passes.channel_flow import (
+from repquant_fx.passes.channel_flow import PADDING, Reader, describe_reader, hint, hinted, softmax_behind
+from repquant_fx.passes.norm_affine import folds
+from repquant_fx.passes.operators import (
     CASTS,
+    CONVOLUTIONS,
+    INDEXING,
     MATMULS,
     MOVES,
+    NORMS,
+    PADS,
+    PARAMETERS,
     REDUCTIONS,
-    Reader,
-    describe_reader,
-    hint,
-    hinted,
-    softmax_behind,
 )
-from repquant_fx.passes.norm_affine import folds
-from repquant_fx.passes.operators import CONVOLUTIONS, NORMS
-from repquant_fx.passes.vector_spaces import CHANNEL_BITS, PADDING, Space, Vectors
+from repquant_fx.passes.vector_spaces import CHANNEL_BITS, Space, Vectors
 
 
 class VectorFlow:
@@ -197,9 +197,9 @@ class VectorFlow:
             return self._move(node)
         if target in CASTS:
             return self._keep(node, self._value(node.args[0]))
-        if target in (aten.pad.default, aten.constant_pad_nd.default):
+        if target in PADS:
             return self._pad(node)
-        if target in (aten.index.Tensor, aten.index_select.default):
+        if target in INDEXING:
             return self._index(node)
         if target in REDUCTIONS and target is not aten.amax.default:
             return self._mean(node)
@@ -411,11 +411,7 @@ def _flat(value: Any) -> list[Vectors]:
 
 def _is_weight_of(user: Node, constant: Node) -> bool:
     """Whether a constant is a parameter of a layer, which the layer's own rule covers."""
-    parameters: dict[object, tuple[int, ...]] = {
-        aten.linear.default: (1, 2), aten.conv1d.default: (1, 2), aten.conv2d.default: (1, 2),
-        aten.layer_norm.default: (2, 3), aten.rms_norm.default: (2,), aten.embedding.default: (0,),
-    }
-    return any(user.args[i] is constant for i in parameters.get(user.target, ()) if i < len(user.args))
+    return any(user.args[i] is constant for i in PARAMETERS.get(user.target, ()) if i < len(user.args))
 
 
 def _reason(node: Node, value: Node) -> str:

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from repquant_fx.passes.base import aten, module_path
+from repquant_fx.passes.channel_flow import PADDING
 
-PADDING = -1  # an element that is zero in any space
 CHANNEL_BITS = 20  # of an element's number; the rest is the number of its vector
 CHANNELS = (1 << CHANNEL_BITS) - 1
 

@@ -36,7 +36,7 @@ from repquant_fx.frontends.loading import LoadedModel
 from repquant_fx.frontends.memory import left_as_found
 from repquant_fx.offload import on_disk
 from repquant_fx.options import Calibration, Run, Source
-from repquant_fx.passes.base import LeftAlone, own_tensors, run_passes, shared_copy
+from repquant_fx.passes.base import LeftAlone, own_tensors, run_pass, run_passes, shared_copy
 from repquant_fx.passes.insert_observers import InsertObservers
 from repquant_fx.passes.lower_to_qdq import LowerToQDQ
 from repquant_fx.passes.match_sites import Plan
@@ -254,19 +254,19 @@ def _export(prepared: Prepared, rewritten: _Rewritten, probe: list[Tensor]) -> _
     # before lowering, while the quantizers are modules
     layers = reports.describe_layers(graph_module, rewritten.plan, rewritten.quantized, gptq=recipe.gptq)
     lowering = LowerToQDQ(rewritten.plan, rewritten.quantized.weights)
-    run_passes(graph_module, [lowering])
-    shipped = optimize_for_runtime(graph_module, lowering.quantizers, adjacent=recipe.container == "int4")
+    lowered = run_pass(graph_module, lowering)
+    shipped = optimize_for_runtime(graph_module, lowered.quantizers, adjacent=recipe.container == "int4")
     names = [entry["node"] for entry in layers]
     sqnr = reports.layer_sqnr(rewritten.float_graph, graph_module, names, probe, shipped.codes)
     with torch.no_grad():
         outputs, expected = tensors_in(graph_module(*probe)), tensors_in(rewritten.float_graph(*probe))
     output_sqnr = min(parity_check.sqnr(a, b) for a, b in zip(outputs, expected))
-    layer_record = record(layers, rewritten.plan.left_alone, lowering.constants)
+    layer_record = record(layers, rewritten.plan.left_alone, lowered.constants)
     proto = export_onnx(graph_module, prepared.loaded.example_inputs, input_names=captured.input_names,
                         output_names=captured.output_names, dynamic_shapes=dynamic_shapes(graph_module),
                         metadata=describe(recipe, prepared.loaded.preprocessing, layer_record),
                         container=recipe.container)
-    return _Exported(proto, lowering.quantizers, layers, sqnr, output_sqnr,
+    return _Exported(proto, shipped.quantizers, layers, sqnr, output_sqnr,
                      (*lowering.left_alone, *shipped.left_alone))
 
 

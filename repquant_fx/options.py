@@ -1,7 +1,7 @@
-"""What a run is given, as three objects that travel together: the model's source, the calibration data, how to run.
+"""What a run is given, as objects that travel together: the model's source, the data it is run on, how to run.
 
-People give the same names flat to `compile`, where each is described. Nothing here imports torch: the command line
-makes these objects before anything is loaded.
+People give the same names flat to `compile` and `evaluate`, where each is described. Nothing here imports torch: the
+command line makes these objects before anything is loaded.
 """
 
 from __future__ import annotations
@@ -53,6 +53,23 @@ class Run:
     distributed: bool = False
     device: str | torch.device = "cpu"
     statistics: bool = False
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model is measured on, and how; the arguments of `evaluate` of these names."""
+
+    data: str | Path
+    metric: str | None = None
+    batch_size: int | None = None
+    limit: int | None = None
+    threads: int | None = None
+    seed: int = 0
+    tokenizer: str | None = None
+    seq_len: int | None = None
+    stride: int | None = None
+    separator: str | None = None
+    prompts: str | None = None
 
 
 def from_keywords(model: Any, calibration: Any, keywords: Mapping[str, Any]) -> tuple[Source, Calibration]:

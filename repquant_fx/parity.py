@@ -2,10 +2,8 @@
 
 Two questions are kept apart. *Free running*: both execute the whole model; a code on a rounding boundary may flip by
 one and what follows then differs too, so this is reported, not judged. *Step by step*: the FX graph is fed ONNX
-Runtime's own codes at every
-quantizer, so that each step is compared on equal inputs: codes may differ by at most one, rarely, and the output only
-    by float
-rounding. This is judged.
+Runtime's own codes at every quantizer, so that each step is compared on equal inputs: codes may differ by at most one,
+rarely, and the output only by float rounding. This is judged.
 """
 
 from __future__ import annotations
@@ -17,15 +15,15 @@ from typing import Any, cast
 import onnx
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from repquant_fx.errors import ParityError
 from repquant_fx.frontends.capture import tensors_in
 from repquant_fx.naming import DEQUANTIZED, QUANTIZED, SCALE, UINT8
 from repquant_fx.passes.base import attribute
-from repquant_fx.passes.fuse_requantization import MOVES
-from repquant_fx.passes.lower_to_qdq import DEQUANTIZE, LOG2_QUANTIZE, LOG2_SOFTMAX, QUANTIZE
+from repquant_fx.passes.operators import CODE_MOVES, DEQUANTIZE, LOG2_QUANTIZE, LOG2_SOFTMAX, QUANTIZE
 from repquant_fx.quantizers.logarithmic import zero_code
+from repquant_fx.recorder import Recorder
 from repquant_fx.runtime import run, session
 
 # of a step: this near to the midpoint of two codes either is right; products of quantized values often lie exactly
@@ -108,7 +106,7 @@ def compare(
     outputs = len(proto.graph.output)
     found, exposed_values = run(session(proto), feed), run(session(exposed), feed)
     internal = dict(zip(quantizers, exposed_values[outputs:]))
-    free, step = _Recorder(graph_module, quantizers, {}), _Recorder(graph_module, quantizers, internal)
+    free, step = CodeRecorder(graph_module, quantizers, {}), CodeRecorder(graph_module, quantizers, internal)
     expected, forced = tensors_in(free.run(*inputs)), tensors_in(step.run(*inputs))
     differences = {}
     for name, node in quantizers.items():
@@ -190,35 +188,46 @@ def codes(values: Tensor, node: Node, graph_module: GraphModule) -> Tensor:
     return torch.where(values == 0, torch.full_like(decoded, top), decoded).to(torch.int16)
 
 
-class _Recorder(Interpreter):
-    """Keeps each quantizer's own codes, and goes on with the given values instead where there are any."""
+class CodeRecorder:
+    """Runs a lowered graph and sees each quantizer's own codes; goes on with the given values instead where there are
+    any.
+
+    Attributes:
+        seen: codes by site name, int16, of the last run.
+        ties: where they may differ, boolean, by site name.
+    """
 
     def __init__(self, graph_module: GraphModule, quantizers: Mapping[str, Node], given: Mapping[str, Tensor]) -> None:
-        super().__init__(graph_module)
+        self.graph_module, self.given = graph_module, given
         self.names = {node: name for name, node in quantizers.items()}
-        self.given = given
         self.seen: dict[str, Tensor] = {}
         self.ties: dict[str, Tensor] = {}
-        self.tied: dict[Node, Any] = {}  # where codes may differ, carried along with them through layout operators
+        self._tied: dict[Node, Any] = {}  # ties of codes, carried along with them through layout operators
+        moving = (n for n in graph_module.graph.nodes if n.target is QUANTIZE or n.target in CODE_MOVES)
+        self._recorder = Recorder(graph_module, [*moving, *self.names], self._visit)
 
     @torch.no_grad()
-    def run_node(self, n: Node) -> Any:
-        result = super().run_node(n)
-        if n.target is QUANTIZE:
-            self.tied[n] = self._ties(n)
-        elif n.target in MOVES and n.args[0] in self.tied:
-            args, kwargs = self.fetch_args_kwargs_from_env(n)
-            self.tied[n] = n.target(self.tied[cast(Node, n.args[0])], *args[1:], **kwargs)  # type: ignore[operator]
-        name = self.names.get(n)
+    def run(self, *inputs: Tensor) -> Any:
+        """The graph's outputs."""
+        self._tied = {}
+        return self._recorder.run(*inputs)
+
+    def _visit(self, node: Node, value: Any) -> Any:
+        if node.target is QUANTIZE:
+            self._tied[node] = self._ties(node)
+        elif node.target in CODE_MOVES and node.args[0] in self._tied:
+            args, kwargs = self._recorder.fetch_args_kwargs_from_env(node)
+            self._tied[node] = cast(Any, node.target)(self._tied[cast(Node, node.args[0])], *args[1:], **kwargs)
+        name = self.names.get(node)
         if name is None:
-            return result
-        self.seen[name] = codes(result, n, self.module)  # type: ignore[arg-type]
-        self.ties[name] = self.tied[n] if n in self.tied else torch.zeros_like(self.seen[name], dtype=torch.bool)
-        return self.given.get(name, result)
+            return value
+        self.seen[name] = seen = codes(value, node, self.graph_module)
+        self.ties[name] = self._tied[node] if node in self._tied else torch.zeros_like(seen, dtype=torch.bool)
+        return self.given.get(name, value)
 
     def _ties(self, node: Node) -> Tensor:
         """Where the value to quantize lies midway between two codes."""
-        (x, scale), axis = self.fetch_args_kwargs_from_env(node)[0][:2], node.args[4]
+        (x, scale), axis = self._recorder.fetch_args_kwargs_from_env(node)[0][:2], node.args[4]
         steps = x.double() / (
             scale.double()
             if scale.ndim == 0

@@ -22,7 +22,7 @@ from repquant_fx.calibration.text import TEXT_SAMPLES, Tokenization
 from repquant_fx.errors import InputError, RepQuantWarning
 from repquant_fx.frontends import huggingface, signature
 from repquant_fx.frontends.capture import Captured, capture
-from repquant_fx.frontends.loading import LoadedModel, load_model
+from repquant_fx.frontends.loading import LoadedModel, load_source
 from repquant_fx.frontends.memory import from_memory
 from repquant_fx.frontends.tokenizer import load_tokenizer
 from repquant_fx.options import Calibration, Source
@@ -105,8 +105,7 @@ def load(source: Source) -> LoadedModel:
     if isinstance(model, LoadedModel):
         return model
     if isinstance(model, (str, Path)):
-        return load_model(model, arch=source.arch, allow_pickle=source.allow_pickle, input_shape=source.input_shape,
-                          task=source.task, offload_dir=source.offload_dir)
+        return load_source(source)
     return from_memory(model, example_inputs=source.example_inputs, input_shape=source.input_shape, task=source.task)
 
 

@@ -15,11 +15,11 @@ from repquant_fx import audit
 from repquant_fx.audit import Product
 from repquant_fx.parity import Parity
 from repquant_fx.passes.base import LeftAlone, module_path
-from repquant_fx.passes.fuse_requantization import Codes
 from repquant_fx.passes.match_sites import Group, Plan, Site
 from repquant_fx.passes.slots import slot_module
 from repquant_fx.pipeline import Quantized
 from repquant_fx.quantizers.observers import LogQuantizer, UniformQuantizer
+from repquant_fx.quantizers.requantization import Codes
 from repquant_fx.recorder import Recorder
 from repquant_fx.security.escape import printable
 

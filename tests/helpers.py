@@ -15,9 +15,9 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from repquant_fx.decision import Decision
 from repquant_fx.frontends.capture import capture
-from repquant_fx.parity import TIE, _Recorder
+from repquant_fx.parity import TIE, CodeRecorder
 from repquant_fx.passes.base import Pass, attribute, run_pass, run_passes
-from repquant_fx.passes.fuse_requantization import SLACK, FuseRequantization
+from repquant_fx.passes.fuse_requantization import SLACK, Fused, FuseRequantization
 from repquant_fx.passes.insert_observers import InsertObservers
 from repquant_fx.passes.install_decision import InstallDecision
 from repquant_fx.passes.match_sites import Group, MatchSites, Plan
@@ -209,7 +209,7 @@ def output(graph_module: nn.Module, *inputs: Tensor) -> Tensor:
     return result[0] if isinstance(result, (tuple, list)) else result
 
 
-def fused_as_promised(graph_module: GraphModule, fuse: FuseRequantization, *inputs: Tensor) -> GraphModule:
+def fused_as_promised(graph_module: GraphModule, fuse: FuseRequantization, *inputs: Tensor) -> Fused:
     """Fuse a lowered graph and hold the pass to its promise, on equal inputs at every quantizer."""
     names = list(fuse.quantizers)
     nodes = [fuse.quantizers[n] for n in names]
@@ -217,15 +217,15 @@ def fused_as_promised(graph_module: GraphModule, fuse: FuseRequantization, *inpu
     uniform = {n: node for n, node in zip(names, nodes) if node.target is QUANTIZE and attribute(graph_module, node.args[1]).ndim == 0}
     sources = dict(zip(uniform, values_at(graph_module, [node.args[0] for node in uniform.values()], *inputs)))
     steps = {n: sources[n].double() / attribute(graph_module, node.args[1]).double() for n, node in uniform.items()}
-    run_passes(graph_module, [fuse])
-    recorder = _Recorder(graph_module, fuse.quantizers, codes)
+    fused = run_pass(graph_module, fuse)
+    recorder = CodeRecorder(graph_module, fused.quantizers, codes)
     recorder.run(*inputs)
     for name, step in steps.items():
         apart = (recorder.seen[name].int() - codes[name].int()).abs()
         assert int(apart.max()) <= 1, name
         from_midpoint = (step - step.floor() - 0.5).abs()
         assert not bool((apart.bool() & (from_midpoint > SLACK + TIE)).any()), name
-    return graph_module
+    return fused
 
 
 def bypass(graph_module: GraphModule, plan: Plan) -> None:

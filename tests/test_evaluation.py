@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from repquant_fx.errors import CalibrationError, InputError, ModelFileError
 from repquant_fx.evaluation import Accuracy, accuracy_of, evaluate, labelled_folder, preprocessing_from_onnx
+from repquant_fx.options import Source
 
 SIZE = (3, 4, 4)
 PLAIN = {"input_size": SIZE, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "crop_pct": 1.0, "interpolation": "bilinear"}
@@ -71,13 +72,13 @@ def torch_source(monkeypatch) -> Callable[..., None]:
     """Puts a model where `evaluate` loads it from; records the arguments."""
     def install(module: object = None, exported: object = None, preprocessing: object = PLAIN, batch: int = 2,
                 inputs: int = 1) -> None:
-        def load_model(source, *, arch=None, allow_pickle=False, input_shape=None):
-            assert (source, arch, allow_pickle) == ("some.pt", "timm:x", True)
+        def load_source(source):
+            assert source == Source("some.pt", "timm:x", allow_pickle=True)
             return SimpleNamespace(module=module, guard=nullcontext(), exported=exported, preprocessing=preprocessing,
                                    example_inputs=(torch.zeros(batch, *SIZE),) * inputs)
 
         fake = types.ModuleType("repquant_fx.frontends.loading")
-        fake.load_model = load_model  # type: ignore[attr-defined]
+        fake.load_source = load_source  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "repquant_fx.frontends.loading", fake)
 
     return install

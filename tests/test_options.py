@@ -8,8 +8,8 @@ from dataclasses import fields
 import pytest
 import torch
 
-from repquant_fx import compile
-from repquant_fx.options import Calibration, Run, Source, from_keywords
+from repquant_fx import compile, evaluation
+from repquant_fx.options import Calibration, Evaluation, Run, Source, from_keywords
 from repquant_fx.sensitivity import search, sensitivity
 
 RENAMED = {"data": "calibration"}
@@ -39,6 +39,18 @@ def test_flat_arguments_arrive_where_they_belong(monkeypatch: pytest.MonkeyPatch
     for each in (source, calibration, run):
         for name, value in vars(each).items():
             assert value == f"the {RENAMED.get(name, name)}"
+
+
+def test_an_evaluation_has_the_arguments_of_evaluate(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[object] = []
+    monkeypatch.setattr(evaluation, "measure", lambda *objects: given.extend(objects))
+    names = inspect.signature(evaluation.evaluate).parameters
+    evaluation.evaluate(**{name: f"the {name}" for name in names})  # type: ignore[arg-type]
+    source, how = given
+    assert source == Source("the source", "the arch", allow_pickle="the allow_pickle")  # type: ignore[arg-type]
+    assert how == Evaluation(**{field.name: f"the {field.name}" for field in fields(Evaluation)})
+    assert {*names} == {"source", "arch", "allow_pickle", *(field.name for field in fields(Evaluation))}
+    assert all(names[field.name].default == field.default for field in fields(Evaluation) if field.name != "data")
 
 
 def test_keywords_are_told_apart() -> None:

@@ -88,8 +88,7 @@ def plan_batches(order: Sequence[int], batch_size: int, fixed: bool = False) -> 
     """Sample indices of each batch, in order.
 
     With a fixed batch all have exactly `batch_size`: the rest is dropped, or, when there is less than one batch, the
-        samples
-    are repeated to fill it.
+    samples are repeated to fill it.
     """
     indices = list(order)
     if fixed:

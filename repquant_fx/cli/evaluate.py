@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict, fields
 
 from repquant_fx.cli.common import MOST_SAMPLES, MOST_THREADS, MOST_TOKENS, add_source, count
+from repquant_fx.options import Evaluation, Source
 
 
 def add(command: argparse.ArgumentParser) -> None:
@@ -45,28 +47,12 @@ def add(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Evaluate and print; returns the exit code."""
-    from dataclasses import asdict
-
     from repquant_fx import log
-    from repquant_fx.evaluation import evaluate
+    from repquant_fx.evaluation import measure
 
     log.stage("evaluate")
-    result = evaluate(
-        options.model,
-        options.data,
-        metric=options.metric,
-        arch=options.arch,
-        allow_pickle=options.allow_pickle,
-        batch_size=options.batch_size,
-        limit=options.limit,
-        threads=options.threads,
-        seed=options.seed,
-        tokenizer=options.tokenizer,
-        seq_len=options.seq_len,
-        stride=options.stride,
-        separator=options.separator,
-        prompts=options.prompts,
-    )
+    how = Evaluation(**{field.name: getattr(options, field.name) for field in fields(Evaluation)})
+    result = measure(Source(options.model, options.arch, allow_pickle=options.allow_pickle), how)
     log.finish()
     log.result({"model": options.model, **asdict(result)})
     print(json.dumps({"model": options.model, **asdict(result)}) if options.json else result)

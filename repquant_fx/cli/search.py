@@ -20,6 +20,7 @@ from repquant_fx.cli.common import (
 )
 from repquant_fx.cli.method import add_method, recipe_from
 from repquant_fx.errors import InputError
+from repquant_fx.options import Evaluation, Source
 
 
 def add(command: argparse.ArgumentParser) -> None:
@@ -105,25 +106,25 @@ def run(options: argparse.Namespace) -> int:
 
 def _measured(options: argparse.Namespace) -> tuple[Callable[[Any], float], float]:
     """A measure of compiled models on the data, larger is better, and what it must reach."""
-    from repquant_fx.evaluation import METRICS, Accuracy, Perplexity, deduce_metric, evaluate
+    from repquant_fx.evaluation import METRICS, Accuracy, Perplexity, deduce_metric, measure
     from repquant_fx.files import scratch
 
-    more: dict[str, Any] = {"limit": options.limit, "seed": options.seed}
     metric = deduce_metric(Path(options.data))
-    if "tokenizer" in METRICS[metric].options:
-        more["tokenizer"] = options.tokenizer or _tokenizer_of(options.model)
+    wanted = "tokenizer" in METRICS[metric].options
+    how = Evaluation(options.data, limit=options.limit, seed=options.seed,
+                     tokenizer=options.tokenizer or _tokenizer_of(options.model) if wanted else None)
 
-    def score(source: str, **how: Any) -> float:
-        result = evaluate(source, options.data, **more, **how)
+    def score(source: Source) -> float:
+        result = measure(source, how)
         if isinstance(result, Perplexity):
             return -result.perplexity
         return result.top1 if isinstance(result, Accuracy) else 100 * result.spearman
 
     def quality(compiled: Any) -> float:
         with scratch() as folder:
-            return score(str(compiled.save(folder / "trial.onnx")))
+            return score(Source(compiled.save(folder / "trial.onnx")))
 
-    best = score(options.model, arch=options.arch, allow_pickle=options.allow_pickle)
+    best = score(Source(options.model, options.arch, allow_pickle=options.allow_pickle))
     return quality, best * (1 + options.max_drop / 100) if metric == "perplexity" else best - options.max_drop
 
 

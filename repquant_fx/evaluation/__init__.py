@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,6 +24,7 @@ from repquant_fx.evaluation.runners import Runner, open_runner, preprocessing_fr
 from repquant_fx.evaluation.similarity import PAIR_SUFFIXES, Similarity, similarity
 from repquant_fx.evaluation.zero_shot import zero_shot
 from repquant_fx.files import irregular
+from repquant_fx.options import Evaluation, Source
 
 __all__ = [
     "METRICS",
@@ -37,6 +38,7 @@ __all__ = [
     "deduce_metric",
     "evaluate",
     "labelled_folder",
+    "measure",
     "open_runner",
     "perplexity",
     "preprocessing_from_onnx",
@@ -112,29 +114,33 @@ def evaluate(
     Raises:
         InputError: data or model cannot be used, do not fit together, or an option does not belong to the metric.
     """
-    if any(count is not None and count < 1 for count in (batch_size, limit, threads)):
+    return measure(Source(source, arch, allow_pickle=allow_pickle),
+                   Evaluation(data, metric, batch_size, limit, threads, seed, tokenizer, seq_len, stride, separator,
+                              prompts))
+
+
+def measure(source: Source, how: Evaluation) -> Result:
+    """`evaluate`, of what it was given as objects.
+
+    Raises:
+        InputError: as `evaluate` does.
+    """
+    threads = how.threads
+    if any(count is not None and count < 1 for count in (how.batch_size, how.limit, threads)):
         raise InputError("batch size, limit and threads must be at least 1")
     if threads is not None and threads > (most := max(64, 8 * (os.cpu_count() or 1))):
         raise InputError(f"{threads} threads: this machine runs {most} at most")
-    path = Path(data).expanduser()
-    if not path.exists():
-        raise InputError(
-            f"evaluation data {path} does not exist: give class folders of images, a .npz or .safetensors with images "
-            "and "
-            "labels, a text, or sentence pairs"
-        )
-    if kind := irregular(path):
-        raise InputError(f"evaluation data {path} is {kind}, not a file")
-    name = metric or deduce_metric(path, prompts)
+    path = _data(how.data)
+    name = how.metric or deduce_metric(path, how.prompts)
     if name not in METRICS:
         raise InputError(f"there is no metric {name!r}; the metrics are {', '.join(METRICS)}")
     chosen = METRICS[name]
-    given = {"tokenizer": tokenizer, "seq_len": seq_len, "stride": stride, "separator": separator, "prompts": prompts}
+    given = {key: getattr(how, key) for key in ("tokenizer", "seq_len", "stride", "separator", "prompts")}
     options: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     stray = [f"--{key.replace('_', '-')}" for key in options if key not in chosen.options]
     if stray:
         raise InputError(f"{', '.join(stray)} does not belong to the metric {name}")
-    if name == "zero-shot" and prompts is None:
+    if name == "zero-shot" and how.prompts is None:
         raise InputError(
             "zero-shot needs --prompts: a JSON file of class prompts, or a template such as 'a photo of a {}'"
         )
@@ -146,10 +152,20 @@ def evaluate(
         )
         raise InputError(f"evaluation data {path}: {wanted}")
     if "seed" in chosen.options:
-        options["seed"] = seed
+        options["seed"] = how.seed
     with torch_threads(threads):
-        runner = open_runner(source, arch=arch, allow_pickle=allow_pickle, threads=threads, task=chosen.task)
-        return chosen.measure(runner, path, batch_size=batch_size or chosen.batch_size, limit=limit, **options)
+        runner = open_runner(replace(source, task=chosen.task), threads)
+        return chosen.measure(runner, path, batch_size=how.batch_size or chosen.batch_size, limit=how.limit, **options)
+
+
+def _data(given: str | Path) -> Path:
+    path = Path(given).expanduser()
+    if not path.exists():
+        raise InputError(f"evaluation data {path} does not exist: give class folders of images, a .npz or .safetensors "
+                         "with images and labels, a text, or sentence pairs")
+    if kind := irregular(path):
+        raise InputError(f"evaluation data {path} is {kind}, not a file")
+    return path
 
 
 def deduce_metric(data: Path, prompts: str | None = None) -> str:

@@ -240,8 +240,7 @@ def labelled_folder(
     return LabelledImages([files[i] for i in subset(len(files), limit, seed)], classes, reader, batch_size, dtype)
 
 
-# ---- data
-# -----------------------------------------------------------------------------------------------------------------
+# ---- data ------------------------------------------------------------------------------------------------------------
 
 
 def _labelled_arrays(path: Path, spec: InputSpec, batch_size: int, limit: int | None, seed: int) -> LabelledArrays:

@@ -18,6 +18,7 @@ from repquant_fx.calibration.images import shape_text
 from repquant_fx.calibration.inputs import InputSpec
 from repquant_fx.errors import InputError, RepQuantError, first_line
 from repquant_fx.exporters.reading import read_onnx
+from repquant_fx.options import Source
 from repquant_fx.security.guard import guarded
 from repquant_fx.torch_private import pytree
 
@@ -97,21 +98,19 @@ def first_rows(outputs: Tensor, count: int) -> Tensor:
     return outputs[:count] if outputs.ndim and len(outputs) > count else outputs
 
 
-def open_runner(source: str, *, arch: str | None = None, allow_pickle: bool = False, threads: int | None = None,
-                task: str | None = None) -> Runner:
+def open_runner(source: Source, threads: int | None = None) -> Runner:
     """A model ready to run: an `.onnx` in ONNX Runtime, anything else that `load_model` takes in torch.
 
     Args:
-        source, arch, allow_pickle: see `frontends.loading.load_model`.
+        source: its task is that a transformers directory is built for; of others the model decides.
         threads: of ONNX Runtime; None leaves the choice to it. For torch see `torch_threads`.
-        task: that a transformers directory is built for; of other sources the model decides.
 
     Raises:
         InputError: the model cannot be loaded.
     """
-    if Path(source).suffix.lower() == ".onnx":
-        return _onnx_runner(source, threads)
-    return _torch_runner(source, arch, allow_pickle, task)
+    if Path(source.model).suffix.lower() == ".onnx":
+        return _onnx_runner(str(source.model), threads)
+    return _torch_runner(source)
 
 
 def preprocessing_from_onnx(path: str | Path) -> dict[str, Any] | None:
@@ -147,8 +146,7 @@ def _fitted(tensor: Tensor, rows: int, spec: InputSpec, source: str) -> Tensor:
     return tensor.to(spec.dtype).contiguous()
 
 
-# ---- ONNX Runtime
-# ---------------------------------------------------------------------------------------------------------
+# ---- ONNX Runtime ----------------------------------------------------------------------------------------------------
 
 
 def _onnx_runner(path: str, threads: int | None) -> Runner:
@@ -191,17 +189,16 @@ def _tokenizer_beside(path: Path) -> Any | None:
     return load_tokenizer(path.parent) if has_tokenizer(path.parent) else None
 
 
-# ---- torch
-# ----------------------------------------------------------------------------------------------------------------
+# ---- torch -----------------------------------------------------------------------------------------------------------
 
 
-def _torch_runner(source: str, arch: str | None, allow_pickle: bool, task: str | None) -> Runner:
+def _torch_runner(source: Source) -> Runner:
     from repquant_fx.frontends.huggingface import is_huggingface
-    from repquant_fx.frontends.loading import load_model
+    from repquant_fx.frontends.loading import load_source
 
-    options: dict[str, Any] = {"task": task} if is_huggingface(source) else {}
-    loaded = load_model(source, arch=arch, allow_pickle=allow_pickle, **options)
-    runner = _program_runner(loaded, source) if loaded.exported is not None else _module_runner(loaded, source)
+    name = str(source.model)
+    loaded = load_source(source if is_huggingface(name) else replace(source, task=None))
+    runner = _program_runner(loaded, name) if loaded.exported is not None else _module_runner(loaded, name)
     return replace(runner, preprocessing=loaded.preprocessing, tokenizer=getattr(loaded, "tokenizer", None),
                    task=getattr(loaded, "task", None))
 

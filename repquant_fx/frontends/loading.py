@@ -30,6 +30,7 @@ from repquant_fx.frontends.pickled import load_pickled, refuse_bomb
 from repquant_fx.frontends.processor import load_preprocessing
 from repquant_fx.frontends.tasks import check_task
 from repquant_fx.frontends.tokenizer import has_tokenizer, load_tokenizer
+from repquant_fx.options import Source
 from repquant_fx.security.guard import guarded_unless
 from repquant_fx.security.names import check_module_names, check_names
 
@@ -111,54 +112,53 @@ def load_model(
         ModelFileError: not a model, damaged, unsafe, or at odds with the architecture.
         InputError: `arch` with a source that is a whole model; an unknown or malformed input shape; an unknown task.
     """
-    text = str(source)
-    check_task(task)
+    return load_source(Source(source, arch, input_shape, allow_pickle, task, offload_dir=offload_dir))
+
+
+def load_source(source: Source) -> LoadedModel:
+    """`load_model`, of what it was given as one object.
+
+    Raises:
+        ModelFileError, InputError: as `load_model` does.
+    """
+    text = str(source.model)
+    check_task(source.task)
     if architectures.is_architecture(text):
-        _no_architecture_wanted(arch, text)
+        _no_architecture_wanted(source)
         named = architectures.parse_architecture(text)
-        return _loaded(architectures.build(named), str(named), input_shape, task)
+        return _loaded(architectures.build(named), str(named), source)
     folder = None
     if huggingface.is_huggingface(text):
-        _no_architecture_wanted(arch, text)
+        _no_architecture_wanted(source)
         folder = huggingface.find_directory(text)  # `hf:` may download, so it is outside the guard
-    with guarded_unless(allow_pickle, f"loading {text}", [Path(offload_dir)] if offload_dir is not None else []):
-        loaded = _load(text, folder, arch, allow_pickle, input_shape, task, offload_dir)
-    return replace(loaded, trusted=allow_pickle)
+    writable = [Path(source.offload_dir)] if source.offload_dir is not None else []
+    with guarded_unless(source.allow_pickle, f"loading {text}", writable):
+        loaded = _from_directory(folder, source) if folder is not None else _from_file(source)
+    return replace(loaded, trusted=source.allow_pickle)
 
 
-def _load(
-    text: str,
-    folder: Path | None,
-    arch: str | None,
-    allow_pickle: bool,
-    input_shape: Sequence[int] | None,
-    task: str | None,
-    offload_dir: str | Path | None,
-) -> LoadedModel:
-    """A transformers directory, or a file."""
-    if folder is not None:
-        return _from_directory(text, folder, task, input_shape, offload_dir)
+def _from_file(source: Source) -> LoadedModel:
+    text = str(source.model)
     data = _read(Path(text))
     kind = _kind(data, text)
     if kind == "safetensors":
         weights, stored = _safetensors(data, text)
-        return _from_weights(weights, arch or stored, text, input_shape, task)
+        return _from_weights(weights, source.arch or stored, source)
     if kind == "pt2":
-        _no_architecture_wanted(arch, text)
-        return _from_program(data, text, allow_pickle, input_shape, task)
-    found = load_pickled(data, text, allow_pickle=allow_pickle)
+        _no_architecture_wanted(source)
+        return _from_program(data, source)
+    found = load_pickled(data, text, allow_pickle=source.allow_pickle)
     module = _module_in(found)
     if module is not None:
-        _no_architecture_wanted(arch, text)
-        return _loaded(module, f"{type(module).__name__} pickled in {text}", input_shape, task)
-    return _from_weights(_weights_in(found, text), arch, text, input_shape, task)
+        _no_architecture_wanted(source)
+        return _loaded(module, f"{type(module).__name__} pickled in {text}", source)
+    return _from_weights(_weights_in(found, text), source.arch, source)
 
 
-def _no_architecture_wanted(arch: str | None, source: str) -> None:
-    if arch is not None:
-        raise InputError(
-            f"--arch {arch} was given, but {source} is a whole model; --arch is for state dicts and safetensors"
-        )
+def _no_architecture_wanted(source: Source) -> None:
+    if source.arch is not None:
+        raise InputError(f"--arch {source.arch} was given, but {source.model} is a whole model; --arch is for state "
+                         "dicts and safetensors")
 
 
 def _read(path: Path) -> bytes:
@@ -286,53 +286,44 @@ def ready(module: nn.Module, source: str, input_shape: Sequence[int] | None = No
     )
 
 
-def _loaded(
-    module: nn.Module, source: str, input_shape: Sequence[int] | None, task: str | None, **about: Any
-) -> LoadedModel:
+def _loaded(module: nn.Module, name: str, source: Source, **about: Any) -> LoadedModel:
+    """A module that was built or read; `name` is for messages, `about` goes to `ready`."""
     if isinstance(module, nn.DataParallel):
         module = module.module
     try:
-        check_module_names(module, source)
+        check_module_names(module, name)
         module = module.to("cpu").eval()
         if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in module.parameters()):
             module = module.float()
-        check_finite(module.named_parameters(), module.named_buffers(), source)
-        return ready(module, source, input_shape, task, **about)
+        check_finite(module.named_parameters(), module.named_buffers(), name)
+        return ready(module, name, source.input_shape, **{"task": source.task, **about})
     except InputError:
         raise
     except Exception as error:  # a file may hold any state
-        raise ModelFileError(f"{source} holds a module that is not whole: {first_line(error)}") from error
+        raise ModelFileError(f"{name} holds a module that is not whole: {first_line(error)}") from error
 
 
-def _from_directory(source: str, folder: Path, task: str | None, input_shape: Sequence[int] | None,
-                    offload_dir: str | Path | None) -> LoadedModel:
+def _from_directory(folder: Path, source: Source) -> LoadedModel:
     files = find_files(folder)
-    module, task = huggingface.load_directory(files, task, offload_dir)
+    module, task = huggingface.load_directory(files, source.task, source.offload_dir)
     preprocessing = load_preprocessing(files, architectures.config_image_shape(module))
     tokenizer = load_tokenizer(files) if has_tokenizer(files) else None
-    loaded = _loaded(
-        module,
-        f"{type(module).__name__} of {source}",
-        input_shape,
-        task,
-        preprocessing=preprocessing,
-        tokenizer=tokenizer,
-    )
+    loaded = _loaded(module, f"{type(module).__name__} of {source.model}", source, task=task,
+                     preprocessing=preprocessing, tokenizer=tokenizer)
     return replace(loaded, directory=files)
 
 
-def _from_program(
-    data: bytes, where: str, allow_pickle: bool, input_shape: Sequence[int] | None, task: str | None
-) -> LoadedModel:
-    if input_shape is not None:
+def _from_program(data: bytes, source: Source) -> LoadedModel:
+    where = str(source.model)
+    if source.input_shape is not None:
         raise InputError(
             f"--input-shape was given, but {where} is an exported program, which fixes the shapes of its inputs"
         )
-    program, inputs, stored = load_exported(data, where, allow_pickle=allow_pickle)
+    program, inputs, stored = load_exported(data, where, allow_pickle=source.allow_pickle)
     parameters = [(name, tensor) for name, tensor in program.state_dict.items() if isinstance(tensor, nn.Parameter)]
     buffers = [(name, tensor) for name, tensor in program.state_dict.items() if not isinstance(tensor, nn.Parameter)]
     check_finite(parameters, buffers, where)
-    return LoadedModel(None, program, inputs, stored, None, f"program exported in {where}", task=task)
+    return LoadedModel(None, program, inputs, stored, None, f"program exported in {where}", task=source.task)
 
 
 def check_finite(parameters: Iterable[tuple[str, Tensor]], buffers: Iterable[tuple[str, Tensor]], where: str) -> None:
@@ -390,8 +381,8 @@ def _safetensors(data: bytes, where: str) -> tuple[dict[str, Tensor], str | None
     return weights, stored
 
 
-def _from_weights(weights: dict[str, Tensor], arch: str | None, where: str, input_shape: Sequence[int] | None,
-                  task: str | None) -> LoadedModel:
+def _from_weights(weights: dict[str, Tensor], arch: str | None, source: Source) -> LoadedModel:
+    where = str(source.model)
     if not arch:
         raise ModelFileError(f"{where} holds a state dict with {len(weights)} tensors ({_listed(list(weights))}) "
                              "but no architecture; pass --arch timm:NAME")
@@ -411,7 +402,7 @@ def _from_weights(weights: dict[str, Tensor], arch: str | None, where: str, inpu
         module.load_state_dict(weights)
     except Exception as error:
         raise ModelFileError(f"the weights of {where} do not fit {named}: {first_line(error)}") from error
-    return _loaded(module, f"{named} with the weights of {where}", input_shape, task)
+    return _loaded(module, f"{named} with the weights of {where}", source)
 
 
 def _check_fit(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], complaint: str) -> None:

@@ -151,18 +151,6 @@ def check_pickle(data: bytes, where: str) -> None:
         )
 
 
-def globals_of(data: bytes, where: str) -> set[str]:
-    """Every global, as `module.name`, that the pickles of a `torch.save` file name. Executes nothing.
-
-    Raises:
-        ModelFileError: the pickle is damaged.
-    """
-    named, problem = rehearse(data)
-    if problem is not None:
-        raise ModelFileError(f"{where} is not a model file: its pickle is damaged ({problem})")
-    return named
-
-
 def refuse_bomb(data: bytes, where: str) -> None:
     """Refuse a zip archive that declares far more than it is (see `limits.unpacks_to`).
 

@@ -194,8 +194,7 @@ def _run(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[tuple[str, ...], 
     """(fields of the output that are tensors, globs of the modules that stay float).
 
     A model that is prompted with points reads each image once and decodes it many times: the method is for the module
-        that reads
-    the image, the small decoders beside it stay float.
+    that reads the image, the small decoders beside it stay float.
     """
     readers: set[str] = set()
     images = inputs.get("pixel_values")

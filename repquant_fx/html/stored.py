@@ -6,25 +6,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+from repquant_fx import described
 from repquant_fx.errors import InputError
 from repquant_fx.files import irregular
 from repquant_fx.security.schema import LONGEST, Misfit, Within, parse, read
 
 Count = Annotated[int, Within(0, 1 << 53)]
-Bits = Annotated[int, Within(1, 32)]
 Numbers = list[float | None]
 
 
-@dataclass(frozen=True)
-class Operand:
+@dataclass(frozen=True, kw_only=True)
+class Operand(described.Activation):
     """What a layer reads; of `report.describe_site`."""
 
-    name: str = ""
-    bits: Bits | None = None
     quantizer: str | None = None
     scale: float | list[float] | None = None
     zero_point: int | list[int] | None = None
-    zero_code: int | None = None
     codes_per_octave: Count | None = None
 
 
@@ -40,25 +37,21 @@ class OutputError:
     chosen: float | None = None
 
 
-@dataclass(frozen=True)
-class Weight:
-    bits: Bits
+@dataclass(frozen=True, kw_only=True)
+class Weight(described.Weight):
     granularity: str | None = None
     method: str | None = None
     scale: ScaleRange | None = None
     output_error: OutputError | None = None
 
 
-@dataclass(frozen=True)
-class Layer:
+@dataclass(frozen=True, kw_only=True)
+class Layer(described.Layer):
     """Of `report.describe_layers`."""
 
-    path: str | None = None
-    operator: str | None = None
     node: str | None = None
     group: str | None = None
     inputs: list[Operand] = field(default_factory=list)
-    rewritten: list[str] = field(default_factory=list)
     weight: Weight | None = None
     sqnr_db: float | None = None
 
@@ -68,13 +61,6 @@ class Product:
     path: str
     op: str
     integer: bool
-    reason: str
-
-
-@dataclass(frozen=True)
-class Left:
-    path: str
-    operator: str
     reason: str
 
 
@@ -119,7 +105,7 @@ class Activation:
 
     same_as: str | None = None
     kind: str | None = None
-    bits: Bits | None = None
+    bits: described.Bits | None = None
     steps: Count | None = None
     total: Count | None = None
     channels: list[Count] | None = None
@@ -175,7 +161,7 @@ class Report:
     calibration: Calibration | None = None
     parity: Parity | None = None
     kernels: list[Product] | None = None
-    left_alone: list[Left] | None = None
+    left_alone: list[described.Reason] | None = None
     statistics: Statistics | None = None
 
 

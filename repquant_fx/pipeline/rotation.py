@@ -1,9 +1,9 @@
 """Which channel vectors to rotate, decided on calibration data.
 
 A rotation spreads outlier channels; where there are none it can only hurt. So every candidate is tried on a copy of the
-float graph: activations and weights of the layers that it touches are quantized there and in the original, to nearest
-    and with searched
-bounds, and a candidate stays where the products come out with less noise.
+float graph: activations and weights of the layers that it touches are quantized there and in the original, to nearest,
+on the grids that the compile chooses for weights and with searched bounds for activations, and a candidate stays where
+the products come out with less noise.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from repquant_fx.passes.rotate_vectors import RotateVectors, Rotation, gain_allo
 from repquant_fx.passes.vector_flow import VectorFlow, head_sizes
 from repquant_fx.passes.vector_spaces import Space, where
 from repquant_fx.quantizers.clipping import search_bounds
-from repquant_fx.quantizers.gptq import weight_grid
 from repquant_fx.quantizers.rotation import rotation
 from repquant_fx.quantizers.uniform import fake_quantize, parameters_from_range
+from repquant_fx.quantizers.weight import chosen_grid
 from repquant_fx.recipe import ROTATE, Recipe
 from repquant_fx.recorder import Recorder
 
@@ -128,7 +128,7 @@ def rotate(graph_module: GraphModule, plan: Plan, batches: Sequence[tuple[Tensor
     possible = [candidate for candidate in candidates if not candidate.reason]
     noise = checkpoint.load("rotations")
     if noise is None or noise.keys() != {"noise"} or noise["noise"].shape != (len(possible), 2):
-        noise = checkpoint.world.broadcast(lambda: {"noise": _try(graph_module, plan, batches, possible, seed)})
+        noise = checkpoint.world.broadcast(lambda: {"noise": _try(graph_module, plan, batches, recipe, possible, seed)})
         assert noise is not None
         checkpoint.save("rotations", noise)
     figures = dict(zip(map(id, possible), noise["noise"].tolist()))
@@ -148,14 +148,15 @@ def _probe(batch: tuple[Tensor, ...]) -> Probe:
 
 
 def _try(
-    graph_module: GraphModule, plan: Plan, batches: Sequence[tuple[Tensor, ...]], candidates: list[Candidate], seed: int
+    graph_module: GraphModule, plan: Plan, batches: Sequence[tuple[Tensor, ...]], recipe: Recipe,
+    candidates: list[Candidate], seed: int
 ) -> Tensor:
     """Noise of each candidate's products, geometric means before and after, shape (candidates, 2), float64."""
-    before = _noise(graph_module, plan, batches, {})
+    before = _noise(graph_module, plan, batches, recipe, {})
     copy = shared_copy(graph_module)
     twin = dict(zip(graph_module.graph.nodes, copy.graph.nodes))
     run_passes(copy, [RotateVectors(rotations([_twins(candidate, twin) for candidate in candidates], seed))])
-    after = _noise(copy, plan, batches, twin)
+    after = _noise(copy, plan, batches, recipe, twin)
     rows = [
         [_mean([noise[node] for node in candidate.nodes() if node in noise]) for noise in (before, after)]
         for candidate in candidates
@@ -182,7 +183,8 @@ def _twins(candidate: Candidate, twin: Mapping[Node, Node]) -> Candidate:
 
 
 def _noise(
-    graph_module: GraphModule, plan: Plan, batches: Sequence[tuple[Tensor, ...]], twin: Mapping[Node, Node]
+    graph_module: GraphModule, plan: Plan, batches: Sequence[tuple[Tensor, ...]], recipe: Recipe,
+    twin: Mapping[Node, Node]
 ) -> dict[Node, float]:
     """Noise over signal power of each quantized product of the plan, by consumer; `twin`: the plan's nodes in this
     graph.
@@ -200,9 +202,8 @@ def _noise(
             Recorder(graph_module, wanted, keep).run(*(tensor[:SAMPLES] for tensor in batch))
     found: dict[Node, float] = {}
     for group in groups:
-        found.update(
-            _products(group, rows, twin) if group.kind == "matmul" else _linears(graph_module, group, rows, twin)
-        )
+        found.update(_products(group, rows, twin) if group.kind == "matmul"
+                     else _linears(graph_module, group, rows, twin, recipe))
     return found
 
 
@@ -211,8 +212,8 @@ def _some_rows(values: list[Tensor], count: int) -> Tensor:
     return rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).long()]
 
 
-def _linears(graph_module: GraphModule, group: Group, rows: Mapping[Node, list[Tensor]],
-             twin: Mapping[Node, Node]) -> Iterator[tuple[Node, float]]:
+def _linears(graph_module: GraphModule, group: Group, rows: Mapping[Node, list[Tensor]], twin: Mapping[Node, Node],
+             recipe: Recipe) -> Iterator[tuple[Node, float]]:
     for site in group.sites:
         x = _some_rows(rows[twin.get(site.value, site.value)], ROWS)
         if site.role == "norm":
@@ -227,7 +228,7 @@ def _linears(graph_module: GraphModule, group: Group, rows: Mapping[Node, list[T
             if consumer.target is not aten.linear.default or not is_constant(weight_node):
                 continue
             weight = attribute(graph_module, weight_node)  # type: ignore[arg-type]
-            grid = weight_grid(weight, group.plans[consumer].wbits, symmetric=True)
+            grid = chosen_grid(weight, group.plans[consumer].wbits, recipe)
             yield consumer, _ratio(quantized @ grid.values(weight).T, x @ weight.T)
 
 

@@ -25,10 +25,9 @@ def quantize_log(log_a: Tensor, scale: float, bits: int, steps: int = 2) -> Tens
     """Codes `clip(round(-steps * log2(A / scale)), 0, 2^bits - 1)` (Eq. 15) from the *natural logarithm* of A.
 
     Taking the logarithm as input lets LogSoftmax feed the quantizer directly: log2 quantization is uniform quantization
-        of
-    the logarithm. A scale that is a whole number of steps below 1 (see `snap`) is then a zero point, and the arithmetic
-    below (divide, round half to even, add, saturate) is that of ONNX QuantizeLinear with scale `ln 2 / steps`, in
-    float32, so that codes agree. `log_a = -inf` gives the zero code.
+    of the logarithm. A scale that is a whole number of steps below 1 (see `snap`) is then a zero point, and the
+    arithmetic below (divide, round half to even, add, saturate) is that of ONNX QuantizeLinear with scale `ln 2 /
+    steps`, in float32, so that codes agree. `log_a = -inf` gives the zero code.
     """
     width = torch.tensor(math.log(2) / steps, dtype=log_a.dtype, device=log_a.device)
     offset = steps * math.log2(scale)

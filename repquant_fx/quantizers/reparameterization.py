@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from repquant_fx.quantizers.affine import into_reader, into_writer
+
 
 @dataclass(frozen=True)
 class ChannelAffine:
@@ -25,6 +27,11 @@ class ChannelAffine:
     scale: Tensor
     zero_point: Tensor
 
+    @property
+    def added(self) -> Tensor:
+        """What the map adds to `x / ratio`, shape (D,)."""
+        return self.shift / self.ratio
+
     def apply(self, x: Tensor) -> Tensor:
         """The reparameterized activation; the channel axis of `x` is last."""
         return (x + self.shift) / self.ratio
@@ -32,13 +39,11 @@ class ChannelAffine:
     def rewrite_norm(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """`gamma / r1` and `(beta + s * r2) / r1` (Eq. 12). A norm without affine gains one."""
         one = torch.ones_like(self.ratio) if weight is None else weight
-        zero = torch.zeros_like(self.ratio) if bias is None else bias
-        return one / self.ratio, (zero + self.shift) / self.ratio
+        return into_writer(one, bias, self.ratio, -self.shift)
 
     def rewrite_linear(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """`W diag(r1)` and `bias - W (s * r2)` (Eq. 14), with W of shape (out, D). A Linear without bias gains one."""
-        correction = weight @ self.shift
-        return weight * self.ratio, -correction if bias is None else bias - correction
+        return into_reader(weight, bias, self.ratio, -self.shift)
 
 
 def reparameterize(scale: Tensor, zero_point: Tensor, bits: int) -> ChannelAffine:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from repquant_fx.quantizers.gptq import QuantizedWeight, symmetric_range
 from repquant_fx.quantizers.observers import LogQuantizer, UniformQuantizer
-from repquant_fx.quantizers.weight import needs_symmetric
+from repquant_fx.quantizers.weight import fills_container
 
 INSIDE = 0.49  # steps that a weight may start away from its code
 
@@ -107,7 +107,7 @@ def code_window(codes: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     4 bits fill INT4 and 8 bits are symmetric in INT8, whatever a channel uses.
     """
     flat = codes.reshape(len(codes), -1).to(torch.float32)
-    if needs_symmetric(bits):
+    if fills_container(bits):
         ends = symmetric_range(bits)
         return torch.full_like(flat[:, 0], ends[0]), torch.full_like(flat[:, 0], ends[1])
     low, up = flat.amin(1).clamp(max=0), flat.amax(1).clamp(min=0)

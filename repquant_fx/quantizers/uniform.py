@@ -72,6 +72,7 @@ def parameters_from_range(low: Tensor, up: Tensor, bits: int, *, include_zero: b
     return scale, zero_point
 
 
-def squared_error(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None = None) -> Tensor:
-    """Elementwise squared quantization error, of the shape of `x`."""
-    return (fake_quantize(x, scale, zero_point, bits, axis) - x).square()
+def storable(scale: Tensor, zero_point: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
+    """A stored zero point is a code: (the nearest one, what to add to the activation for it, None for nothing)."""
+    stored = zero_point.clamp(0, levels(bits) - 1)
+    return stored, None if torch.equal(stored, zero_point) else scale * (zero_point - stored)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from repquant_fx.quantizers.correction import Moments
-from repquant_fx.quantizers.gptq import QuantizedWeight, gptq, output_error, round_to_nearest, weight_grid
+from repquant_fx.quantizers.gptq import QuantizedWeight, WeightGrid, gptq, output_error, round_to_nearest, weight_grid
 from repquant_fx.recipe import Recipe
 
 BIAS_ROOM = 2.0**30  # of an int32: what a bias may take, so that the product can still be added to it
@@ -30,6 +30,12 @@ class ChosenWeight:
     errors: tuple[float, float] | None
 
 
+def chosen_grid(weight: Tensor, bits: int, recipe: Recipe, importance: Tensor | None = None) -> WeightGrid:
+    """The grid that a weight of shape (out, in) is rounded to; `importance` as in `weight_grid`."""
+    return weight_grid(weight, bits, symmetric=fills_container(bits), search=recipe.weights == "mse",
+                       importance=importance)
+
+
 def round_weight(weight: Tensor, bits: int, hessian: Tensor | None, recipe: Recipe, use_gptq: bool,
                  where: str) -> tuple[QuantizedWeight, QuantizedWeight]:
     """Codes to nearest, and the codes chosen. Rows are independent of each other.
@@ -39,15 +45,12 @@ def round_weight(weight: Tensor, bits: int, hessian: Tensor | None, recipe: Reci
         hessian: `2 X^T X` of the input, shape (in, in), float64; None where there is none for this kind of layer.
         where: names the layer in errors.
     """
-    search = recipe.weights == "mse"
-    grid = weight_grid(weight, bits, symmetric=needs_symmetric(bits), search=search)
+    grid = chosen_grid(weight, bits, recipe)
     nearest = round_to_nearest(weight, grid)
     if not use_gptq or hessian is None:
         return nearest, nearest
     # a second grid, chosen where the inputs have their energy; keep whichever ends with the smaller output error
-    weighted = weight_grid(
-        weight, bits, symmetric=needs_symmetric(bits), search=search, importance=hessian.diagonal().float()
-    )
+    weighted = chosen_grid(weight, bits, recipe, importance=hessian.diagonal().float())
     results = [gptq(weight, hessian, g, damping=recipe.gptq_damping, block=recipe.gptq_block,
                     activation_order=recipe.gptq_activation_order, where=where) for g in (grid, weighted)]
     costs = [output_error(weight, r.dequantize(), hessian) for r in results]
@@ -99,6 +102,6 @@ def with_room_for_bias(quantized: QuantizedWeight, bias: Tensor, step: float) ->
     return QuantizedWeight(shrunk.to(codes.dtype), wanted)
 
 
-def needs_symmetric(bits: int) -> bool:
+def fills_container(bits: int) -> bool:
     """4 bits fill INT4 and 8 bits fill INT8: no room to fold a zero point into the codes."""
     return bits in (4, 8)

@@ -17,7 +17,7 @@ from onnx import TensorProto
 
 from repquant_fx import CompiledModel, Recipe, audit, session
 from repquant_fx.parity import compare
-from repquant_fx.passes.lower_to_qdq import DEQUANTIZE, QUANTIZE
+from repquant_fx.passes.operators import DEQUANTIZE, QUANTIZE
 
 
 def types(proto: onnx.ModelProto) -> dict[str, int]:

@@ -25,13 +25,12 @@ from repquant_fx.errors import RepQuantWarning
 from repquant_fx.frontends.capture import AXES, Captured, capture, name_outputs, tensors_in
 from repquant_fx.frontends.loading import LoadedModel
 from repquant_fx.passes.base import run_pass, run_passes, shared_copy
-from repquant_fx.passes.channel_flow import SOFTMAX
 from repquant_fx.passes.fuse_requantization import FuseRequantization
 from repquant_fx.passes.insert_observers import InsertObservers
-from repquant_fx.passes.lower_to_qdq import LOG2_SOFTMAX, LowerToQDQ
+from repquant_fx.passes.lower_to_qdq import LowerToQDQ
 from repquant_fx.passes.match_sites import MatchSites, Plan
 from repquant_fx.passes.normal_form import normalize
-from repquant_fx.passes.operators import NORMS
+from repquant_fx.passes.operators import LOG2_SOFTMAX, NORMS, SOFTMAX
 from repquant_fx.passes.reparameterize_norms import ReparameterizeNorms
 from repquant_fx.pipeline import equalize_layers, quantize_sequentially
 from repquant_fx.quantizers.observers import Observer
@@ -159,11 +158,9 @@ def test_linears_write_the_codes_that_are_promised(name: str) -> None:
     data, settings = batches(FAMILIES[name]), replace(recipe(FAMILIES[name]), wbits=4, abits=5)
     run_passes(graph_module, [InsertObservers(plan, len(data))])
     weights = quantize_sequentially(graph_module, plan, data, settings).weights
-    lowering = LowerToQDQ(plan, weights)
-    run_passes(graph_module, [lowering])
-    fuse = FuseRequantization(lowering.quantizers)
-    fused_as_promised(graph_module, fuse, *data[0])
-    assert fuse.codes or fuse.left_alone
+    fuse = FuseRequantization(run_pass(graph_module, LowerToQDQ(plan, weights)).quantizers)
+    fused = fused_as_promised(graph_module, fuse, *data[0])
+    assert fused.codes or fuse.left_alone
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -12,7 +12,7 @@ from helpers import vit
 
 from repquant_fx import CompiledModel, InputError, Recipe, compile
 from repquant_fx.passes.base import attribute
-from repquant_fx.passes.lower_to_qdq import QUANTIZE
+from repquant_fx.passes.operators import QUANTIZE
 
 SHAPE = (3, 16, 16)
 

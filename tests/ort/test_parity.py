@@ -19,7 +19,7 @@ from torch import Tensor
 import repquant_fx
 from repquant_fx import CompiledModel, ParityError, Recipe
 from repquant_fx.parity import Parity, compare, sqnr
-from repquant_fx.passes.lower_to_qdq import LOG2_SOFTMAX
+from repquant_fx.passes.operators import LOG2_SOFTMAX
 from repquant_fx.runtime import session
 
 BITS = range(2, 9)

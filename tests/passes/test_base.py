@@ -9,7 +9,7 @@ from helpers import Encoder, Function, aten, canonical, images, match, quantized
 from torch.fx import GraphModule, Node
 
 from repquant_fx.errors import PassError
-from repquant_fx.passes.base import Pass, copy_meta, run_passes
+from repquant_fx.passes.base import Pass, copy_meta, run_pass, run_passes
 from repquant_fx.passes.canonicalize import Canonicalize
 from repquant_fx.passes.flatten_rows import FlattenRows
 from repquant_fx.passes.fold_constants import FoldConstants
@@ -100,8 +100,7 @@ def test_lowered_graphs() -> None:
     OBSERVED.check(run.graph_module)
     with pytest.raises(PassError, match=r"not canonical: .* belongs to a later form|calls a module"):
         CANONICAL.check(run.graph_module)
-    lowering = LowerToQDQ(run.plan, run.result.weights)
-    graph_module = run_passes(run.graph_module, [lowering])
+    graph_module = run_passes(run.graph_module, [LowerToQDQ(run.plan, run.result.weights)])
     with pytest.raises(PassError, match="belongs to a later form"):
         OBSERVED.check(graph_module)
     quantize = next(n for n in graph_module.graph.nodes if n.target is QUANTIZE)
@@ -127,9 +126,8 @@ def test_lowering_asks_for_quantizers(encoder_graph) -> None:
 
 def runtime(graph_module: GraphModule, x: torch.Tensor) -> tuple[GraphModule, list[Pass]]:
     run = quantized(graph_module, FAST, [x])
-    lowering = LowerToQDQ(run.plan, run.result.weights)
-    run_passes(run.graph_module, [lowering])
-    return run.graph_module, [FuseRequantization(lowering.quantizers), FlattenRows(), ShareMasks()]
+    lowered = run_pass(run.graph_module, LowerToQDQ(run.plan, run.result.weights))
+    return run.graph_module, [FuseRequantization(lowered.quantizers), FlattenRows(), ShareMasks()]
 
 
 @pytest.mark.parametrize("name", ["vit_graph", "swin_graph", "encoder_graph"])

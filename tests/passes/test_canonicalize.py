@@ -11,7 +11,8 @@ from torch.fx import GraphModule, Node
 from repquant_fx.errors import PassError
 from repquant_fx.frontends.capture import capture
 from repquant_fx.passes.base import run_passes
-from repquant_fx.passes.canonicalize import IDENTITIES, VIEWS, Canonicalize
+from repquant_fx.passes.canonicalize import Canonicalize
+from repquant_fx.passes.operators import IDENTITIES, VIEWS
 
 
 def captured(model: nn.Module, x: Tensor) -> GraphModule:

@@ -17,7 +17,6 @@ from repquant_fx.passes.base import run_passes
 from repquant_fx.passes.canonicalize import Canonicalize
 from repquant_fx.passes.channel_flow import (
     FIXED,
-    MATMULS,
     PADDING,
     ChannelFlow,
     Ties,
@@ -26,6 +25,7 @@ from repquant_fx.passes.channel_flow import (
     origin,
     softmax_behind,
 )
+from repquant_fx.passes.operators import MATMULS
 
 INDEX = torch.tensor([2, 0, 1])
 COS, SIN = torch.rand(6, 4, 1), torch.rand(6, 4, 1)

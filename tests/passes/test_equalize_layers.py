@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from helpers import Encoder, canonical, match, output, quantized, redraw, relative, sequences, values_at
+from helpers import Encoder, aten, canonical, match, output, quantized, redraw, relative, sequences, values_at
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -70,6 +70,10 @@ MODELS = {
     "decoder": (lambda: spread_rows(redraw(Decoder()), "k", "v", "up"), {"values": 2, "query_key": 2, "linear": 1}),
     "no rotary": (lambda: spread_rows(redraw(Decoder(rotary=False)), "k", "v", "up"), {"values": 2, "query_key": 2, "linear": 1}),
     "norms on q and k": (lambda: spread_rows(redraw(Decoder(qk_norm=True)), "k_norm", "v"), {"values": 2, "query_key": 2, "linear": 1}),
+    "norms without rotary": (
+        lambda: spread_rows(redraw(Decoder(qk_norm=True, rotary=False)), "k_norm", "v"),
+        {"values": 2, "query_key": 2, "linear": 1},
+    ),
     "relu": (lambda: spread_rows(redraw(Relu(nn.ReLU())), "fc1"), {"values": 0, "query_key": 0, "linear": 1}),
     "gelu": (lambda: redraw(Relu(nn.GELU())), {"values": 0, "query_key": 0, "linear": 0}),
 }
@@ -97,6 +101,14 @@ def test_the_outputs_do_not_change(name: str, kind: str) -> None:
     moved = [n for n, p in graph_module.state_dict().items() if n in weights and not torch.equal(p, weights[n])]
     assert bool(moved) is changed
     assert relative(output(graph_module, sequences()), output(model, sequences())) < 1e-5
+
+
+def test_an_rms_norm_takes_no_shift() -> None:
+    """It has no bias: keys behind one get factors alone, and are levelled for what they then are."""
+    graph_module = canonical(redraw(Decoder(qk_norm=True, rotary=False)), sequences())
+    found = find_equalizable(graph_module, match(graph_module))
+    rows = [labels for node, labels in found.rows.items() if node.target is aten.rms_norm.default]
+    assert len(rows) == 2 and not found.shiftable & set(torch.cat(rows).tolist()) and found.shiftable
 
 
 def ranges(graph_module: GraphModule, plan: Plan) -> dict[str, float]:

@@ -21,7 +21,7 @@ from helpers import (
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from repquant_fx.passes.base import run_passes
+from repquant_fx.passes.base import run_pass, run_passes
 from repquant_fx.passes.flatten_rows import FlattenRows
 from repquant_fx.passes.lower_to_qdq import LowerToQDQ
 from repquant_fx.recipe import Recipe
@@ -30,15 +30,14 @@ from repquant_fx.recipe import Recipe
 def flattened(graph_module: GraphModule, x: Tensor, **changes: object) -> tuple[GraphModule, int, int]:
     """The graph after the pass, and how many reshapes it had and has. Every value is compared, up to its leading axes."""
     run = quantized(graph_module, Recipe(**changes), [x])  # type: ignore[arg-type]
-    lowering = LowerToQDQ(run.plan, run.result.weights)
-    graph_module = run_passes(run.graph_module, [lowering])
-    names = list(lowering.quantizers)
-    codes, expected, before = values_at(graph_module, [lowering.quantizers[n] for n in names], x), output(graph_module, x), count(
-        graph_module, aten.reshape.default)
+    graph_module = run.graph_module
+    quantizers = list(run_pass(graph_module, LowerToQDQ(run.plan, run.result.weights)).quantizers.values())
+    codes, expected = values_at(graph_module, quantizers, x), output(graph_module, x)
+    before = count(graph_module, aten.reshape.default)
     result = run_passes(graph_module, [FlattenRows()])
     assert torch.equal(output(result, x), expected)
     assert torch.equal(output(result, x[:3]), expected[:3])
-    for old, new in zip(codes, values_at(result, [lowering.quantizers[n] for n in names], x)):
+    for old, new in zip(codes, values_at(result, quantizers, x)):
         assert torch.equal(old, new)
     for node in result.graph.nodes:
         assert node.op == "output" or "val" in node.meta

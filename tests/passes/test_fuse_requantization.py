@@ -21,16 +21,16 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from repquant_fx.parity import sqnr
-from repquant_fx.passes.base import attribute, run_passes
+from repquant_fx.passes.base import attribute, run_pass, run_passes
 from repquant_fx.passes.fuse_requantization import FuseRequantization
-from repquant_fx.passes.lower_to_qdq import DEQUANTIZE, QUANTIZE, LowerToQDQ
+from repquant_fx.passes.lower_to_qdq import LowerToQDQ
+from repquant_fx.passes.operators import DEQUANTIZE, QUANTIZE
 from repquant_fx.recipe import LayerRule, Recipe
 
 
 def lowered(graph_module: GraphModule, x: Tensor, **changes: object) -> tuple[GraphModule, dict[str, Node]]:
     run = quantized(graph_module, Recipe(**changes), [x])  # type: ignore[arg-type]
-    lowering = LowerToQDQ(run.plan, run.result.weights)
-    return run_passes(run.graph_module, [lowering]), lowering.quantizers
+    return run.graph_module, run_pass(run.graph_module, LowerToQDQ(run.plan, run.result.weights)).quantizers
 
 
 def fused_outputs(graph_module: GraphModule) -> list[Node]:
@@ -41,15 +41,16 @@ def fused_outputs(graph_module: GraphModule) -> list[Node]:
 
 def check(graph_module: GraphModule, x: Tensor, floor: float = 35, **changes: object) -> tuple[GraphModule, int]:
     """Fuse; compare codes at every quantizer and the output. Returns the graph and how many Linears write codes."""
-    before, quantizers = lowered(graph_module, x, **changes)
-    expected = output(before, x)
-    found = dict(quantizers)
-    fuse = FuseRequantization(found)
-    after = fused_as_promised(before, fuse, x)
+    after, quantizers = lowered(graph_module, x, **changes)
+    expected = output(after, x)
+    fuse = FuseRequantization(quantizers)
+    fused = fused_as_promised(after, fuse, x)
+    found = fused.quantizers
     assert set(found) == set(quantizers) and all(n in set(after.graph.nodes) for n in found.values())
+    assert list(fused.codes) == [n.args[0].name for n in fused_outputs(after)]
     assert sqnr(output(after, x), expected) > floor
     assert output(after, x[:3]).shape == expected[:3].shape
-    assert not fuse.run(after)  # nothing left to do
+    assert not FuseRequantization(found).run(after).modified  # nothing left to do
     return after, len(fused_outputs(after))
 
 
@@ -132,8 +133,8 @@ def test_one_operand_keeps_its_codes(encoder_graph) -> None:
     before, quantizers = lowered(encoder_graph(), x, wbits=4, abits=4)
     names = list(quantizers)
     expected = values_at(before, [quantizers[n] for n in names], x)
-    after = run_passes(before, [FuseRequantization(quantizers)])
-    for name, old, new in zip(names, expected, values_at(after, [quantizers[n] for n in names], x)):
+    found = run_pass(before, FuseRequantization(quantizers)).quantizers
+    for name, old, new in zip(names, expected, values_at(before, [found[n] for n in names], x)):
         assert float((old != new).float().mean()) < 1e-3, name
 
 
@@ -152,8 +153,8 @@ def test_outputs_in_codes_are_measured_as_floats(vit_graph) -> None:
     before, quantizers = lowered(vit_graph(), x)
     names = [n.name for n in before.graph.nodes if n.target is aten.linear.default]
     unfused = layer_sqnr(vit_graph(), before, names, [x])
-    fuse = FuseRequantization(quantizers)
-    found = layer_sqnr(vit_graph(), run_passes(before, [fuse]), [*names, "no such node"], [x], fuse.codes)
-    assert fuse.codes.keys() < set(names) and found.keys() == set(names)
+    fused = run_pass(before, FuseRequantization(quantizers))
+    found = layer_sqnr(vit_graph(), before, [*names, "no such node"], [x], fused.codes)
+    assert fused.codes.keys() < set(names) and found.keys() == set(names)
     for name in names:
         assert found[name] == pytest.approx(unfused[name], abs=1), name

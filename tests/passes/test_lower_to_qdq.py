@@ -24,34 +24,34 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from repquant_fx.parity import sqnr
-from repquant_fx.passes.base import attribute, run_passes
+from repquant_fx.passes.base import attribute, run_pass, run_passes
 from repquant_fx.passes.insert_observers import SLOTS
-from repquant_fx.passes.lower_to_qdq import BIAS_LIMIT, LowerToQDQ
+from repquant_fx.passes.lower_to_qdq import Lowered, LowerToQDQ
 from repquant_fx.passes.operators import DEQUANTIZE, LOG2_SOFTMAX, QUANTIZE
 from repquant_fx.passes.slots import install, slot_module
+from repquant_fx.quantizers.bias import LIMIT
 from repquant_fx.quantizers.observers import Passthrough
 from repquant_fx.recipe import Recipe
 
 
-def lowered(run: Run) -> tuple[GraphModule, LowerToQDQ]:
+def lowered(run: Run) -> tuple[GraphModule, Lowered]:
     """A lowered graph; the fake-quantized one in `run` is used up."""
-    lowering = LowerToQDQ(run.plan, run.result.weights)
-    return run_passes(run.graph_module, [lowering]), lowering
+    return run.graph_module, run_pass(run.graph_module, LowerToQDQ(run.plan, run.result.weights))
 
 
 def check(graph_module: GraphModule, x: Tensor, recipe: Recipe, floor: float = 30.0) -> GraphModule:
     run = quantized(graph_module, recipe, list(x.split(8)))
     names = [s.name for g in run.plan.groups for s in g.sites]
     expected = output(run.graph_module, x)
-    result, lowering = lowered(run)
+    result, made = lowered(run)
     assert sqnr(output(result, x), expected) > floor
     assert output(result, x[:3]).shape == expected[:3].shape
     assert sqnr(output(result, x[:3]), expected[:3]) > floor
     assert not any(n.op == "call_module" for n in result.graph.nodes) and not hasattr(result, SLOTS)
-    assert sorted(lowering.quantizers) == sorted(names)
-    assert all(n.graph is result.graph for n in lowering.quantizers.values())
+    assert sorted(made.quantizers) == sorted(names)
+    assert all(n.graph is result.graph for n in made.quantizers.values())
     alive = set(result.graph.nodes)
-    assert set(lowering.quantizers.values()) <= alive
+    assert set(made.quantizers.values()) <= alive
     for node in alive:
         if node.op == "call_function":
             assert "val" in node.meta, node
@@ -142,8 +142,8 @@ def test_codes_are_those_of_the_quantizers(encoder_graph) -> None:
     site = run.plan.groups[0].sites[0]  # reads the model's input: equal for both graphs
     module = slot_module(run.graph_module, site)
     expected = module.codes(x)  # type: ignore[operator]
-    graph_module, lowering = lowered(run)
-    (found,) = values_at(graph_module, [lowering.quantizers[site.name]], x)
+    graph_module, made = lowered(run)
+    (found,) = values_at(graph_module, [made.quantizers[site.name]], x)
     assert found.dtype == torch.uint8 and torch.equal(found.float().reshape(x.shape), expected)
 
 
@@ -158,10 +158,13 @@ def test_dead_rows_keep_their_bias_in_integers() -> None:
     torch.testing.assert_close(output(graph_module, sequences())[..., 2], torch.full((32, 6), 7.0), atol=0.05, rtol=0)
     biases = [n.args[2].op for n in graph_module.graph.nodes if n.target is aten.linear.default]
     assert biases == ["call_function", "get_attr"]
-    (left,) = lowered(quantized(canonical(model, sequences()), recipe, [sequences()]))[1].left_alone
+    run = quantized(canonical(model, sequences()), recipe, [sequences()])
+    lowering = LowerToQDQ(run.plan, run.result.weights)
+    run_pass(run.graph_module, lowering)
+    (left,) = lowering.left_alone
     assert (left.path, left.by) == ("2", "lower to Q/DQ") and "bias stays in float" in left.reason
     first = next(n for n in graph_module.graph.nodes if n.target is aten.linear.default)
-    assert bool((attribute(graph_module, first.args[2].args[0]).double().abs() < BIAS_LIMIT).all())
+    assert bool((attribute(graph_module, first.args[2].args[0]).double().abs() < LIMIT).all())
 
 
 def test_a_whole_layer_of_zeros() -> None:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from repquant_fx.passes.base import run_pass
-from repquant_fx.passes.match_sites import OTHER_NORMS, SOFTMAX, MatchSites, Plan
-from repquant_fx.passes.operators import NORMS
+from repquant_fx.passes.match_sites import MatchSites, Plan
+from repquant_fx.passes.operators import NORMS, OTHER_NORMS, SOFTMAX
 from repquant_fx.recipe import LayerRule, Recipe
 
 

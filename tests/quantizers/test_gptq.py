@@ -10,6 +10,8 @@ from torch import Tensor
 
 from repquant_fx.errors import CalibrationError, PassError
 from repquant_fx.quantizers.gptq import WeightGrid, gptq, inverse_factor, output_error, round_to_nearest, weight_grid
+from repquant_fx.quantizers.weight import chosen_grid
+from repquant_fx.recipe import Recipe
 
 BITS = range(2, 9)
 
@@ -212,3 +214,13 @@ def test_a_hessian_that_is_not_finite_is_a_clear_error(value: float) -> None:
     h[2, 5] = value
     with pytest.raises(CalibrationError, match=r"Hessian of blocks\.0\.fc1 is not finite"):
         gptq(w, h, weight_grid(w, 4, symmetric=True), where="blocks.0.fc1")
+
+
+def test_bits_and_recipe_choose_the_grid() -> None:
+    """Containers that are full have no room for a zero point; a min-max range is not searched."""
+    weight = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)) + 0.5
+    for bits in (3, 4, 6, 8):
+        grid = chosen_grid(weight, bits, Recipe(weights="minmax"))
+        assert torch.equal(grid.scale, weight_grid(weight, bits, symmetric=bits in (4, 8), search=False).scale)
+        searched = chosen_grid(weight, bits, Recipe())
+        assert bool((searched.scale <= grid.scale).all()) and (bits > 4 or bool((searched.scale < grid.scale).any()))

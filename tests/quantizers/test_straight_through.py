@@ -12,7 +12,7 @@ from repquant_fx.quantizers.gptq import QuantizedWeight, round_to_nearest, weigh
 from repquant_fx.quantizers.observers import LogQuantizer, UniformQuantizer
 from repquant_fx.quantizers.straight_through import LearnedLog, LearnedUniform, LearnedWeight, code_window
 from repquant_fx.quantizers.uniform import parameters_from_range
-from repquant_fx.quantizers.weight import needs_symmetric
+from repquant_fx.quantizers.weight import fills_container
 
 BITS = st.integers(2, 8)
 
@@ -22,7 +22,7 @@ def uniform(x: Tensor, bits: int, share: float = 0.8) -> UniformQuantizer:
 
 
 def rounded(weight: Tensor, bits: int) -> QuantizedWeight:
-    return round_to_nearest(weight, weight_grid(weight, bits, symmetric=needs_symmetric(bits)))
+    return round_to_nearest(weight, weight_grid(weight, bits, symmetric=fills_container(bits)))
 
 
 @settings(deadline=None, max_examples=40)
