@@ -79,8 +79,8 @@ def read_text(path: Path) -> list[Text]:
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if long := next(((number, line) for number, line in numbered if len(line) > LONGEST_LINE), None):
         raise CalibrationError(
-            f"calibration text {path}, line {long[0]} has {len(long[1]):,} characters, more than the {LONGEST_LINE:,} that "
-            "a line may have; break it into several"
+            f"calibration text {path}, line {long[0]} has {len(long[1]):,} characters, more than the "
+            f"{LONGEST_LINE:,} that a line may have; break it into several"
         )
     texts: list[Text] = []
     if path.suffix.lower() == ".jsonl":

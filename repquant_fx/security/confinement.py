@@ -78,7 +78,8 @@ def confine(options: argparse.Namespace) -> list[str]:
     global _boundable, lasting
     if not channel.supervised() or not hasattr(options, "model"):
         return []
-    gpu, mapped = getattr(options, "device", "cpu").partition(":")[0] != "cpu", getattr(options, "offload_dir", None) is not None
+    gpu = getattr(options, "device", "cpu").partition(":")[0] != "cpu"
+    mapped = getattr(options, "offload_dir", None) is not None
     lasting = not (gpu or _free(options))
     if sys.platform != "linux":
         return []

@@ -3,8 +3,9 @@ named.
 
 Python tells an audit hook before it starts a process, opens a socket or a file to write, or calls into C by ctypes. A
 hook cannot be removed, so there is one for the process, and `guarded` switches it on. It holds for the thread that
-entered the block and for every thread that this one starts, as long as they run; other threads go on as they like. What is left behind to be called later is called under it, too (see `postponed`). In the process of the
-command line, programs and the network stay refused when the block is over, whoever asks.
+entered the block and for every thread that this one starts, as long as they run; other threads go on as they like. What
+is left behind to be called later is called under it, too (see `postponed`). In the process of the command line,
+programs and the network stay refused when the block is over, whoever asks.
 
 The guard stops chains of calls through installed libraries, which is what a model of known classes can be bent to. It
 is no boundary against Python code that an attacker writes freely, and sees nothing of what a C library does by itself:
@@ -303,9 +304,10 @@ def _judge(guard: _Guard, event: str, args: tuple[Any, ...]) -> None:
                 guard.refuse("change a file", event, args[index])
     elif event in _THREADS:
         thread = getattr(args[0], "__self__", None)
-        if not isinstance(thread, threading.Thread):
+        if isinstance(thread, threading.Thread):
+            _started[thread] = guard
+        else:
             guard.refuse("start a thread without a name", event, args[0])
-        _started[thread] = guard
     elif (action := _action(event)) is not None:
         guard.refuse(action, event, args[0] if len(args) == 1 else args)
 

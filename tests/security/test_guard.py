@@ -66,7 +66,7 @@ ATTEMPTS: dict[str, tuple[Callable[[], Any], str]] = {
     "compiled script": (lambda: runpy.run_path("evil.pyc"), "read compiled code (marshal.load"),
     "hook": (lambda: sys.addaudithook(lambda *_: None), "change this process (sys.addaudithook"),
     "chdir": (lambda: os.chdir("/"), "change this process (os.chdir"),
-    "thread": (lambda: _thread.start_new_thread(os.mkdir, ("ran",)), "start a thread without a name (_thread.start_new_thread"),
+    "thread": (lambda: _thread.start_new_thread(os.mkdir, ("ran",)), "start a thread without a name (_thread."),
     "exit": (lambda: sys.exit(0), "end the process"),
 }
 

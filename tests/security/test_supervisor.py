@@ -329,7 +329,9 @@ LATER = """
     """
 
 
-@pytest.mark.parametrize("argv, words", [([], ["subprocess.Popen", "use the network"]), (["--allow-pickle"], ["done", "done"])])
+@pytest.mark.parametrize(
+    "argv, words", [([], ["subprocess.Popen", "use the network"]), (["--allow-pickle"], ["done", "done"])]
+)
 def test_programs_and_the_network_stay_refused(argv: list[str], words: list[str], tmp_path: Path) -> None:
     """Even to what no guard sees coming, unless the user's own code runs."""
     with command(tmp_path, LATER, *argv) as process:
