@@ -54,9 +54,14 @@ class RepQuantWarning(UserWarning):
     """Something the user should know; the CLI shows these and hides the libraries' own."""
 
 
+_OUT_OF_MEMORY = ("can't allocate memory", "annot allocate memory", "std::bad_alloc", "failed to map segment")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, in Python or in torch."""
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    """Whether an allocation failed, in Python or in a library."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, (RuntimeError, OSError, ImportError)) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    )
 
 
 def is_failure(error: BaseException) -> bool:

@@ -162,6 +162,12 @@ def error(message: str, kind: str, exit_code: int, advice: str = "") -> None:
             _tell(advice)
 
 
+def verbatim(text: str) -> None:
+    """Lines for --debug, such as a traceback; no event."""
+    for line in text.rstrip("\n").split("\n"):
+        _say(printable(line))
+
+
 def _event(level: int, event: str, text: str, /, **fields: Any) -> None:
     _record(level, event, text, fields)
     if _Log.form == JSON:

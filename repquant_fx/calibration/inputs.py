@@ -41,21 +41,22 @@ class InputSpec:
 
 def in_order(arrays: Mapping[str, Any], inputs: Sequence[InputSpec], origin: str, ordered: bool) -> tuple[Any, ...]:
     """Arrays in the order of the inputs: by name, else in the order given, labels left out. A mask that is missing is
-    ones.
+    ones. Only those that are wanted are fetched.
     """
     names = [spec.name for spec in inputs]
     required = [spec.name for spec in inputs if not is_mask(spec)]
     if not any("mask" in str(name).lower() and name not in names for name in arrays):
         if len(required) == 1 and len(arrays) == 1:
             return with_masks(next(iter(arrays.values())), inputs) or tuple(arrays.values())
-        if all(name in arrays for name in required):
-            first = next((arrays[s.name] for s in inputs if s.name in required and not s.dtype.is_floating_point), None)
-            arrays = {**arrays, **{name: _ones(first) for name in names if name not in arrays and first is not None}}
+        whole = next((spec.name for spec in inputs if spec.name in required and not spec.dtype.is_floating_point), None)
+        if whole is not None and all(name in arrays for name in required):
+            given = {name: arrays[name] for name in names if name in arrays}
+            return tuple(given[name] if name in given else _ones(given[whole]) for name in names)
     if all(name in arrays for name in names):
         return tuple(arrays[name] for name in names)
-    rest = {name: array for name, array in arrays.items() if str(name).lower() not in _LABEL_NAMES} or dict(arrays)
+    rest = [name for name in arrays if str(name).lower() not in _LABEL_NAMES] or list(arrays)
     if len(names) == 1 and len(rest) > 1:
-        rest = {name: array for name, array in rest.items() if str(name).lower() in _IMAGE_NAMES} or rest
+        rest = [name for name in rest if str(name).lower() in _IMAGE_NAMES] or rest
     some = [name for name in names if name in arrays]
     if len(required) < len(names) and not all(re.fullmatch(r"arr_\d+", str(name)) for name in rest):
         ordered = False  # ids and masks look alike: foreign names do not tell which is which
@@ -64,8 +65,7 @@ def in_order(arrays: Mapping[str, Any], inputs: Sequence[InputSpec], origin: str
         raise CalibrationError(
             f"{origin}: no array for the inputs {', '.join(missing)}; found {', '.join(map(str, arrays))}"
         )
-    return tuple(rest.values())
-
+    return tuple(arrays[name] for name in rest)
 
 
 def is_mask(spec: InputSpec) -> bool:

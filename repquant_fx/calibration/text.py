@@ -22,6 +22,7 @@ from repquant_fx.files import irregular
 
 TEXT_SUFFIXES = (".txt", ".jsonl")
 _BYTES_OF_A_LETTER = 100  # that text takes while it is cut into tokens
+LONGEST_LINE = 10_000_000  # characters; a tokenizer reads a line whole, however few of its tokens are used
 TEXT_SAMPLES = 128  # sequences, as in the paper
 Text: TypeAlias = str | tuple[str, str]
 
@@ -65,7 +66,8 @@ def read_text(path: Path) -> list[Text]:
     Empty lines are left out.
 
     Raises:
-        CalibrationError: unreadable, not UTF-8, a line without text, or no text at all; with the number of the line.
+        CalibrationError: unreadable, not UTF-8, a line without text or longer than LONGEST_LINE, or no text at all;
+            with the number of the line.
     """
     if kind := irregular(path):
         raise CalibrationError(f"calibration text {path} is {kind}, not a file")
@@ -75,6 +77,11 @@ def read_text(path: Path) -> list[Text]:
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"calibration text {path} cannot be read as UTF-8: {error}") from error
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if long := next(((number, line) for number, line in numbered if len(line) > LONGEST_LINE), None):
+        raise CalibrationError(
+            f"calibration text {path}, line {long[0]} has {len(long[1]):,} characters, more than the "
+            f"{LONGEST_LINE:,} that a line may have; break it into several"
+        )
     texts: list[Text] = []
     if path.suffix.lower() == ".jsonl":
         texts = [_from_json(line, f"{path}, line {number}") for number, line in numbered]

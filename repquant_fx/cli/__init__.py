@@ -70,7 +70,7 @@ def _run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     channel.begin()
     # wrong options are reported in the form asked for, too
-    with log.using(_form(arguments)):
+    with log.using(_form(arguments)), signals.encodable():
         try:
             options = parser().parse_args(arguments)
             channel.load_seconds = getattr(options, "load_timeout", channel.LOAD_SECONDS)
@@ -78,10 +78,10 @@ def _run(arguments: list[str]) -> int:
                 log.detail(f"confined: {', '.join(confined)}")
             options.command_line = shlex.join(["repquant-fx", *arguments])
             with warnings.catch_warnings():
+                warnings.showwarning = _show_in_full if debug else _show_warning
                 if not debug:
                     warnings.simplefilter("ignore")
                     warnings.simplefilter("always", RepQuantWarning)
-                    warnings.showwarning = _show_warning
                 with nullcontext() if channel.supervised() else signals.terminated(), signals.flushed():
                     code = int(options.run(options))
             channel.ask("ending", code=code)
@@ -90,7 +90,7 @@ def _run(arguments: list[str]) -> int:
             message, advice, code = _explained(error)
             channel.ask("ending", code=code)
             if debug and not isinstance(error, (KeyboardInterrupt, signals.Terminated, BrokenPipeError)):
-                traceback.print_exc()
+                log.verbatim(traceback.format_exc())
             if message:
                 log.error(message, type(error).__name__, code, advice)
             return code
@@ -103,7 +103,7 @@ def _explained(error: BaseException) -> tuple[str, str, int]:
     Raises:
         BaseException: it is no failure, such as the end that --help asks for.
     """
-    if isinstance(error, RepQuantError):
+    if isinstance(error, RepQuantError) and not _is_short_of_memory(error):
         return f"error: {error}", "", error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return f"interrupted; {channel.outcome()}", "", 130
@@ -113,19 +113,28 @@ def _explained(error: BaseException) -> tuple[str, str, int]:
         return "", "", 141
     if not is_failure(error):
         raise error
-    if is_out_of_memory(error):
+    if _is_short_of_memory(error):
+        reason = str(error).splitlines()[-1][-200:] if str(error) else "MemoryError"
+        most = confinement.address_space()
+        bound = "" if most is None else f"; the address space of the process is limited to {most / 1e9:.1f} GB"
         return (
-            (
-                f"error: not enough memory ({str(error).splitlines()[0][-200:] if str(error) else 'MemoryError'}); "
-                "take smaller batches "
-                "(--batch-size), fewer samples (--calib-samples) or smaller inputs"
-            ),
+            f"error: not enough memory ({reason}{bound}); take smaller batches (--batch-size), fewer samples "
+            "(--calib-samples) or smaller inputs",
             "",
             2,
         )
     if type(error).__name__ == "GuardOnDataDependentSymNode":  # of torch, which is not imported for its sake
         return "error: a size of the model depends on values; its shapes must follow from its inputs' shapes", "", 2
     return f"internal error: {type(error).__name__}: {error}", REPORT, 1
+
+
+def _is_short_of_memory(error: BaseException | None) -> bool:
+    """Whether an allocation failed, here or in what an error explains."""
+    while error is not None:
+        if is_out_of_memory(error):
+            return True
+        error = error.__cause__
+    return False
 
 
 def parser() -> argparse.ArgumentParser:
@@ -155,3 +164,7 @@ def _switch(form: str) -> str:
 
 def _show_warning(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
     log.warning(str(message))
+
+
+def _show_in_full(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+    log.verbatim(warnings.formatwarning(message, category, filename, lineno, line))

@@ -5,13 +5,14 @@ stdout is an error.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO, cast
 
 from repquant_fx.errors import OutputError
 from repquant_fx.security import channel
@@ -46,6 +47,21 @@ def terminated() -> Iterator[None]:
 
 
 @contextmanager
+def encodable() -> Iterator[None]:
+    """What stdout's encoding does not have is written as Python would escape it, as on stderr."""
+    stream = sys.stdout
+    if not isinstance(stream, io.TextIOWrapper):
+        yield
+        return
+    before = stream.errors
+    stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        stream.reconfigure(errors=before)
+
+
+@contextmanager
 def flushed() -> Iterator[None]:
     """What was printed on stdout has arrived.
 
@@ -53,26 +69,52 @@ def flushed() -> Iterator[None]:
         BrokenPipeError: the reader is gone.
         OutputError: it cannot be written; the disk is full, of stdout or of any other file.
     """
+    stream = sys.stdout
+    if stream is not None:
+        sys.stdout = cast(TextIO, _Result(stream))
     try:
         yield
+        if stream is not None:
+            sys.stdout.flush()
     except BrokenPipeError:
         _discard()
         raise
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        _discard()
         raise OutputError(f"the disk is full: {error}; {channel.outcome()}") from error
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError as error:
-        _discard()
-        if isinstance(error, BrokenPipeError):
+    finally:
+        sys.stdout = stream
+
+
+class _Result:
+    """stdout, whose failures are told from those of other files."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._named():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with self._named():
+            self._stream.flush()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
             raise
-        raise OutputError(
-            f"cannot write the result to stdout: {error.strerror or error}; {channel.outcome()}"
-        ) from error
+        except OSError as error:
+            _discard()
+            raise OutputError(
+                f"cannot write the result to standard output: {error.strerror or error}; {channel.outcome()}"
+            ) from error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _discard() -> None:

@@ -246,7 +246,7 @@ def labelled_folder(
 def _labelled_arrays(path: Path, spec: InputSpec, batch_size: int, limit: int | None, seed: int) -> LabelledArrays:
     """`images` and `labels` of a file, checked against the model's input."""
     arrays = read_arrays(path) if path.suffix.lower() in (".npz", ".safetensors") else None
-    if not isinstance(arrays, dict):
+    if not isinstance(arrays, Mapping):
         raise InputError(f"evaluation data {path}: expected class folders of images, or a .npz or .safetensors")
     if not {"images", "labels"} <= arrays.keys():
         raise InputError(

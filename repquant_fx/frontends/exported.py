@@ -1,8 +1,11 @@
-"""`.pt2` files of torch.export.save: read without pickle, screened, built by torch, rehearsed before a kernel runs.
+"""`.pt2` files of torch.export.save: screened, built by torch, rehearsed before a kernel runs.
+
+Program and weights are no pickles. The example inputs, which torch stores as one, may hold plain tensors only and are
+read by torch's weights-only reader once their pickle was looked through.
 
 Four steps, a file each: `pt2_archive` reads records and tensors, `pt2_screen` judges the program's document by a strict
 grammar (`pt2_expressions`, `pt2_operators`), torch builds the program from exactly what was screened, and
-`pt2_rehearsal` runs it on fake tensors.
+`pt2_rehearsal` runs it on fake tensors (`divisions` looks at those of integers).
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The archive of a `.pt2`: its records, JSON documents and tensors, read once, without pickle.
+"""The archive of a `.pt2`: its records, JSON documents and tensors, read once.
+
+Weights and constants are bytes with a description beside them. The example inputs are a pickle of torch's: it is looked
+through (`pickled.check_pickle`), read by torch's weights-only reader, and may hold plain tensors only.
 
 Nothing is trusted for what it declares. What is returned is all that is loaded: nothing goes back to the bytes. Tensors
 are views inside their payload.

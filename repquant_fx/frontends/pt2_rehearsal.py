@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
-from torch.fx import GraphModule, Interpreter
+from torch.fx import GraphModule, Interpreter, Node
 
 from repquant_fx import limits
 from repquant_fx.errors import InputError, ModelFileError
+from repquant_fx.frontends.divisions import check_divisor, is_division_of_integers, risky_values
 from repquant_fx.frontends.pickled import first_line
 from repquant_fx.frontends.pt2_operators import is_safe_operator
 from repquant_fx.torch_private import (
@@ -51,8 +52,22 @@ def rehearse(program: ExportedProgram, inputs: tuple[Tensor, ...], where: str) -
     fake = [
         mode.from_tensor(value.detach(), static_shapes=True) if isinstance(value, Tensor) else value for value in values
     ]
+    rehearsal = _Rehearsal(program.graph_module, where, _stored(program, values))
     with torch.no_grad(), mode, _Watched(where):
-        _Rehearsal(program.graph_module, where).run(*fake)
+        rehearsal.run(*fake)
+
+
+def _stored(program: ExportedProgram, values: list[Any]) -> dict[Node, frozenset[int]]:
+    """Of the tensors of the file that a run leaves as they are, what no integer should be divided by."""
+    signature = program.graph_signature
+    changed = {*signature.buffers_to_mutate.values(), *signature.parameters_to_mutate.values()}
+    placeholders = (node for node in program.graph_module.graph.nodes if node.op == "placeholder")
+    given = zip(placeholders, signature.input_specs, values, strict=True)
+    return {
+        node: risky_values(value)
+        for node, spec, value in given
+        if spec.kind != InputKind.USER_INPUT and isinstance(value, Tensor) and spec.target not in changed
+    }
 
 
 def _tensors(program: ExportedProgram, inputs: tuple[Tensor, ...], where: str) -> list[Any]:
@@ -102,13 +117,15 @@ def _described(tensor: Tensor) -> str:
 class _Rehearsal(Interpreter):
     """Runs a graph node by node; the functions that take subgraphs run these the same way."""
 
-    def __init__(self, module: GraphModule, where: str) -> None:
+    def __init__(self, module: GraphModule, where: str, stored: Mapping[Node, frozenset[int]]) -> None:
         super().__init__(module)
-        self.where = where
+        self.where, self.stored = where, stored
         self.extra_traceback = False
 
-    def run_node(self, n: torch.fx.Node) -> Any:
+    def run_node(self, n: Node) -> Any:
         try:
+            if n.op == "call_function" and is_division_of_integers(n.target, *self.fetch_args_kwargs_from_env(n)):
+                check_divisor(n, self.stored)
             return super().run_node(n)
         except InputError:
             raise
@@ -150,7 +167,7 @@ class _Rehearsal(Interpreter):
     def _nested(self, module: Any, args: Any) -> Any:
         if not isinstance(module, GraphModule):
             raise ValueError("it takes a graph")
-        return _Rehearsal(module, self.where).run(*args)
+        return _Rehearsal(module, self.where, {}).run(*args)
 
 
 def _spelled(target: Any) -> str:
@@ -273,6 +290,22 @@ def _interpolation(bound: Bound) -> None:
         )
 
 
+def _pool(bound: Bound) -> None:
+    divisor = bound.get("divisor_override")
+    _need(divisor is None or divisor > 0, "its divisor is not above 0")
+
+
+def _range(bound: Bound) -> None:
+    """Its kernel, even the fake one, divides the difference of the ends by the step."""
+    numbers = [bound.get(name) for name in ("start", "end", "step")]
+    _need(all(abs(number) < _LARGEST // 2 for number in numbers if isinstance(number, int)), "its ends are too large")
+
+
+def _shuffle(bound: Bound) -> None:
+    channels, groups = bound["self"].shape[1], bound["groups"]
+    _need(groups > 0 and channels % groups == 0, "its groups do not divide its channels")
+
+
 def _grid(bound: Bound) -> None:
     _need(
         bound["interpolation_mode"] in (0, 1, 2) and bound["padding_mode"] in (0, 1, 2),
@@ -304,6 +337,11 @@ _CHECKS: dict[str, Callable[[Bound], None]] = {
     "native_layer_norm": _layer_norm,
     "native_group_norm": _group_norm,
     "scaled_dot_product_attention": _attention,
+    "arange": _range,
+    "avg_pool2d": _pool,
+    "avg_pool3d": _pool,
+    "channel_shuffle": _shuffle,
+    "native_channel_shuffle": _shuffle,
     "grid_sampler": _grid,
     "grid_sampler_2d": _grid,
     "as_strided": _strided,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from repquant_fx import limits
 from repquant_fx.errors import InputError, ModelFileError, first_line
 from repquant_fx.frontends.members import members_of
-from repquant_fx.frontends.screening import check_numbers
+from repquant_fx.frontends.screening import REFUSED, is_dropped, screen
 from repquant_fx.frontends.tables import check_tables
 from repquant_fx.security.names import modules_in
 
@@ -32,15 +32,13 @@ _SKIPPED = (
     "transformers_version",
     "name_or_path",
 )  # of a configuration: what building does not need
-_ELSEWHERE = (
-    "auto_map",
+# what a directory may not ask for either, and what the layers of a pickled model already are
+_ELSEWHERE = (set(REFUSED) - {"attribute_map"}) | {
     "backbone",
-    "checkpoint_path",
     "model_args",
-    "quantization_config",
     "use_pretrained_backbone",
     "use_timm_backbone",
-)
+}
 _ABOUT_TRAINING = ("training", "gradient_checkpointing", "name_or_path")
 _DEEPEST, _MOST_ITEMS = 12, 1_000_000
 _FEW = 1_000
@@ -100,7 +98,7 @@ def _check_amounts(module: nn.Module, arguments: dict[str, Any], where: str) -> 
         InputError: weights beyond those of the file, or beyond the memory.
     """
     described, place = _settings(arguments), f"{where}, configuration"
-    check_numbers(described, place)
+    screen(described, place)
     check_tables(type(module), described, place)
     skeleton = None
     try:
@@ -118,7 +116,15 @@ def _check_amounts(module: nn.Module, arguments: dict[str, Any], where: str) -> 
 
 def _settings(arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments as JSON would hold them."""
-    return {key: _settings(value.parts[1]) if isinstance(value, _Nested) else value for key, value in arguments.items()}
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, _Nested):
+            return _settings(value.parts[1])
+        if isinstance(value, dict):
+            return {str(key): plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, (list, tuple, set)) else value
+
+    return {key: plain(value) for key, value in arguments.items()}
 
 
 def _built(cls: Any, config_cls: Any, arguments: dict[str, Any], attention: str) -> nn.Module:
@@ -185,6 +191,8 @@ def _arguments(config: Any, where: str, most_layers: int, count: list[int], dept
         if key in _ELSEWHERE and value:
             _refuse(place, key, f"is {value!a:.60}: it asks for code or weights from elsewhere")
         if key.startswith("_") or key in _SKIPPED or (hidden is not None and key not in fields):
+            continue
+        if is_dropped(key, value):
             continue
         if isinstance(value, int) and value > most_layers and re.fullmatch(r"num_labels|\w*layers?|depths?", key):
             _refuse(place, key, f"is {str(value)[:40]}, and the file has fewer layers")

@@ -14,7 +14,7 @@ from typing import Any
 from repquant_fx.errors import ModelFileError
 from repquant_fx.frontends.architectures import FORBIDDEN
 
-_REFUSED = {
+REFUSED = {
     "auto_map": "asks for code of its own ({entry}), which is never run. If a class of transformers itself is meant, "
     "remove auto_map; else save the model with torch.export.save",
     "custom_generate": "asks for code of its own ({entry}), which is never run",
@@ -82,12 +82,13 @@ def screen(value: Any, where: str) -> Any:
         _check_entries(
             item, key, where, methods if not depth or "model_type" in item or key.endswith("_config") else frozenset()
         )
-        return {name: clean(each, name, depth + 1) for name, each in item.items() if not _is_dropped(name, each)}
+        return {name: clean(each, name, depth + 1) for name, each in item.items() if not is_dropped(name, each)}
 
     return clean(value, "", 0)
 
 
-def _is_dropped(name: str, value: Any) -> bool:
+def is_dropped(name: str, value: Any) -> bool:
+    """Whether an entry means nothing here: where files once lay, how attention was computed."""
     return bool(
         (isinstance(value, (str, list, type(None))) and _DROPPED.fullmatch(name))
         or (name in ("vocab", "merges") and isinstance(value, str))
@@ -98,8 +99,8 @@ def _is_dropped(name: str, value: Any) -> bool:
 def _check_entries(entries: dict[str, Any], inside: str, where: str, methods: frozenset[str]) -> None:
     for name, value in entries.items():
         entry = f"{name}: {str(value)[:100]}"
-        if name in _REFUSED and value:
-            raise ModelFileError(f"{where} {_REFUSED[name].format(entry=entry)}")
+        if name in REFUSED and value:
+            raise ModelFileError(f"{where} {REFUSED[name].format(entry=entry)}")
         if name in methods or name.startswith("__"):
             raise ModelFileError(f"{where} has an entry {name!r}, which is no setting; remove it")
         if _IMPLEMENTATION.fullmatch(name) and not all(

@@ -10,6 +10,7 @@ from repquant_fx.errors import InputError, ModelFileError, first_line, is_failur
 from repquant_fx.frontends.directory import ModelDirectory, find_files, staged
 from repquant_fx.frontends.offline import library, quiet_offline
 from repquant_fx.frontends.screening import screen
+from repquant_fx.frontends.sentencepiece import SUFFIXES, check_sentencepiece
 from repquant_fx.frontends.tokenizer_growth import check_growth
 from repquant_fx.security.guard import guarded
 
@@ -76,6 +77,8 @@ def _screened(files: ModelDirectory) -> dict[str, bytes]:
         where = str(files.path / name)
         if not name.endswith(".json"):
             contents[name] = files.read(name)
+            if name.endswith(SUFFIXES):
+                check_sentencepiece(contents[name], where)
             continue
         try:
             value = files.json(name)

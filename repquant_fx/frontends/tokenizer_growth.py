@@ -120,16 +120,25 @@ def _bound(step: Mapping[str, Any]) -> float:
     if kind == "ByteLevel":  # a letter of several bytes becomes as many letters of two bytes
         return 2.0
     if kind == "Precompiled" and isinstance(step.get("precompiled_charsmap"), str):
-        return _longest_replacement(step["precompiled_charsmap"])
+        try:
+            return _longest_replacement(base64.b64decode(step["precompiled_charsmap"]))
+        except ValueError:
+            return 1.0  # whoever reads it says what is wrong with it
     return 1.0
 
 
-def _longest_replacement(charsmap: str) -> int:
+def check_replacements(table: bytes, where: str) -> None:
+    """Refuse a table of SentencePiece's normalization that multiplies what it reads.
+
+    Raises:
+        InputError: it does.
+    """
+    if (longest := _longest_replacement(table)) > _MOST_GROWTH:
+        raise InputError(f"{where} replaces a letter by {longest}; more than {_MOST_GROWTH} is no normalization")
+
+
+def _longest_replacement(table: bytes) -> int:
     """Of SentencePiece's table: the size of a trie, the trie, and the texts that it leads to, each ended by a zero."""
-    try:
-        table = base64.b64decode(charsmap)
-    except ValueError:
-        return 1  # whoever reads it says what is wrong with it
     texts = table[4 + int.from_bytes(table[:4], "little") :]
     return max(1, max((len(text.decode("utf-8", "ignore")) for text in texts.split(b"\0")), default=1))
 

@@ -3,13 +3,14 @@
 | what | by | where |
 |---|---|---|
 | no dump of memory after a crash | RLIMIT_CORE | everywhere, see `supervisor` |
-| no more address space than memory and 16 GiB | RLIMIT_AS | without `--allow-pickle`, `--offload-dir` |
+| no more address space than memory and 16 GiB | RLIMIT_AS | without `--allow-pickle`, `--offload-dir`, a GPU |
 | writing to the folders of the outputs and a temporary one only, no program | Landlock | `landlock` is installed |
 | no program, no socket, no tracing, no signal to others | seccomp | `pyseccomp` is installed |
 
 The packages come with `pip install "repquant-fx[sandbox]"`, for Linux; pyseccomp needs the system's libseccomp. Not
 confined are commands in which the user's own code runs (`--allow-pickle`, `--calib module:callable`), that need the
-network (the hub, torchrun) or a GPU, whose driver writes and connects where it likes. Reading is never restricted.
+network (the hub, torchrun) or a GPU, whose driver writes and connects where it likes, and reserves addresses for all
+the memory that it may ever map. Reading is never restricted.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ _DENIED = (
 _HUB, _PRETRAINED = "hf:", ",pretrained"
 
 _boundable = False
+lasting = False  # whether the guard goes on refusing programs and the network when a file is loaded
 
 
 def confine(options: argparse.Namespace) -> list[str]:
@@ -73,12 +75,16 @@ def confine(options: argparse.Namespace) -> list[str]:
     Returns:
         what is in force, in words; empty where nothing is.
     """
-    global _boundable
-    if not channel.supervised() or sys.platform != "linux" or not hasattr(options, "model"):
+    global _boundable, lasting
+    if not channel.supervised() or not hasattr(options, "model"):
         return []
-    gpu, mapped = getattr(options, "device", "cpu") != "cpu", getattr(options, "offload_dir", None) is not None
+    gpu = getattr(options, "device", "cpu").partition(":")[0] != "cpu"
+    mapped = getattr(options, "offload_dir", None) is not None
+    lasting = not (gpu or _free(options))
+    if sys.platform != "linux":
+        return []
     _boundable = not (options.allow_pickle or gpu or mapped)
-    if gpu or _free(options):
+    if not lasting:
         return []
     # seccomp first: its package finds the system's library by asking a program, which Landlock refuses
     return [text for text in (_seccomp(), _landlock(_writable(options))) if text]
@@ -153,6 +159,16 @@ def _seccomp() -> str | None:
     except Exception:  # a kernel without it
         return None
     return "seccomp"
+
+
+def address_space() -> int | None:
+    """Bytes of address space that this process may have; None where nothing limits it."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    soft = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if soft == resource.RLIM_INFINITY else soft
 
 
 def bound_memory() -> None:

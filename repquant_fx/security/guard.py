@@ -3,7 +3,9 @@ named.
 
 Python tells an audit hook before it starts a process, opens a socket or a file to write, or calls into C by ctypes. A
 hook cannot be removed, so there is one for the process, and `guarded` switches it on. It holds for the thread that
-entered the block and for every thread started since; threads that ran before go on as they like.
+entered the block and for every thread that this one starts, as long as they run; other threads go on as they like. What
+is left behind to be called later is called under it, too (see `postponed`). In the process of the command line,
+programs and the network stay refused when the block is over, whoever asks.
 
 The guard stops chains of calls through installed libraries, which is what a model of known classes can be bent to. It
 is no boundary against Python code that an attacker writes freely, and sees nothing of what a C library does by itself:
@@ -28,6 +30,7 @@ import sys
 import sysconfig
 import tempfile
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -35,7 +38,7 @@ from types import FrameType
 from typing import Any
 
 from repquant_fx.errors import ModelFileError
-from repquant_fx.security import channel, confinement
+from repquant_fx.security import channel, confinement, postponed
 
 _ACTIONS = {  # events, or their first part where it ends in a dot, to what was tried
     "start a process": (
@@ -118,12 +121,17 @@ _SILENT = (  # functions that Python does not announce, and the events that they
     ("os", "mknod", "os.mknod"),
     ("posix", "mkfifo", "os.mkfifo"),
     ("posix", "mknod", "os.mknod"),
+    ("_thread", "start_new_thread", "_thread.start_new_thread"),  # before Python 3.13
+    ("_thread", "start_new", "_thread.start_new_thread"),
+    ("threading", "_start_new_thread", "_thread.start_new_thread"),
 )
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _NOISY = tuple(
     os.path.join(sysconfig.get_paths()["stdlib"], name)
     for name in ("antigravity.py", "idlelib", "lib2to3", "test", "turtledemo")
 )
+_THREADS = ("_thread.start_new_thread", "_thread.start_joinable_thread")
+_LASTING = ("start a process", "use the network")
 _SHOWN = 120  # characters of an argument
 
 
@@ -134,8 +142,12 @@ class _Guard:
         self.what = what
         self.violation: ModelFileError | None = None
         self.writable = tuple(os.path.realpath(path) for path in (Path(tempfile.gettempdir()), *writable))
-        own = threading.get_ident()
-        self.exempt = frozenset(ident for ident in sys._current_frames() if ident != own)
+        self.ident = threading.get_ident()
+        self.before = frozenset(sys._current_frames())
+
+    def holds(self, ident: int) -> bool:
+        """Whether a thread is under it: the one that entered the block, and those that C started since."""
+        return ident == self.ident or (ident not in self.before and _thread(ident) is None)
 
     def refuse(self, action: str, event: str, subject: object) -> None:
         """Raise, and remember the first one: whoever catches it does not make it undone."""
@@ -149,6 +161,8 @@ class _Guard:
 
 
 _active: list[_Guard] = []
+_started: weakref.WeakKeyDictionary[threading.Thread, _Guard] = weakref.WeakKeyDictionary()  # under a guard, for good
+_lasting: _Guard | None = None  # of the process of the command line
 _busy = threading.local()  # what the hook itself does is not judged
 _installed = False
 
@@ -164,7 +178,7 @@ def guarded(what: str, writable: Iterable[Path] = ()) -> Iterator[None]:
     Raises:
         ModelFileError: the block tried something; also where the block caught the refusal itself.
     """
-    global _installed
+    global _installed, _lasting
     if not _installed:
         sys.addaudithook(_hook)
         _announce()
@@ -176,8 +190,10 @@ def guarded(what: str, writable: Iterable[Path] = ()) -> Iterator[None]:
     _active.append(guard)
     if outermost:
         channel.tell("guarded", what=what, seconds=channel.load_seconds)
+    later = functools.partial(_afterwards, f"after {what}", guard.writable)
     try:
-        yield
+        with postponed.watched(later, lambda action: guard.refuse(action, "signal.signal", "")):
+            yield
     except (Exception, SystemExit) as error:
         if guard.violation is not None and error is not guard.violation:
             raise guard.violation from None
@@ -185,12 +201,31 @@ def guarded(what: str, writable: Iterable[Path] = ()) -> Iterator[None]:
             raise ModelFileError(f"{what}: it tried to end the process") from None
         raise
     finally:
+        if confinement.lasting:
+            _lasting = _Guard(f"after {what}", ())
         _active.remove(guard)
         if outermost:
             channel.tell("free")
         sys.dont_write_bytecode = bytecode
     if guard.violation is not None:
         raise guard.violation
+
+
+@contextmanager
+def _afterwards(what: str, writable: Iterable[str]) -> Iterator[None]:
+    """What a block left behind is called now, in any thread."""
+    guard = _Guard(what, map(Path, writable))
+    _active.append(guard)
+    try:
+        yield
+    finally:
+        _active.remove(guard)
+
+
+def _thread(ident: int) -> threading.Thread | None:
+    """What Python knows of a thread; nothing of one that C started. (`threading.current_thread` would make it up.)"""
+    known: dict[int, threading.Thread] = getattr(threading, "_active", {})
+    return known.get(ident)
 
 
 def _announce() -> None:
@@ -218,17 +253,29 @@ def guarded_unless(trusted: bool, what: str, writable: Iterable[Path] = ()) -> A
 
 
 def _hook(event: str, args: tuple[Any, ...]) -> None:
-    if not _active or getattr(_busy, "now", False):
-        return
-    own = threading.get_ident()
-    guard = next((each for each in reversed(_active) if own not in each.exempt), None)
-    if guard is None:
+    if not (_active or _started or _lasting) or getattr(_busy, "now", False):
         return
     _busy.now = True
     try:
-        _judge(guard, event, args)
+        guard = _guard_of(threading.get_ident())
+        if guard is not None:
+            _judge(guard, event, args)
+        elif _lasting is not None and _action(event) in _LASTING:
+            _judge(_lasting, event, args)
     finally:
         _busy.now = False
+
+
+def _guard_of(ident: int) -> _Guard | None:
+    for guard in reversed(_active):
+        if guard.holds(ident):
+            return guard
+    thread = _thread(ident)
+    return None if thread is None else _started.get(thread)
+
+
+def _action(event: str) -> str | None:
+    return None if event in _HARMLESS else _EXACT.get(event) or _FAMILIES.get(event.partition(".")[0])
 
 
 def _judge(guard: _Guard, event: str, args: tuple[Any, ...]) -> None:
@@ -255,10 +302,14 @@ def _judge(guard: _Guard, event: str, args: tuple[Any, ...]) -> None:
         for index, anchor in _PATHS[event]:
             if not _may_write(guard, args[index], args[anchor] if anchor is not None else -1):
                 guard.refuse("change a file", event, args[index])
-    elif event not in _HARMLESS:
-        action = _EXACT.get(event) or _FAMILIES.get(event.partition(".")[0])
-        if action is not None:
-            guard.refuse(action, event, args[0] if len(args) == 1 else args)
+    elif event in _THREADS:
+        thread = getattr(args[0], "__self__", None)
+        if isinstance(thread, threading.Thread):
+            _started[thread] = guard
+        else:
+            guard.refuse("start a thread without a name", event, args[0])
+    elif (action := _action(event)) is not None:
+        guard.refuse(action, event, args[0] if len(args) == 1 else args)
 
 
 def _may_write(guard: _Guard, path: Any, folder: int = -1) -> bool:

@@ -6,11 +6,14 @@ import io
 import struct
 import zipfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from hypothesis import strategies as st
+
+from repquant_fx.calibration.arrays import read_arrays
 
 COMMAND = "cos\nsystem\n(S'touch RAN'\ntR"  # a pickle that runs a command in the current directory
 
@@ -117,3 +120,9 @@ def damages(draw: st.DrawFn) -> Any:
         return bytes(changed)
 
     return damage
+
+
+def arrays(path: Path) -> Any:
+    """All that a file of arrays holds; an .npz gives them one by one."""
+    found = read_arrays(path)
+    return dict(found) if isinstance(found, Mapping) else found

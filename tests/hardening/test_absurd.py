@@ -16,6 +16,7 @@ import pytest
 import torch
 from attacks import (
     archive_of,
+    arrays,
     as_key,
     bomb,
     deep,
@@ -210,7 +211,7 @@ def test_headers_of_arrays(shape: tuple[int, ...], tmp_path: Path) -> None:
     for name, data in (("a.npy", npy(shape)), ("a.npz", zipped({"x.npy": npy(shape)}))):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(CalibrationError, match="cannot be read as plain arrays"):
-            read_arrays(tmp_path / name)
+            arrays(tmp_path / name)
 
 
 @pytest.mark.parametrize("data", [

@@ -73,7 +73,19 @@ def test_archives_that_unpack_to_more_than_memory_has_room_for(tmp_path: Path, m
     assert zipfile.ZipFile(path).infolist()[0].file_size > 100 * path.stat().st_size
     monkeypatch.setattr(limits, "memory", lambda: 10_000_000)
     with pytest.raises(CalibrationError, match="would unpack to"):
-        read_arrays(path)
+        dict(read_arrays(path))  # type: ignore[call-overload]
+    np.savez_compressed(path, x=np.zeros((4, 4), dtype=np.float32), large=np.zeros((1000, 1000), dtype=np.float32))
+    assert load_calibration(path, FLOATS, preprocessing=None).samples == 4  # the other one is not asked for
+    assert tuple(read_arrays(path)) == ("x", "large")
+
+
+def test_an_array_must_fill_its_entry_of_an_archive(tmp_path: Path) -> None:
+    """Memory is taken by what its header says."""
+    np.save(tmp_path / "x.npy", np.zeros((4, 4), dtype=np.float32))
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("x.npy", (tmp_path / "x.npy").read_bytes().replace(b"(4, 4), ", b"(4, 99),"))
+    with pytest.raises(CalibrationError, match="x claims 1584 bytes where 64 are"):
+        load_calibration(tmp_path / "a.npz", FLOATS, preprocessing=None)
 
 
 def test_texts_that_are_larger_than_memory_has_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

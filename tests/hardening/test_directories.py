@@ -15,7 +15,9 @@ import transformers
 from language import save, tokenizer
 
 from repquant_fx.errors import InputError, ModelFileError
+from repquant_fx.frontends import sentencepiece
 from repquant_fx.frontends.loading import load_model
+from repquant_fx.frontends.sentencepiece import check_sentencepiece
 
 
 @pytest.fixture(scope="module")
@@ -408,3 +410,65 @@ def test_slow_tokenizers_still_know_their_files(tmp_path: Path) -> None:
     assert (
         found("a b")["input_ids"] == transformers.AutoTokenizer.from_pretrained(tmp_path / "again")("a b")["input_ids"]
     )
+
+
+# ---- SentencePiece --------------------------------------------------------------------------------------------------
+
+
+def field(number: int, content: bytes) -> bytes:
+    """A field of a protobuf that has a length."""
+    length, head = len(content), bytearray([number << 3 | 2])
+    while length > 127:
+        head.append(length & 127 | 128)
+        length >>= 7
+    return bytes([*head, length]) + content
+
+
+PIECE = field(1, field(1, "\u2581the".encode()) + b"\x15\x00\x00\x80\xbf" + b"\x18\x01")
+TRAINER = field(2, b"\x18\x02" + field(7, b"m"))
+
+
+def replacing(text: bytes) -> bytes:
+    return field(3, field(1, b"nmt_nfkc") + field(2, (4).to_bytes(4, "little") + bytes(4) + text))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        PIECE * 3 + TRAINER + replacing(b"fi\0ffi\0"),
+        b"IQ== 0\nIg== 1\r\nIyMj 2",  # of tiktoken
+    ],
+)
+def test_sound_vocabularies(data: bytes) -> None:
+    check_sentencepiece(data, "tokenizer.model")
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (PIECE * 21, "more than 20 pieces"),
+        (field(1, b"a" * 10_001), "a piece has 10001 bytes"),
+        (PIECE + field(2, bytes(1_000_001)), "field 2 has 1000001 bytes"),
+        (PIECE + replacing(b"x" * 1001 + b"\0"), "replaces a letter by 1001"),
+        (PIECE + b"\x0a\xff\xff\xff\xff\x0f", "leads beyond its end"),
+        (PIECE + b"\x0a" + b"\xff" * 20, "does not end"),
+        (PIECE + b"\x0b", "a field of the type 3"),
+        (PIECE[:-1], "leads beyond its end|does not end"),
+        (TRAINER, "has no pieces"),
+        (b"IQ== 0\nIg== 1\nnot a table", "no sound SentencePiece model"),
+        (b"", "has no pieces"),
+    ],
+)
+def test_vocabularies_that_no_library_sees(data: bytes, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sentencepiece, "_MOST_PIECES", 20)
+    with pytest.raises(InputError, match=message) as caught:
+        check_sentencepiece(data, "tokenizer.model")
+    assert "\n" not in str(caught.value)
+
+
+def test_they_are_judged_beside_another_tokenizer_as_well(folder: Path) -> None:
+    (folder / "spiece.model").write_bytes(PIECE + b"\x0a\xff")
+    with pytest.raises(InputError, match=r"spiece\.model is no sound SentencePiece model"):
+        load_model(folder)
+    (folder / "spiece.model").write_bytes(PIECE)
+    assert load_model(folder).tokenizer is not None

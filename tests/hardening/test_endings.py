@@ -10,12 +10,15 @@ import sys
 import textwrap
 import threading
 import time
+import types
+import warnings
 from pathlib import Path
 
 import pytest
 
 from repquant_fx import files
-from repquant_fx.cli import main
+from repquant_fx.cli import COMMANDS, main
+from repquant_fx.cli.common import add_output
 from repquant_fx.cli.signals import Terminated, flushed, terminated
 from repquant_fx.errors import OutputError
 from repquant_fx.files import check_writable, write_together
@@ -80,13 +83,13 @@ def test_long_names_are_written(tmp_path: Path) -> None:
 def test_a_result_that_cannot_be_printed_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with open("/dev/full", "w", encoding="utf-8") as full:
         monkeypatch.setattr(sys, "stdout", full)
-        with pytest.raises(OutputError, match="stdout: No space left"), flushed():
+        with pytest.raises(OutputError, match="standard output: No space left"), flushed():
             print("result")
 
 
 def run(script: str, folder: Path, **options: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=folder, text=True, timeout=60, env=ENVIRONMENT,
-                          stderr=subprocess.PIPE, **options)  # type: ignore[call-overload]
+    return subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=folder, text=True, timeout=60,
+                          **{"stderr": subprocess.PIPE, "env": ENVIRONMENT, **options})  # type: ignore[call-overload]
 
 
 COMMAND = """
@@ -103,7 +106,32 @@ COMMAND = """
 def test_a_full_stdout_ends_with_two(tmp_path: Path) -> None:
     with open("/dev/full", "w", encoding="utf-8") as full:
         done = run(COMMAND, tmp_path, stdout=full)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "No space left" in done.stderr, done.stderr
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "cannot write the result to standard output: No space left" in done.stderr, done.stderr
+
+
+ODD = COMMAND.replace('"x" * 100_000', '"\\u00e9\\udcff \\u2500 x"')
+
+
+def test_a_stdout_that_is_not_utf_8(tmp_path: Path) -> None:
+    """What it cannot say is escaped."""
+    done = run(ODD, tmp_path, stdout=subprocess.PIPE, env={**ENVIRONMENT, "PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\\xe9\\udcff \\u2500 x\n", "")
+
+
+def test_tracebacks_are_escaped(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(options: object) -> int:
+        warnings.warn("odd\x1b[2J", stacklevel=1)
+        raise ValueError("\x1b]0;title\x07 \x9b1m\u2028")
+
+    command = types.ModuleType("command", "`repquant-fx say`: print something.")
+    vars(command)["add"] = lambda parser: (add_output(parser), parser.set_defaults(run=fail))
+    monkeypatch.setitem(COMMANDS, "say", command)
+    assert main(["say", "--debug"]) == 1
+    said = capsys.readouterr().err
+    assert "Traceback (most recent call last):\n" in said
+    assert said.count("ValueError: \\x1b]0;title\\x07 \\x9b1m\\u2028\n") == 2
+    assert "UserWarning: odd\\x1b[2J\n" in said and not set(said) & set("\x1b\x07\x9b\u2028")
 
 
 def test_a_reader_that_is_gone_ends_quietly(tmp_path: Path) -> None:

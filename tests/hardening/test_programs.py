@@ -13,6 +13,7 @@ from programs import (
     CONSTANTS,
     MODEL,
     WEIGHTS,
+    Calls,
     argument,
     as_bytes,
     edited,
@@ -123,6 +124,9 @@ def hostile(kind: str) -> bytes:
             program(lambda x: x + aten.full([2, 4], 1.0)), _set("size", {"as_ints": [1 << 40, 4]}, 0)
         ),
         "arange": lambda: edited(program(lambda x: x + aten.arange(4)), _set("end", {"as_int": 1 << 50}, 0)),
+        "arange of the least integer": lambda: edited(
+            program(lambda x: x + aten.arange.start_step(1, -3, -1)), _set("end", {"as_int": 1 - (1 << 63)}, 0)
+        ),
         "repeat": lambda: edited(program(lambda x: x.repeat([2, 2])), _set("repeats", {"as_ints": [1 << 25, 1 << 20]})),
         "expand": lambda: edited(
             program(lambda x: x[:1].expand([2, 4]).relu()), _set("size", {"as_ints": [1 << 50, 4]}, 1)
@@ -268,6 +272,7 @@ HOSTILE = {
     "scale": "scale is not",
     "full": "takes .* and this machine",
     "arange": "takes .* and this machine",
+    "arange of the least integer": "ends are too large",
     "repeat": "takes .* and this machine",
     "expand": "takes .* and this machine|expand",
     "pad": "takes .* and this machine",
@@ -367,6 +372,56 @@ def test_no_overload_that_writes_elsewhere_draws_or_takes_objects_is_admitted() 
         packet, overload = name.split(".")
         found = getattr(getattr(aten, packet), overload, None)
         assert found is None or not is_safe_operator(found), name
+
+
+LEAST = torch.tensor([-(2**63), 5])
+DIVISIONS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {  # of the least integer by -1, or by zero
+    "div": (lambda x, a: x.sum() + a.div(-1, rounding_mode="trunc"), (LEAST,)),
+    "div by zero": (lambda x, a: x.sum() + a.div(0, rounding_mode="floor"), (LEAST,)),
+    "floor_divide": (lambda x, a: x.sum() + a // -1, (LEAST,)),
+    "remainder": (lambda x, a: x.sum() + a % -1, (LEAST,)),
+    "fmod": (lambda x, a: x.sum() + a.fmod(-1), (LEAST,)),
+    "by a tensor of the file": (lambda x, a, b: x.sum() + a // b, (LEAST, torch.tensor([-1, 1]))),
+    "through a view": (lambda x, a, b: x.sum() + a // b.view(2, 1)[1:], (LEAST, torch.tensor([1, 0]))),
+    "by what is computed": (lambda x, a, b: x.sum() + a // (b - 2), (LEAST, torch.tensor([1, 1]))),
+    "by what another node writes": (lambda x, a, b: x.sum() + a // b + b.sub_(2), (LEAST, torch.tensor([1, 1]))),
+    "by the difference of sizes": (lambda x, a: x.sum() + a // (x.shape[0] - 3), (LEAST,)),
+    "of a pool": (lambda x, a: x.sum() + aten.avg_pool2d(a, [1, 1], [1, 1], [0, 0], False, True, -1),
+                  (LEAST.expand(1, 1, 2, 2).contiguous(),)),
+}
+
+
+def unsafe(kind: str) -> bytes:
+    """A program with such a division, saved without being run."""
+    function, tensors = DIVISIONS[kind]
+    x, shapes = torch.ones(2, 4), ({0: torch.export.Dim.DYNAMIC},) if "sizes" in kind else None
+    with torch.no_grad():
+        return as_bytes(torch.export.export(Calls(function, tensors), (x,), dynamic_shapes=shapes))
+
+
+@pytest.mark.parametrize("kind", list(DIVISIONS))
+def test_a_division_that_ends_the_process_is_refused(kind: str) -> None:
+    with pytest.raises(InputError, match=r"divides integers by|divisor is not above 0"):
+        load_exported(unsafe(kind), "evil.pt2")
+
+
+def test_groups_that_are_none_are_refused() -> None:
+    data = edited(program(lambda x: aten.native_channel_shuffle(x, 2), x=IMAGE), _set("groups", {"as_int": 0}))
+    with pytest.raises(InputError, match="groups do not divide"):
+        load_exported(data, "evil.pt2")
+
+
+def test_honest_divisions() -> None:
+    """By numbers, by sizes and by tensors of the file; of floats by anything."""
+    def divides(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        sizes = a // (x.shape[0] * x.shape[1]) + a.div(x.shape[0], rounding_mode="trunc") + (x.shape[0] + 3) // 2
+        return sizes + a // 2 + a % 3 + a // b.unsqueeze(0) + (x / x.mean()).sum() + (x // -1.0).sum()
+
+    tensors = torch.tensor([7, 9]), torch.tensor([2, 3])
+    free = ({0: torch.export.Dim.DYNAMIC},)
+    exported = torch.export.export(Calls(divides, tensors), (torch.ones(2, 4),), dynamic_shapes=free)
+    loaded, inputs, _ = load_exported(as_bytes(exported), "m.pt2")
+    assert torch.equal(loaded.module(check_guards=False)(*inputs), divides(*inputs, *tensors))
 
 
 def test_constants_are_checked_like_weights() -> None:

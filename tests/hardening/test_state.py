@@ -223,6 +223,13 @@ def bert(**changes: Any) -> Any:
         {"num_hidden_layers": 10**9},
         {"quantization_config": {"a": 1}},
         {"auto_map": {"AutoModel": "m.M"}},
+        {"use_kernels": True},
+        {"_use_kernels": True},
+        {"kernel_config": {"RMSNorm": "someone/kernels:Norm"}},
+        {"gguf_file": "other.gguf"},
+        {"custom_generate": "someone/code"},
+        {"configuration_files": ["config.4.0.0.json"]},
+        {"experts_implementation": "someone/kernels"},
         {"x": argparse.Namespace()},
         {"x": nested(50)},
         {"x": 10**400},
@@ -237,13 +244,14 @@ def test_configurations(changes: dict[str, Any]) -> None:
 
 
 def test_nothing_of_the_file_but_tensors() -> None:
-    model = bert(_use_kernels=True, dtype="os.__dict__")
+    model = bert(dtype="os.__dict__", tokenizer_file="elsewhere")
     vars(model)["_use_kernels"] = True
     vars(model)["base_model_prefix"] = "config"
     vars(model.encoder)["layer_names"] = "os.__dict__"
     vars(model.pooler.dense)["config"] = "os.__dict__"
     loaded = load_pickled(torch_file(model), "m.pt")
-    assert not loaded.use_kernels and loaded.base_model_prefix == "bert" and not hasattr(loaded.config, "_use_kernels")
+    assert not loaded.use_kernels and loaded.base_model_prefix == "bert"
+    assert not hasattr(loaded.config, "tokenizer_file")
     assert not hasattr(loaded.encoder, "layer_names") and not hasattr(loaded.pooler.dense, "config")
     assert all(
         torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from attacks import COMMAND, archive_of, npy, records_of, torch_file, torch_zip, zipped
+from attacks import COMMAND, archive_of, arrays, npy, records_of, torch_file, torch_zip, zipped
 from test_absurd import bert
 from test_fuzz import ARCH, whole
 from torch import nn
@@ -94,7 +94,7 @@ def test_pickles_wherever_weights_are_read(kind: str, tmp_path: Path) -> None:
     for name in ("a.pt", "a.npy", "a.npz", "a.safetensors"):
         (tmp_path / name).write_bytes(FILES[kind])
         try:  # an empty dict is no array, which its reader says later
-            assert read_arrays(tmp_path / name) == {}
+            assert arrays(tmp_path / name) == {}
         except InputError:
             pass
     folder = bert(tmp_path / "hub")
@@ -118,14 +118,14 @@ def test_arrays_of_objects(tmp_path: Path) -> None:
     (tmp_path / "c.npy").write_bytes(npy((1,), "|O", PICKLE))
     for name in ("a.npy", "a.npz", "b.npz", "c.npy"):
         with pytest.raises(InputError, match="plain arrays"):
-            read_arrays(tmp_path / name)
+            arrays(tmp_path / name)
 
 
 def test_torchscript_is_not_loaded(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)).save(str(tmp_path / "m.pt"))
-    for read in (load_model, read_arrays):
+    for read in (load_model, arrays):
         with pytest.raises(InputError):
             read(tmp_path / "m.pt")
     with pytest.raises(ModelFileError, match="TorchScript"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import re
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -88,3 +90,44 @@ def test_folders_that_may_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_not_as_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody who imports this package is confined by it."""
     assert not channel.supervised() and confinement.confine(options()) == []
+
+
+OVER = """
+    import torch
+    from repquant_fx import limits
+    from repquant_fx.errors import ModelFileError
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    limits.memory, confinement.SLACK = lambda: 1 << 30, used
+    with guard.guarded("loading m.pt"):
+        try:
+            torch.zeros(1 << 31)
+        except RuntimeError as error:
+            if "--report" in sys.argv:
+                raise ModelFileError("m.pt holds a module that is not whole") from error
+            raise
+    """.replace("import torch", "import torch; from repquant_fx.security import confinement", 1)
+
+
+@pytest.mark.parametrize("argv", [[], ["--report", "r.json"]], ids=["of torch", "as a reader of files explains it"])
+def test_running_out_of_address_space_names_the_limit(argv: list[str], tmp_path: Path) -> None:
+    with command(tmp_path, OVER, *argv) as process:
+        code, out, said = end(process)
+    assert (code, out, len(said)) == (2, "", 1), said
+    assert "error: not enough memory" in said[0]["message"]
+    assert re.search(r"the address space of the process is limited to \d+\.\d GB", said[0]["message"])
+
+
+@pytest.mark.parametrize("device, bounded", [("cpu", True), ("cpu:0", True), ("cuda", False), ("cuda:1", False)])
+def test_a_gpu_gets_all_addresses(device: str, bounded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA reserves addresses for the memory of all devices and of the machine when it starts."""
+    set_limits: list[Any] = []
+    monkeypatch.setattr(channel, "supervised", lambda: True)
+    monkeypatch.setattr(confinement, "_seccomp", lambda: None)
+    monkeypatch.setattr(confinement, "_landlock", lambda folders: None)
+    monkeypatch.setattr(resource, "setrlimit", lambda *limit: set_limits.append(limit))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    monkeypatch.setattr(confinement, "lasting", False)
+    monkeypatch.setattr(confinement, "_boundable", False)
+    assert confinement.confine(options(device=device)) == []
+    confinement.bound_memory()
+    assert bool(set_limits) == bounded == confinement.lasting

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import importlib
 import importlib.util
 import marshal
 import os
 import runpy
+import signal
 import socket
 import sqlite3
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import urllib.request
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.machinery import ExtensionFileLoader, SourcelessFileLoader
@@ -62,6 +66,7 @@ ATTEMPTS: dict[str, tuple[Callable[[], Any], str]] = {
     "compiled script": (lambda: runpy.run_path("evil.pyc"), "read compiled code (marshal.load"),
     "hook": (lambda: sys.addaudithook(lambda *_: None), "change this process (sys.addaudithook"),
     "chdir": (lambda: os.chdir("/"), "change this process (os.chdir"),
+    "thread": (lambda: _thread.start_new_thread(os.mkdir, ("ran",)), "start a thread without a name (_thread."),
     "exit": (lambda: sys.exit(0), "end the process"),
 }
 
@@ -188,3 +193,98 @@ def test_a_deadline_holds_for_the_outermost_block(monkeypatch: pytest.MonkeyPatc
             pass
         assert told == [("guarded", "loading m.pt")]
     assert told == [("guarded", "loading m.pt"), ("free", None)]
+
+
+def test_a_thread_stays_guarded_when_the_block_is_over(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """So do those that it starts; others, which may have its ident later, do not."""
+    go, refused = threading.Event(), list[str]()
+
+    def attempt() -> None:
+        try:
+            os.mkdir("ran")
+        except ModelFileError as error:
+            refused.append(str(error))
+
+    def work() -> None:
+        go.wait(30)
+        attempt()
+        inner = threading.Timer(0, attempt)
+        inner.start()
+        inner.join(30)
+
+    with guarded("loading m.pt"):
+        thread = threading.Thread(target=work)
+        thread.start()
+    go.set()
+    thread.join(30)
+    assert not (place / "ran").exists() and len(refused) == 2 and "change a file (os.mkdir" in refused[1]
+    other = threading.Thread(target=os.mkdir, args=("theirs",))
+    other.start()
+    other.join(30)
+    assert (place / "theirs").exists()
+
+
+def test_threads_of_others_are_free_while_a_block_runs(place: Path) -> None:
+    """A server starts threads for other requests meanwhile."""
+    go, done = threading.Event(), threading.Event()
+
+    def serve() -> None:
+        go.wait(30)
+        thread = threading.Thread(target=os.mkdir, args=("theirs",))
+        thread.start()
+        thread.join(30)
+        done.set()
+
+    server = threading.Thread(target=serve)
+    server.start()
+    with guarded("loading m.pt"):
+        go.set()
+        assert done.wait(30)
+    server.join(30)
+    assert (place / "theirs").is_dir()
+
+
+def test_a_finalizer_is_called_under_the_guard(place: Path) -> None:
+    class Thing:
+        pass
+
+    before, thing = Thing(), Thing()
+    mine = weakref.finalize(before, os.mkdir, "mine")
+    with guarded("loading m.pt"):
+        theirs = weakref.finalize(thing, os.mkdir, "ran")
+        harmless = weakref.finalize(thing, str.upper, "x")
+    mine()
+    with pytest.raises(ModelFileError, match=r"after loading m.pt: it tried to change a file \(os.mkdir 'ran'\)"):
+        theirs()
+    assert harmless() == "X" and (place / "mine").exists() and not (place / "ran").exists()
+
+
+def test_handlers_and_hooks_are_put_back(place: Path) -> None:
+    hook, handler = sys.excepthook, signal.getsignal(signal.SIGUSR1)
+    with pytest.raises(ModelFileError, match="handle the signal SIGUSR1"), guarded("loading m.pt"):
+        signal.signal(signal.SIGUSR1, lambda *_: None)
+    assert signal.getsignal(signal.SIGUSR1) is handler
+    with guarded("loading m.pt"):
+        sys.excepthook = lambda *_: os.system("touch ran")
+    assert sys.excepthook is hook
+
+
+def test_the_end_of_the_process(tmp_path: Path) -> None:
+    """Functions that a block registers for it are called under a guard; those of the program around it are not."""
+    script = """
+        import atexit, os, tempfile, threading
+        from repquant_fx.security.guard import guarded
+        tempfile.tempdir = os.path.abspath("temporary")
+        atexit.register(os.mkdir, "before")
+        with guarded("loading m.pt"):
+            atexit.register(os.mkdir, "ran")
+            threading._register_atexit(os.mkdir, "ran2")
+            atexit.register(print, "harmless")
+        with guarded("loading n.pt"):
+            pass
+        atexit.register(os.mkdir, "after")
+        """
+    (tmp_path / "temporary").mkdir()
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "harmless\n" and done.stderr.count("after loading m.pt: it tried to change a file") == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["after", "before", "temporary"]

@@ -310,3 +310,31 @@ def test_a_temporary_folder_that_is_gone(tmp_path: Path) -> None:
     """The command needs none, so it runs."""
     with command(tmp_path, "print('done')", temporary="/nowhere") as process:
         assert end(process)[0] == 0
+
+
+LATER = """
+    import socket, subprocess
+    class Late:
+        def __del__(self):
+            for attempt in (lambda: subprocess.run(["touch", "ran"]), socket.socket):
+                try:
+                    attempt()
+                    log.info("done")
+                except Exception as error:
+                    log.info(str(error))
+    with guard.guarded("loading m.pt"):
+        late = Late()
+    del late
+    Path("out").mkdir()
+    """
+
+
+@pytest.mark.parametrize(
+    "argv, words", [([], ["subprocess.Popen", "use the network"]), (["--allow-pickle"], ["done", "done"])]
+)
+def test_programs_and_the_network_stay_refused(argv: list[str], words: list[str], tmp_path: Path) -> None:
+    """Even to what no guard sees coming, unless the user's own code runs."""
+    with command(tmp_path, LATER, *argv) as process:
+        code, _, said = end(process)
+    assert code == 0 and len(said) == 2 and all(word in e["message"] for word, e in zip(words, said)), said
+    assert ("ran" in names(tmp_path)) == bool(argv) and "out" in names(tmp_path)
