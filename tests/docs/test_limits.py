@@ -51,7 +51,7 @@ def rows() -> list[tuple[str, str, str]]:
         ("**any model**: layers", n(limits._MOST_MODULES), code + "limits.py"),
         ("all weights together; one tensor", "memory", ""),
         ("length of a name", f"{n(names._LONGEST)} characters", code + "security/names.py"),
-        ("ways to the layers of a pickled module that share others", n(names._MOST_WAYS), ""),
+        ("paths to the layers of a pickled module that share layers", n(names._MOST_WAYS), ""),
         (
             "a number in an architecture (`--arch`, `timm:`)",
             n(architectures._LARGEST),
@@ -180,13 +180,13 @@ def rows() -> list[tuple[str, str, str]]:
             code + "security/channel.py",
         ),
         ("to end after a signal", f"{supervisor.GRACE:g} s", code + "security/supervisor.py"),
-        ("**address space**", f"memory and {size(confinement.SLACK)}", code + "security/confinement.py"),
+        ("**address space**", f"memory plus {size(confinement.SLACK)}", code + "security/confinement.py"),
     ]
 
 
 def test_the_table_says_what_the_code_does() -> None:
     page = (ROOT / "docs" / "guide" / "security.md").read_text(encoding="utf-8")
-    table = page.partition("## Too much")[2].partition("| what | limit | in |\n|---|---|---|\n")[2].partition("\n\n")[0]
+    table = page.partition("## Limits")[2].partition("| what | limit | in |\n|---|---|---|\n")[2].partition("\n\n")[0]
     wanted = [f"| {what} | {limit} | {f'`{file}` ' if file else ''}|" for what, limit, file in rows()]
     assert table.splitlines() == wanted
     assert all((ROOT / file).is_file() for _, _, file in rows() if file)
