@@ -92,7 +92,7 @@ OTHER_VALUES: dict[str, tuple[list[str], Any]] = {
     "wbits": (["--wbits", "3"], 3), "abits": (["--abits", "5"], 5), "input_bits": (["--input-bits", "6"], 6),
     "percentile": (["--percentile", "99.5"], 99.5), "correction": (["--no-correction"], False), "gptq": (["--no-gptq"], False),
     "gptq_damping": (["--gptq-damping", "0.1"], 0.1), "gptq_block": (["--gptq-block", "32"], 32),
-    "gptq_activation_order": (["--no-gptq-activation-order"], False), "rotate": (["--rotate", "residual,heads"], ["residual", "heads"]), "equalize": (["--equalize", "query_key,linear"], ["query_key", "linear"]),
+    "gptq_activation_order": (["--no-gptq-activation-order"], False), "reconstruct": (["--reconstruct"], 400), "rotate": (["--rotate", "residual,heads"], ["residual", "heads"]), "equalize": (["--equalize", "query_key,linear"], ["query_key", "linear"]),
 }
 
 
