@@ -107,7 +107,7 @@ def layer_sqnr(float_module: GraphModule, shipped: GraphModule, names: Sequence[
     """
     signal: dict[str, float] = dict.fromkeys(names, 0.0)
     noise: dict[str, float] = dict.fromkeys(names, 0.0)
-    for batch in _slices(inputs):
+    for batch in _slices(float_module, inputs):
         expected, computed = _values(float_module, names, batch), _values(shipped, names, batch)
         both = expected.keys() & computed.keys()
         for name in both:
@@ -123,9 +123,13 @@ def layer_sqnr(float_module: GraphModule, shipped: GraphModule, names: Sequence[
     }
 
 
-def _slices(inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    step = SLICE if len(inputs[0]) % SLICE == 0 else len(inputs[0])
-    for start in range(0, len(inputs[0]), step):
+def _slices(graph_module: GraphModule, inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """A few samples at a time, where the graph takes any number of them in each input."""
+    axes = [n.meta["val"].shape[:1] for n in graph_module.graph.find_nodes(op="placeholder")]
+    count = len(inputs[0])
+    fixed = any(not size or isinstance(size[0], int) for size in axes) or any(len(t) != count for t in inputs)
+    step = count if fixed or count % SLICE else SLICE
+    for start in range(0, count, step):
         yield [t[start:start + step] for t in inputs]
 
 

@@ -47,6 +47,13 @@ def of_module() -> CompiledModel:
     return fast(encoder())
 
 
+def test_a_fixed_batch_is_run_whole() -> None:
+    """Of 8 samples, of which a graph with a free batch would be run 4 at a time."""
+    x = images(8)
+    compiled = fast(torch.export.export(vit(1), (x,)), calibration=x, example_inputs=None)
+    assert all(entry["sqnr_db"] is not None for entry in compiled.report["layers"])
+
+
 def test_a_program_and_a_file_give_what_the_module_gives(of_module: CompiledModel, tmp_path: Path) -> None:
     x = sequences(5, seed=9)
     torch.export.save(program(), tmp_path / "m.pt2")
