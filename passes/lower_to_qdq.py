@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 
 from repquant_fx.errors import PassError
 from repquant_fx.naming import QUANTIZED, SCALE, SHIFT, ZERO_POINT, site_stem
-from repquant_fx.passes.base import Pass, aten, attribute, constant_node, copy_meta, free_stem, shape_of
+from repquant_fx.passes.base import Pass, aten, attribute, constant_node, copy_meta, free_stem, module_path, shape_of
 from repquant_fx.passes.canonicalize import refresh_metadata
 from repquant_fx.passes.channel_flow import LAYOUT
 from repquant_fx.passes.match_sites import SOFTMAX, Plan, Site
@@ -174,8 +174,7 @@ class LowerToQDQ(Pass):
         bias_scale = quantizer.scale * scale
         bias_codes = torch.round(attribute(graph_module, bias).double() / bias_scale.double())
         if not bool((bias_codes.abs() < BIAS_LIMIT).all()):
-            self.leave(consumer, "its bias stays in float: in steps of its product it does not fit int32")
-            return
+            raise PassError(f"{module_path(consumer)}: in steps of its product the bias does not fit int32")
         stem = free_stem(graph_module, str(bias.target))
         b = constant_node(graph_module, QUANTIZED.of(stem), bias_codes.to(torch.int32), consumer)
         bs = constant_node(graph_module, SCALE.of(stem), bias_scale, consumer)

@@ -115,7 +115,8 @@ def layer_sqnr(float_module: GraphModule, shipped: GraphModule, names: Sequence[
             if codes is not None and name in codes:
                 value = (value - codes[name].offset) * codes[name].step
             signal[name] += float(reference.square().sum())
-            noise[name] += float((value.reshape(-1) - reference).square().sum())
+            alike = value.numel() == reference.numel()  # what is picked out of values need not be
+            noise[name] += float(((value.reshape(-1) - reference) if alike else reference).square().sum())
     return {
         n: 10 * math.log10(signal[n] / noise[n]) if noise[n] > 0 and signal[n] > 0 else math.inf
         for n in names

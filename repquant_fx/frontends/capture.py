@@ -425,8 +425,8 @@ def _check_types(tensors: Mapping[str, Tensor], what: str) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype not in _TYPES:
             kind = str(tensor.dtype).removeprefix("torch.")
-            raise CaptureError(f"the {what} {name} is {kind}, which ONNX Runtime neither takes nor gives; convert it in "
-                               "the model, to float32 for example")
+            raise CaptureError(f"the {what} {name} is {kind}, which ONNX Runtime neither takes nor gives; convert it "
+                               "in the model, to float32 for example")
 
 
 def _select(labels: Sequence[str], wanted: Sequence[str]) -> list[int]:

@@ -190,7 +190,7 @@ def test_the_encoder_layer_of_torch_is_quantized_in_its_parts() -> None:
 
 
 def test_what_has_no_counterpart_in_onnx_is_refused() -> None:
-    with pytest.raises(InputError, match="cannot be written as ONNX.*bessel_j0"):
+    with pytest.raises(InputError, match=r"cannot be written as ONNX.*bessel_j0"):
         compiled(Around(lambda m, x: torch.special.bessel_j0(m.fc(x))))
 
 
@@ -234,3 +234,25 @@ def test_a_bias_far_above_the_steps_of_its_product(value: float) -> None:
     with torch.no_grad():
         model[0].weight.mul_(1e-20)
     assert compiled(model).parity
+
+
+def test_as_many_outputs_as_values_chosen() -> None:
+    """Quantized, another number of them."""
+    assert compiled(Around(lambda m, x: (lambda y: (y, y[y > 0]))(m.fc(x))), Recipe(wbits=2, abits=2)).parity
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_a_bilinear_layer(batch: int) -> None:
+    """Torch cannot trace it with a batch of any size."""
+    model, x = Around(lambda m, x: m.extra(m.fc(x), x), nn.Bilinear(4, 4, 3)), torch.randn(8, 4)
+    result = compile(model, [x], example_inputs=[x[:batch]])
+    expected = model(x[:batch])
+    assert (result.graph_module(x[:batch]) - expected).norm() < 0.3 * expected.norm()
+    assert [entry["operator"] for entry in result.report["layers"]] == ["linear", "linear"]
+
+
+def test_a_number_copied_into_a_matrix() -> None:
+    result = compiled(Around(lambda m, x: m.fc(m.extra(x).clone().copy_(x.mean().double())), nn.Linear(4, 4)))
+    assert [entry["path"] for entry in result.report["layers"]] == ["fc"]
+    assert [item["path"] for item in result.report["left_alone"]] == ["extra"]
+    assert result.session().run(None, {"x": torch.randn(3, 4).numpy()})[0].shape == (3, 4)

@@ -1,14 +1,18 @@
 """Property: a small model of any kind compiles to a file that agrees with its reference, or is refused with one line.
 
 Nothing else. `REPQUANT_FX_FUZZ=N` sets how many models the slow test tries (2,000), `REPQUANT_FX_FUZZ_SEED=S` which:
-processes with different seeds share the work, and a seed gives the same models again.
+processes with different seeds share the work, and a seed gives the same models again. Every failure is printed with the
+number of its model, and the run goes on; `REPQUANT_FX_FUZZ_ONLY=17,203` compiles these numbers alone, and
+`REPQUANT_FX_FUZZ_SHRINK=1` stops at the first failure and looks for the smallest model that shows it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import traceback
 import warnings
 from collections import Counter
 
@@ -94,14 +98,50 @@ def test_a_few_models(case: Case) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(0)
 def test_many_models() -> None:
+    shrink, only = os.environ.get("REPQUANT_FX_FUZZ_SHRINK"), os.environ.get("REPQUANT_FX_FUZZ_ONLY")
+    chosen = {int(number) for number in only.split(",")} if only else None
     counts: Counter[str] = Counter()
+    failures: Counter[str] = Counter()
+    number = -1
 
     @seed(int(os.environ.get("REPQUANT_FX_FUZZ_SEED", "0")))
-    @settings(max_examples=int(os.environ.get("REPQUANT_FX_FUZZ", "2000")), **COMMON)
+    @settings(
+        max_examples=int(os.environ.get("REPQUANT_FX_FUZZ", "2000")),
+        phases=[Phase.generate, Phase.shrink] if shrink else [Phase.generate],
+        **COMMON,
+    )
     @given(cases())
     def run(case: Case) -> None:
-        counts[outcome(case)] += 1
+        nonlocal number
+        number += 1
+        if chosen is not None and number not in chosen:
+            if number > max(chosen):
+                raise _Enough
+            return
+        try:
+            counts[outcome(case)] += 1
+        except Exception as error:
+            if shrink:
+                raise
+            failures[described(error)] += 1
+            print(f"\nmodel {number} fails: {described(error)}\n{case!r}", flush=True)
+            if chosen is not None:
+                traceback.print_exception(error)
 
-    run()
-    print(*(f"{count:6}  {what}" for what, count in counts.most_common()), f"{counts.total():6}  in all", sep="\n")
-    assert counts["compiled"] > 0.4 * counts.total(), counts  # a fuzzer of refusals would show little
+    with contextlib.suppress(_Enough):
+        run()
+    total = counts.total() + failures.total()
+    print(*(f"{count:6}  {what}" for what, count in counts.most_common()), f"{total:6}  in all", sep="\n")
+    assert not failures, "\n".join(f"{count:6}  {what}" for what, count in failures.most_common())
+    assert counts["compiled"] > 0.4 * total, counts  # a fuzzer of refusals would show little
+
+
+class _Enough(BaseException):
+    """All models that were asked for were tried; no Exception, which would be a finding."""
+
+
+def described(error: Exception) -> str:
+    """What went wrong and where, in a line."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__} in {place.name}: {lines[0][:300] if lines else ''}"
