@@ -130,8 +130,7 @@ def inverse_factor(hessian: Tensor, damping: float, where: str = "") -> tuple[Te
         damping: fraction of the mean diagonal added to it. Raised tenfold, up to 10, until the factorisation succeeds.
 
     Raises:
-        CalibrationError: the Hessian is not finite.
-        PassError: it cannot be factorised at any damping.
+        CalibrationError: the Hessian is not finite, or cannot be factorised at any damping.
     """
     if not bool(torch.isfinite(hessian).all()):
         raise CalibrationError(f"the Hessian of {where or 'a layer'} is not finite: its calibration inputs overflow; "
@@ -153,7 +152,7 @@ def inverse_factor(hessian: Tensor, damping: float, where: str = "") -> tuple[Te
                 return upper, dead
         factor = max(factor * 10, 1e-4)
         if factor > 10:
-            raise PassError(
+            raise CalibrationError(
                 f"the Hessian of {where or 'a layer'} cannot be factorised even with damping {factor / 10:g}; "
                 "use more calibration data or switch GPTQ off for this layer"
             )

@@ -256,3 +256,14 @@ def test_a_number_copied_into_a_matrix() -> None:
     assert [entry["path"] for entry in result.report["layers"]] == ["fc"]
     assert [item["path"] for item in result.report["left_alone"]] == ["extra"]
     assert result.session().run(None, {"x": torch.randn(3, 4).numpy()})[0].shape == (3, 4)
+
+
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe(correction=False), Recipe(gptq=False)])
+def test_calibration_data_far_from_zero(recipe: Recipe) -> None:
+    """Their variance is below the resolution of their squares in float32."""
+    x = torch.randn(20, 4) * 2e-3 + 1e3
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    result = compile(model, [x], recipe, example_inputs=[x[:2]])
+    assert result.parity and not result.parity.problems()
+    assert (result.graph_module(x) - model(x)).norm() < 0.05 * model(x).norm()

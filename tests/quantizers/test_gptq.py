@@ -202,7 +202,7 @@ def test_damping_is_raised_until_the_factorisation_succeeds() -> None:
     indefinite = torch.eye(6, dtype=torch.float64) - 0.5 * torch.ones(6, 6, dtype=torch.float64)
     assert bool(torch.isfinite(inverse_factor(indefinite, 0.01)[0]).all())  # smallest eigenvalue -2, mean diagonal 0.5
     hopeless = torch.full((6, 6), 100.0, dtype=torch.float64).fill_diagonal_(1)
-    with pytest.raises(PassError, match=r"blocks\.3.*cannot be factorised"):
+    with pytest.raises(CalibrationError, match=r"blocks\.3.*cannot be factorised"):
         inverse_factor(hopeless, 0.01, "blocks.3")
 
 
