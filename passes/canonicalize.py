@@ -65,6 +65,8 @@ class Canonicalize(Pass):
             self._patches_to_linear(graph_module, node)
         elif target in (aten.addmm.default, aten.baddbmm.default) and not node.kwargs:
             self._to_matmul(graph_module, node)
+        elif target is aten.copy.default:
+            self._copy_to_expand(graph_module, node)
         elif target is aten.einsum.default:
             return _einsum_to_matmul(graph_module, node)
         elif target in GLOBAL_POOLS and all(size == 1 for size in node.args[1]):  # type: ignore[union-attr]
@@ -122,6 +124,15 @@ class Canonicalize(Pass):
         node.replace_all_uses_with(total)
         graph_module.graph.erase_node(node)
         self._rewrite(graph_module, product)  # with a constant it is a Linear
+
+    def _copy_to_expand(self, graph_module: GraphModule, node: Node) -> None:
+        """A copy into another tensor is one of its shape and type; the ONNX export of torch would keep the source's."""
+        graph, (target, source) = graph_module.graph, node.args[:2]
+        with graph.inserting_before(node):
+            wide = copy_meta(node, graph.call_function(aten.expand_as.default, (source, target)))
+            result = copy_meta(node, graph.call_function(aten.to.dtype, (wide, node.meta["val"].dtype)))
+        node.replace_all_uses_with(result)
+        graph.erase_node(node)
 
     def _add_batch_axis(self, graph_module: GraphModule, node: Node) -> None:
         """A convolution of one sample is one of a batch of one."""

@@ -15,7 +15,17 @@ from torch.fx import GraphModule, Node
 
 from repquant_fx.errors import PassError
 from repquant_fx.naming import QUANTIZED, SCALE, SHIFT, ZERO_POINT, site_stem
-from repquant_fx.passes.base import Made, Pass, aten, attribute, constant_node, copy_meta, free_stem, shape_of
+from repquant_fx.passes.base import (
+    Made,
+    Pass,
+    aten,
+    attribute,
+    constant_node,
+    copy_meta,
+    free_stem,
+    module_path,
+    shape_of,
+)
 from repquant_fx.passes.canonicalize import refresh_metadata
 from repquant_fx.passes.match_sites import Plan, Site
 from repquant_fx.passes.operators import DEQUANTIZE, LAYOUT, LOG2_QUANTIZE, LOG2_SOFTMAX, QUANTIZE, SOFTMAX
@@ -174,8 +184,7 @@ class LowerToQDQ(Pass[Lowered]):
             return
         rounded = round_bias(attribute(graph_module, bias), quantizer.scale, scale)
         if rounded is None:
-            self.leave(consumer, "its bias stays in float: in steps of its product it does not fit int32")
-            return
+            raise PassError(f"{module_path(consumer)}: in steps of its product the bias does not fit int32")
         stem = free_stem(graph_module, str(bias.target))
         b = constant_node(graph_module, QUANTIZED.of(stem), rounded.codes, consumer)
         bs = constant_node(graph_module, SCALE.of(stem), rounded.scale, consumer)

@@ -7,17 +7,18 @@ norm with all Linears that read it, the two operands of a MatMul, the Linears th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.node import Argument, map_arg
 
 from repquant_fx import naming
 from repquant_fx.naming import Names
 from repquant_fx.passes.base import LeftAlone, Made, Pass, aten, is_constant, is_tensor, module_path, shape_of
 from repquant_fx.passes.channel_flow import ChannelFlow, describe_reader, is_empty, origin
-from repquant_fx.passes.operators import CONVOLUTIONS, MATMULS, NORMS, OTHER_NORMS, PRODUCTS, SOFTMAX
+from repquant_fx.passes.operators import CONVOLUTIONS, MATMULS, NORMS, OTHER_NORMS, PRODUCTS, SIZED, SOFTMAX
 from repquant_fx.passes.spec import CANONICAL
 from repquant_fx.recipe import LayerPlan, Recipe
 
@@ -94,7 +95,7 @@ class MatchSites(Pass[Plan]):
     def run(self, graph_module: GraphModule) -> Made[Plan]:
         self._groups, self._left_alone = [], []
         self._names, self._left = Names(), set()
-        self._live = data_dependent(graph_module)
+        self._live, self._read = data_dependent(graph_module), read_for_values(graph_module)
         claimed: dict[Node, Group] = {}
         nodes = list(graph_module.graph.nodes)
         for node in nodes:
@@ -109,7 +110,10 @@ class MatchSites(Pass[Plan]):
         for node in nodes:
             if node.op != "call_function" or node in claimed:
                 continue
-            if node.target in PRODUCTS and (reason := _unsuitable(node, *node.args[:2])):
+            if node not in self._read:
+                if node.target in PRODUCTS:
+                    self._leave(node, "nothing reads more of its result than its size")
+            elif node.target in PRODUCTS and (reason := _unsuitable(node, *node.args[:2])):
                 self._leave(node, reason)
             elif node.target is aten.linear.default and is_constant(node.args[1]) and is_tensor(node.args[0]):
                 by_value.setdefault(node.args[0], []).append(node)  # type: ignore[arg-type]
@@ -147,7 +151,7 @@ class MatchSites(Pass[Plan]):
         flow = ChannelFlow(graph_module, {norm: channels}, affine=True)
         readers = [r for r in flow.readers if r.node.target is aten.linear.default and is_constant(r.node.args[1])
                    and r.node.args[0] is r.value and r.columns is not None and torch.equal(r.columns, channels)
-                   and not is_empty(r.node)]
+                   and not is_empty(r.node) and r.node in self._read]
         plans = {r.node: self.recipe.layer(module_path(r.node)) for r in readers}
         readers = [r for r in readers if not plans[r.node].skip]
         if not readers:
@@ -275,6 +279,22 @@ def data_dependent(graph_module: GraphModule) -> set[Node]:
             if any(parent in live for parent in node.all_input_nodes):
                 live.add(node)
     return live
+
+
+def read_for_values(graph_module: GraphModule) -> set[Node]:
+    """Nodes that an output is computed from; what is read for its size alone is not among them: no file holds it."""
+    read: set[Node] = set()
+    for node in reversed(graph_module.graph.nodes):
+        if node.op == "output" or node in read:
+            sized = SIZED.get(node.target)
+            read.update(_nodes(a for i, a in enumerate((*node.args, *node.kwargs.values())) if i != sized))
+    return read
+
+
+def _nodes(arguments: Iterable[Argument]) -> list[Node]:
+    found: list[Node] = []
+    map_arg(tuple(arguments), found.append)
+    return found
 
 
 def _reaches_softmax(node: Node, depth: int = 12) -> bool:

@@ -75,3 +75,11 @@ QUANTIZE = torch.ops.repquant_fx.quantize.default
 DEQUANTIZE = torch.ops.repquant_fx.dequantize.default
 LOG2_SOFTMAX = torch.ops.repquant_fx.log2_softmax.default
 LOG2_QUANTIZE = torch.ops.repquant_fx.log2_quantize.default
+# the argument that gives its size, type or device, but no values
+SIZED = {
+    aten.sym_size.int: 0, aten.sym_numel.default: 0, aten.copy.default: 0, aten.fill.Scalar: 0, aten.zero.default: 0,
+    aten.zeros_like.default: 0, aten.ones_like.default: 0, aten.empty_like.default: 0, aten.full_like.default: 0,
+    aten.rand_like.default: 0, aten.randn_like.default: 0, aten.new_zeros.default: 0, aten.new_ones.default: 0,
+    aten.new_empty.default: 0, aten.new_full.default: 0,
+    aten.expand_as.default: 1, aten.view_as.default: 1, aten.type_as.default: 1,
+}

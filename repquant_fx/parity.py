@@ -137,7 +137,11 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 
 def sqnr(approximation: Tensor, reference: Tensor) -> float:
-    """Signal to quantization noise ratio, dB."""
+    """Signal to quantization noise ratio, dB; 0 where shapes differ, as those of values picked out do: nothing of the
+    reference is found.
+    """
+    if approximation.shape != reference.shape:
+        return 0.0
     noise = float((approximation.double() - reference.double()).square().sum())
     signal = float(reference.double().square().sum())
     if noise == 0:

@@ -115,7 +115,8 @@ def layer_sqnr(float_module: GraphModule, shipped: GraphModule, names: Sequence[
             if codes is not None and name in codes:
                 value = (value - codes[name].offset) * codes[name].step
             signal[name] += float(exact.square().sum())
-            noise[name] += float((value.reshape(-1) - exact).square().sum())
+            alike = value.numel() == exact.numel()  # what is picked out of values need not be
+            noise[name] += float(((value.reshape(-1) - exact) if alike else exact).square().sum())
     return {
         n: 10 * math.log10(signal[n] / noise[n]) if noise[n] > 0 and signal[n] > 0 else math.inf
         for n in names

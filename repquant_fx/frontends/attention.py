@@ -1,7 +1,7 @@
 """Attention in visible operators: MatMul, Softmax, MatMul in place of scaled_dot_product_attention.
 
 torch's math decomposition is wrong with boolean masks on this path, and its default table would break Linear apart, so
-that the rule is our own.
+that the rule is our own. So is the one for a bilinear layer, which torch cannot trace with sizes that are symbols.
 """
 
 from __future__ import annotations
@@ -39,6 +39,21 @@ def decompose_attention(
     return torch.matmul(torch.softmax(logits, -1), value)
 
 
+def decompose_bilinear(first: Tensor, second: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`first^T W_o second` for each output o, as a linear layer of `first` whose result is multiplied by `second`.
+
+    Args:
+        first, second: shapes (..., I) and (..., J).
+        weight: shape (O, I, J).
+        bias: shape (O,).
+    """
+    outputs, width, other = weight.shape
+    matrix = weight.transpose(1, 2).reshape(outputs * other, width)
+    products = torch.nn.functional.linear(first, matrix).unflatten(-1, (outputs, other))
+    result = (products * second.unsqueeze(-2)).sum(-1)
+    return result if bias is None else result + bias
+
+
 class VisibleAttention(TorchFunctionMode):
     """Runs a model with `decompose_attention`: it differs from torch's in rows that are masked whole, which is padding.
 
@@ -52,6 +67,9 @@ class VisibleAttention(TorchFunctionMode):
 
 
 def decomposed(program: torch.export.ExportedProgram) -> nn.Module:
-    """The program as a module whose attention is in visible operators; all else stays whole."""
-    rule = {torch.ops.aten.scaled_dot_product_attention.default: decompose_attention}
-    return program.run_decompositions(rule).module(check_guards=False)
+    """The program as a module whose attention and bilinear layers are in visible operators; all else stays whole."""
+    rules: dict[Any, Any] = {
+        torch.ops.aten.scaled_dot_product_attention.default: decompose_attention,
+        torch.ops.aten.bilinear.default: decompose_bilinear,
+    }
+    return program.run_decompositions(rules).module(check_guards=False)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 STRENGTH = 0.5  # share of the fitted correction that is applied
+CONSTANT = 1e-12  # a variance below this share of the squared mean is rounding
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # of the mean variance of the inputs
 
 
@@ -43,13 +44,22 @@ class Moments:
         self.r, self.rx = [zeros(n) for n in outputs], [zeros(n, inputs) for n in outputs]
 
     def add(self, x: Tensor, residuals: Sequence[Tensor] = ()) -> None:
-        """Accumulate one batch; products in float32, sums in float64."""
+        """Accumulate one batch; products in float32, of x about its mean: what is far from zero would lose its
+        variance. Sums in float64.
+        """
+        if not len(x):
+            return
+        mean = x.mean(0, dtype=torch.float64).to(x.dtype)
+        y, center = x - mean, mean.double()
+        y_sum = y.sum(0, dtype=torch.float64)
         self.count += len(x)
-        self.x += x.sum(0, dtype=torch.float64)
-        self.xx += (x.T @ x).double()
+        self.x += y_sum + len(x) * center
+        crossed = center[:, None] * y_sum
+        self.xx += (y.T @ y).double() + crossed + crossed.T + len(x) * center[:, None] * center
         for r, rx, residual in zip(self.r, self.rx, residuals):
-            r += residual.sum(0, dtype=torch.float64)
-            rx += (residual.T @ x).double()
+            r_sum = residual.sum(0, dtype=torch.float64)
+            r += r_sum
+            rx += (residual.T @ y).double() + r_sum[:, None] * center
 
     def __add__(self, other: Moments) -> Moments:
         result = Moments(0)
@@ -72,9 +82,11 @@ class Moments:
 
     @property
     def covariance(self) -> Tensor:
-        """Centred second moments of x a token, shape (in, in)."""
+        """Centred second moments of x a token, shape (in, in); zero for an input that is constant but for rounding."""
         x = self.mean
-        return self.xx / self.count - x[:, None] * x
+        centred = self.xx / self.count - x[:, None] * x
+        varies = centred.diagonal() > CONSTANT * x.square()
+        return torch.where(varies[:, None] & varies, centred, 0.0)
 
     @property
     def hessian(self) -> Tensor:

@@ -13,6 +13,8 @@ from torch import Tensor
 from repquant_fx.quantizers.clipping import Bounds
 
 LARGEST = 1e4  # a dead channel gets no factor beyond this
+# of a channel's centre: a range that is narrower about it would be rounding in float32, in steps of a byte
+NARROW = 5e-3
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,16 @@ def equalize(
     for pattern, bound in bounds.values():
         labels, low, up = pattern.tolist(), bound.low.double().cpu(), bound.up.double().cpu()
         shifted = torch.tensor([label in shiftable for label in labels])
-        reach = torch.where(shifted, (up - low) / 2, torch.maximum(low.abs(), up.abs()))
+        half, centre = (up - low) / 2, (up + low) / 2
+        left = torch.where(half < NARROW * centre.abs(), NARROW * centre, 0.0)  # not shifted away
+        reach = torch.where(shifted, half + left.abs(), torch.maximum(low.abs(), up.abs()))
         reach = reach.clamp(min=max(float(reach.max()) / LARGEST, 1e-12)).log()
         reach = reach - reach.mean()
-        for label, wish, a, b in zip(labels, reach.tolist(), low.tolist(), up.tolist()):
+        for label, wish, shift in zip(labels, reach.tolist(), (centre - left).tolist()):
             if label > 0:
                 root, sign = signed[label]
                 wishes.setdefault(root, []).append(sign * wish)
-                centres.setdefault(label, []).append((a + b) / 2)
+                centres.setdefault(label, []).append(shift)
     wanted = {root: sum(w) / len(w) for root, w in wishes.items()}
     factors = {
         label: float(torch.exp(torch.tensor(sign * wanted.get(root, 0.0), dtype=torch.float64)))

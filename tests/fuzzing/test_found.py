@@ -234,3 +234,36 @@ def test_a_bias_far_above_the_steps_of_its_product(value: float) -> None:
     with torch.no_grad():
         model[0].weight.mul_(1e-20)
     assert compiled(model).parity
+
+
+def test_as_many_outputs_as_values_chosen() -> None:
+    """Quantized, another number of them."""
+    assert compiled(Around(lambda m, x: (lambda y: (y, y[y > 0]))(m.fc(x))), Recipe(wbits=2, abits=2)).parity
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_a_bilinear_layer(batch: int) -> None:
+    """Torch cannot trace it with a batch of any size."""
+    model, x = Around(lambda m, x: m.extra(m.fc(x), x), nn.Bilinear(4, 4, 3)), torch.randn(8, 4)
+    result = compile(model, [x], example_inputs=[x[:batch]])
+    expected = model(x[:batch])
+    assert (result.graph_module(x[:batch]) - expected).norm() < 0.3 * expected.norm()
+    assert [entry["operator"] for entry in result.report["layers"]] == ["linear", "linear"]
+
+
+def test_a_number_copied_into_a_matrix() -> None:
+    result = compiled(Around(lambda m, x: m.fc(m.extra(x).clone().copy_(x.mean().double())), nn.Linear(4, 4)))
+    assert [entry["path"] for entry in result.report["layers"]] == ["fc"]
+    assert [item["path"] for item in result.report["left_alone"]] == ["extra"]
+    assert result.session().run(None, {"x": torch.randn(3, 4).numpy()})[0].shape == (3, 4)
+
+
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe(correction=False), Recipe(gptq=False)])
+def test_calibration_data_far_from_zero(recipe: Recipe) -> None:
+    """Their variance is below the resolution of their squares in float32."""
+    x = torch.randn(20, 4) * 2e-3 + 1e3
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    result = compile(model, [x], recipe, example_inputs=[x[:2]])
+    assert result.parity and not result.parity.problems()
+    assert (result.graph_module(x) - model(x)).norm() < 0.05 * model(x).norm()

@@ -1,0 +1,156 @@
+"""Functions of one value, as the strategies draw them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from hypothesis import strategies as st
+from small_layers import Draw, call
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def plain(draw: Draw, x: Tensor) -> nn.Module:
+    """A function of `x` alone."""
+    axis = int(draw(st.integers(-x.ndim, x.ndim - 1))) if x.ndim else 0
+    number = draw(st.integers(-2, 3))
+    shape = list(x.shape)
+    order = list(draw(st.permutations(range(x.ndim))))
+    grown = draw(st.sampled_from([(1, 1), (0, 2), (1, 0, 1, 0), (0, 0)]))
+    repeat = draw(st.sampled_from([0.5, 0.0, 30.0, 1e-8]))
+    table: dict[str, Callable[[Tensor], Tensor]] = {
+        "softmax": lambda x: torch.softmax(x, axis),
+        "gelu": F.gelu,
+        "relu": F.relu,
+        "silu": F.silu,
+        "tanh": torch.tanh,
+        "mean": lambda x: x.mean(axis),
+        "mean keepdim": lambda x: x.mean(axis, keepdim=True),
+        "sum": lambda x: x.sum(axis),
+        "amax": lambda x: x.amax(axis),
+        "max": lambda x: x.max(axis)[0],
+        "argmax": lambda x: x.argmax(axis),
+        "cumsum": lambda x: x.cumsum(axis),
+        "reduce all": torch.mean,
+        "permute": lambda x: x.permute(order),
+        "transpose": lambda x: x.transpose(axis, 0),
+        "flatten": lambda x: x.flatten(1),
+        "heads": lambda x: x.unflatten(-1, (2, -1)),
+        "view": lambda x: x.view(x.shape[0], -1),
+        "reshape": lambda x: x.reshape(shape[0] if shape else 1, 1, -1),
+        "unsqueeze": lambda x: x.unsqueeze(axis),
+        "squeeze": lambda x: x.squeeze(axis),
+        "slice": lambda x: x[:, number:],
+        "first": lambda x: x[:, 0],
+        "ellipsis": lambda x: x[..., :1],
+        "step": lambda x: x[..., ::2],
+        "empty slice": lambda x: x[:, :0],
+        "chunk": lambda x: x.chunk(2, axis)[-1],
+        "unbind": lambda x: x.unbind(1)[0],
+        "pad": lambda x: F.pad(x, grown),
+        "roll": lambda x: torch.roll(x, number, axis),
+        "flip": lambda x: x.flip(axis),
+        "pool1d": lambda x: F.avg_pool1d(x, 2),
+        "adaptive": lambda x: F.adaptive_avg_pool1d(x, 1),
+        "adaptive2d": lambda x: F.adaptive_avg_pool2d(x, 1),
+        "pool2d": lambda x: F.max_pool2d(x, 2),
+        "times": lambda x: x * repeat,
+        "add": lambda x: x + number,
+        "negate": lambda x: -x,
+        "gate": lambda x: x.chunk(2, -1)[0] * torch.sigmoid(x.chunk(2, -1)[1]),
+        "clone": lambda x: x.clone(),
+        "detach": lambda x: x.detach(),
+        "identity": lambda x: x,
+        "long": lambda x: x.abs().long().clamp(0, 4),
+        "float": lambda x: x.float(),
+        "double": lambda x: x.double(),
+        "half": lambda x: x.half().float(),
+        "mask": lambda x: x > 0,
+        "expand": lambda x: x.unsqueeze(0).expand(2, *x.shape),
+        "nonzero": lambda x: x.nonzero(),
+        "where": lambda x: torch.where(x > 0, x, torch.zeros_like(x)),
+        "masked": lambda x: x.masked_fill(x < 0, float("-inf")),
+        "dropout": lambda x: F.dropout(x, 0.5, training=False),
+        "normalize": lambda x: F.normalize(x, dim=-1),
+        "in place": lambda x: x.clone().add_(1),
+        "size": lambda x: x * x.shape[0],
+        "zeros": lambda x: x * 0,
+        "sqrt": lambda x: x.sqrt(),
+        "item": lambda x: x * float(x.sum()),
+        "branch": lambda x: x if x.sum() > 0 else -x,
+        "random": lambda x: x + torch.rand_like(x),
+        "ones": torch.ones_like,
+        "topk": lambda x: x.topk(1)[0],
+        "log_softmax": lambda x: torch.log_softmax(x, axis),
+        "gelu tanh": lambda x: F.gelu(x, approximate="tanh"),
+        "quick gelu": lambda x: x * torch.sigmoid(1.702 * x),
+        "hardswish": F.hardswish,
+        "softplus": F.softplus,
+        "elu": F.elu,
+        "clamp": lambda x: x.clamp(-1, 1),
+        "exp": torch.exp,
+        "log": lambda x: x.abs().log(),
+        "rsqrt": torch.rsqrt,
+        "round": torch.round,
+        "floor": lambda x: x // 2,
+        "remainder": lambda x: x % 2,
+        "power": lambda x: x**2,
+        "std": lambda x: x.std(axis),
+        "logsumexp": lambda x: x.logsumexp(axis),
+        "norm": lambda x: x.norm(dim=axis, keepdim=True),
+        "sort": lambda x: x.sort(axis)[0],
+        "any": lambda x: (x > 0).any(axis),
+        "not": lambda x: ~(x > 0),
+        "tril": torch.tril,
+        "one hot": lambda x: F.one_hot(x.long().clamp(0, 3), 4),
+        "repeat": lambda x: x.repeat(*[1] * (x.ndim - 1), 2),
+        "interleave": lambda x: x.repeat_interleave(2, axis),
+        "tile windows": lambda x: x.unfold(axis, 2, 1),
+        "upsample": lambda x: F.interpolate(x, scale_factor=2),
+        "bilinear": lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"),
+        "shuffle": lambda x: F.pixel_shuffle(x, 2),
+        "unshuffle": lambda x: F.pixel_unshuffle(x, 2),
+        "unfold": lambda x: F.unfold(x, 2),
+        "reflect": lambda x: F.pad(x, (1, 1), mode="reflect"),
+        "pad ones": lambda x: F.pad(x, (0, 1), value=1.0),
+        "split": lambda x: x.split([1, x.shape[axis] - 1], axis)[1],
+        "batch of one": lambda x: x[:1],
+        "batch grown": lambda x: torch.cat([x, x], 0),
+        "batch merged": lambda x: x.flatten(0, 1),
+        "batch last": lambda x: x.movedim(0, -1),
+        "batch mean": lambda x: x - x.mean(0, keepdim=True),
+        "batch range": lambda x: x + torch.arange(x.shape[0]).view(-1, *[1] * (x.ndim - 1)),
+        "writes": lambda x: x.add_(1),
+        "writes a part": lambda x: x[..., :1].mul_(2) if x.ndim else x.mul_(2),
+        "copy with a part written": lambda x: _with_zero(x.clone()),
+        "view written": lambda x: (x + 0).view(-1).mul_(2),
+        "chosen": lambda x: x[x > 0],
+        "positive set": lambda x: torch.where(x > 0, 1.0, x),
+        "to int and back": lambda x: x.int().to(x.dtype),
+        "bfloat": lambda x: x.bfloat16().to(x.dtype),
+        "byte": lambda x: x.abs().clamp(0, 100).to(torch.uint8),
+        "fourier": lambda x: torch.fft.rfft(x, dim=-1).abs(),
+        "nan": lambda x: x / x * x,
+        "infinite": lambda x: x + torch.where(x > 1, float("inf"), 0.0),
+        "huge": lambda x: x * 1e25,
+        "denormal": lambda x: x * 1e-42,
+        "instance norm": F.instance_norm,
+        "layer norm": lambda x: F.layer_norm(x, x.shape[-1:]),
+        "group norm": lambda x: F.group_norm(x, 1),
+        "cross": lambda x: torch.cdist(x, x),
+        "einsum": lambda x: torch.einsum("...i,...i->...", x, x),
+        "diagonal": lambda x: x.diagonal(0, -2, -1),
+        "local response": lambda x: F.local_response_norm(x, 2),
+        "numpy": lambda x: torch.as_tensor(x.sum().detach().numpy()) * x,
+        "list": lambda x: torch.tensor(x.shape) * 1.0,
+        "dtype branch": lambda x: x.float() if x.dtype != torch.float32 else x.double(),
+        "training": lambda x: F.dropout(x, 0.5, training=True),
+    }
+    name = draw(st.sampled_from(list(table)))
+    return call(f"{name} (axis {axis}, number {number}, order {order}, pad {grown}, factor {repeat})", table[name])
+
+
+def _with_zero(x: Tensor) -> Tensor:
+    x[..., :1] = 0
+    return x
