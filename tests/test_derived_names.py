@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from compiled import PLAIN
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto
@@ -34,7 +35,7 @@ class Chain(nn.Module):
 
 def compiled(model: nn.Module, wbits: int = 8) -> CompiledModel:
     """Compiled with the parity check, which raises where the file differs."""
-    return compile(model, [X], Recipe(wbits=wbits), example_inputs=[X[:2]])
+    return compile(model, [X], Recipe(wbits=wbits, **PLAIN), example_inputs=[X[:2]])
 
 
 @given(st.lists(st.sampled_from(["a", "a_2", "a_3", "a_2_2", "b"]), max_size=12))
@@ -120,14 +121,24 @@ class Root(nn.Module):
         return nn.functional.linear(self.fc(x).tanh() * 3, getattr(self, self.name)) + 2 * x.mean(1, keepdim=True)
 
 
-@pytest.mark.parametrize("name", ["val_0", "tmp_1", "const", "scalar_x", "linear", "_empty_0", "mul", "own"])
-def test_names_that_the_exporter_gives_too(name: str) -> None:
-    """A weight keeps its name, and 4 bits stay 4 bits."""
-    layer, root = compiled(Chain(**{name: nn.Linear(4, 4)}), wbits=4), compiled(Root(name), wbits=4)
-    for result, weight in ((layer, f"{name}.weight"), (root, name), (root, "fc.weight")):
-        codes = next(t for t in result.proto.graph.initializer if t.name == naming.QUANTIZED.of(weight))
-        assert codes.data_type == TensorProto.INT4
-    assert set(layer.quantizers) == {f"{name}/input"}
+EXPORTER = ["val_0", "tmp_1", "const", "scalar_x", "linear", "_empty_0", "mul", "own"]
+
+
+def of_four_bits(result: CompiledModel, *weights: str) -> bool:
+    """Whether these are there under their names, and 4 bits stayed 4 bits."""
+    types = {t.name: t.data_type for t in result.proto.graph.initializer}
+    return all(types[naming.QUANTIZED.of(weight)] == TensorProto.INT4 for weight in weights)
+
+
+@pytest.mark.parametrize("name", EXPORTER)
+def test_parameters_with_names_that_the_exporter_gives_too(name: str) -> None:
+    assert of_four_bits(compiled(Root(name), wbits=4), name, "fc.weight")
+
+
+def test_layers_with_names_that_the_exporter_gives_too() -> None:
+    result = compiled(Chain(**{name: nn.Linear(4, 4) for name in EXPORTER}), wbits=4)
+    assert of_four_bits(result, *(f"{name}.weight" for name in EXPORTER))
+    assert set(result.quantizers) == {f"{name}/input" for name in EXPORTER}
 
 
 def test_an_input_called_like_a_constant_of_the_exporter() -> None:
@@ -142,5 +153,5 @@ def test_an_input_called_like_a_constant_of_the_exporter() -> None:
 @pytest.mark.parametrize("name", ["_fc", "__fc", "_empty_1"])
 def test_a_rule_finds_a_name_with_a_leading_underscore(name: str) -> None:
     model = Chain(**{name: nn.Sequential(nn.Linear(4, 4), nn.Tanh()), "b": nn.Linear(4, 4)})
-    recipe = Recipe(layers=(LayerRule(f"{name}.*", skip=True),))
+    recipe = Recipe(layers=(LayerRule(f"{name}.*", skip=True),), **PLAIN)
     assert set(compile(model, [X], recipe, example_inputs=[X[:2]]).quantizers) == {"b/input"}

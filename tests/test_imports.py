@@ -40,7 +40,8 @@ def imported(node: ast.AST) -> Iterator[str]:
     if isinstance(node, ast.If) and ast.unparse(node.test).removeprefix("typing.") == "TYPE_CHECKING":
         children = list(node.orelse)
     for child in children:
-        yield from imported(child)
+        if not isinstance(child, ast.expr):  # no expression holds an import
+            yield from imported(child)
 
 
 def graph() -> dict[str, set[str]]:

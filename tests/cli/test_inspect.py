@@ -26,9 +26,9 @@ def exported(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def call(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+def call(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "repquant_fx", *map(str, arguments)], capture_output=True, text=True, timeout=300,
-                          env={**{k: v for k, v in os.environ.items() if k != "COLUMNS"}, "OMP_NUM_THREADS": "1", **environment})
+                          env={**{k: v for k, v in os.environ.items() if k != "COLUMNS"}, "OMP_NUM_THREADS": "1"})
 
 
 def test_a_file_for_people_and_for_programs(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,10 +46,12 @@ def test_a_file_for_people_and_for_programs(exported: Path, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("columns, lines", [(100, 1), (80, 3)])
-def test_the_table_fits_a_narrow_terminal(exported: Path, columns: int, lines: int) -> None:
+def test_the_table_fits_a_narrow_terminal(exported: Path, columns: int, lines: int, monkeypatch: pytest.MonkeyPatch,
+                                          capsys: pytest.CaptureFixture[str]) -> None:
     """A line per site, a few where its name alone is long; what was rewritten stands below."""
-    found = call("inspect", exported, COLUMNS=str(columns))
-    table, notes, *_ = found.stdout.split("\n\n")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert main(["inspect", str(exported)]) == 0
+    table, notes, *_ = capsys.readouterr().out.split("\n\n")
     rows = table.splitlines()[1:]
     assert max(map(len, rows)) <= columns and len(rows) <= 10 * lines and table.count("W4A8") >= 4
     assert "rewritten" not in table and notes.startswith("rewritten\n") and "channel scales spanned" in notes.replace("\n", " ")
