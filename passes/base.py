@@ -243,11 +243,16 @@ def attribute(graph_module: GraphModule, node: Node) -> Tensor:
     return owner
 
 
-def is_float32(node: Node) -> bool:
-    """Whether what a node gives is float32, all of it."""
+def dtypes_of(node: Node) -> set[torch.dtype | None]:
+    """Of the tensors that a node gives; None for what is no tensor."""
     value = node.meta.get("val")
     values = value if isinstance(value, (list, tuple)) else [value]
-    return all(isinstance(each, Tensor) and each.dtype == torch.float32 for each in values)
+    return {each.dtype if isinstance(each, Tensor) else None for each in values}
+
+
+def is_float32(node: Node) -> bool:
+    """Whether what a node gives is float32, all of it."""
+    return dtypes_of(node) <= {torch.float32}
 
 
 def is_constant(node: object) -> bool:

@@ -24,7 +24,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from repquant_fx.errors import InputError
-from repquant_fx.passes.base import aten, attribute, is_float32, is_tensor, module_path, shape_of
+from repquant_fx.passes.base import aten, attribute, dtypes_of, is_tensor, module_path, shape_of
 from repquant_fx.passes.operators import (
     CASTS,
     HOMOGENEOUS,
@@ -149,6 +149,7 @@ class ChannelFlow:
 
     def __init__(self, graph_module: GraphModule, sources: Mapping[Node, Tensor], *, affine: bool = False) -> None:
         self.graph_module, self.affine = graph_module, affine
+        self._dtypes = {dtype for source in sources for dtype in dtypes_of(source)}
         # labels, with one entry along axes where they do not change; a tuple for several results
         self._patterns: dict[Node, Any] = {}
         self.readers: list[Reader] = []
@@ -181,7 +182,7 @@ class ChannelFlow:
     def _visit(self, node: Node, carriers: list[Node]) -> None:
         result, shifted = None, False
         # constants in another precision are no weights that could take a factor
-        if node.op == "call_function" and not is_empty(node) and is_float32(node):
+        if node.op == "call_function" and not is_empty(node) and dtypes_of(node) <= self._dtypes:
             try:
                 result, shifted = self._through(node)
                 if isinstance(result, Tensor):

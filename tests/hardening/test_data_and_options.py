@@ -59,12 +59,11 @@ def test_values_whose_squares_overflow() -> None:
     assert load_calibration(lowest, mask, preprocessing=None).samples == 4
 
 
-def test_values_whose_squares_add_up_to_too_much(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Just below the limit: nothing is wrong with the program."""
-    np.save(tmp_path / "x.npy", np.full((4, 3, 32, 32), 9e17, np.float32))
+def test_values_just_below_the_limit(tmp_path: Path) -> None:
+    """Sums of their squares are near the largest float32."""
+    np.save(tmp_path / "x.npy", 9e17 * np.sign(np.random.default_rng(0).standard_normal((16, 3, 32, 32))).astype(np.float32))
     options = ["--quiet", "--calib", str(tmp_path / "x.npy"), "--out", str(tmp_path / "m.onnx")]
-    assert main(["compile", "timm:vit_tiny_patch16_224,img_size=32,depth=1,embed_dim=24", *options]) == 2
-    assert "the Hessian of patch_embed.proj" in capsys.readouterr().err and not (tmp_path / "m.onnx").exists()
+    assert main(["compile", "timm:vit_tiny_patch16_224,img_size=32,depth=1,embed_dim=24", *options]) == 0
 
 
 def test_archives_that_unpack_to_more_than_memory_has_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
