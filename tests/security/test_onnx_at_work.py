@@ -21,6 +21,7 @@ from PIL import Image
 from repquant_fx.errors import ModelFileError
 from repquant_fx.evaluation.runners import open_runner
 from repquant_fx.inspection import inspect_file
+from repquant_fx.options import Source
 from repquant_fx.security import channel
 
 
@@ -37,7 +38,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("read", [inspect_file, open_runner])
+@pytest.mark.parametrize("read", [inspect_file, lambda path: open_runner(Source(path))], ids=["inspect", "evaluate"])
 def test_a_session_is_made_under_the_guard(
     read: Any, told: list[tuple[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,7 +58,7 @@ def test_a_session_is_made_under_the_guard(
 def test_a_session_runs_under_the_guard(told: list[tuple[str, Any]], tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(compiled("vit", 4).to_bytes())
-    runner = open_runner(str(path))
+    runner = open_runner(Source(str(path)))
     told.clear()
     runner({runner.inputs[0].name: torch.zeros(1, 3, 16, 16)})
     assert told == [("guarded", f"running {path}"), ("free", None)]
