@@ -5,10 +5,11 @@
 Without `--weights` the two committed models (trained on CIFAR-10 by `train_cifar.py`) are measured. With
 `--weights FILE --arch timm:NAME` any classifier and any pair of class folders, ImageNet for instance.
 
-Rows: float; ONNX Runtime's own `quantize_static` at W8A8; RepQ-ViT; RepQuant as published; RepQuant as it is by default here (with
-output correction); then, at two bit widths, the ablations of the paper's Tables VII to X, and the model with planted
-inter-channel variation. Every number is measured on all images of `--data`, executed by ONNX Runtime from the exported file.
-SQNR is that of the logits against the float model's, over all images. Rows that `--results` already holds are not run again.
+Rows: float; ONNX Runtime's own `quantize_static` at W8A8; RepQ-ViT; RepQuant as published; RepQuant as it is by default
+here (with output correction); then, at two bit widths, the ablations of the paper's Tables VII to X, and the model with
+planted inter-channel variation. Every number is measured on all images of `--data`, executed by ONNX Runtime from the
+exported file. SQNR is that of the logits against the float model's, over all images. Rows that `--results` already
+holds are not run again.
 """
 
 from __future__ import annotations
@@ -103,13 +104,23 @@ class Bench:
 
     def compiled(self, recipe: Recipe, loaded: LoadedModel | None = None) -> dict[str, float]:
         start = time.perf_counter()
-        result = compile(loaded or self.loaded, recipe=recipe, calibration=self.calibration, samples=len(self.calibration), seed=self.seed)
+        result = compile(
+            loaded or self.loaded,
+            recipe=recipe,
+            calibration=self.calibration,
+            samples=len(self.calibration),
+            seed=self.seed,
+        )
         seconds = time.perf_counter() - start
-        return {**self.measure(onnx_predictor(result.session(torch.get_num_threads()))), "megabytes": result.report["file_bytes"] / 1e6,
-                "compile_seconds": seconds}
+        return {
+            **self.measure(onnx_predictor(result.session(torch.get_num_threads()))),
+            "megabytes": result.report["file_bytes"] / 1e6,
+            "compile_seconds": seconds,
+        }
 
     def quantize_static(self) -> dict[str, float]:
-        """ONNX Runtime's own quantizer: QDQ, per-channel int8 weights, uint8 activations, min-max on the same images."""
+        """ONNX Runtime's own quantizer: QDQ, per-channel int8 weights, uint8 activations, min-max on the same images.
+        """
         from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
         from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -123,8 +134,17 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             source, prepared, target = (str(Path(folder) / n) for n in ("float.onnx", "prepared.onnx", "int8.onnx"))
             assert self.loaded.module is not None
-            torch.onnx.export(self.loaded.module, self.loaded.example_inputs, source, dynamo=True, opset_version=21, input_names=[name],
-                              dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), verbose=False, external_data=False)
+            torch.onnx.export(
+                self.loaded.module,
+                self.loaded.example_inputs,
+                source,
+                dynamo=True,
+                opset_version=21,
+                input_names=[name],
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+                verbose=False,
+                external_data=False,
+            )
             quant_pre_process(source, prepared, skip_symbolic_shape=True)
             quantize_static(prepared, target, Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
                             activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
@@ -138,7 +158,9 @@ def onnx_predictor(runner: onnxruntime.InferenceSession) -> Callable[[Tensor], T
 
 
 def plant_variation(loaded: LoadedModel, ratio: float = 30.0, seed: int = 0) -> LoadedModel:
-    """The same function with norm channels scaled by log-uniform factors over `ratio`, undone in the Linears (METHOD's Fig. 4)."""
+    """The same function with norm channels scaled by log-uniform factors over `ratio`, undone in the Linears (METHOD's
+    Fig. 4).
+    """
     import copy
 
     assert loaded.module is not None
@@ -190,7 +212,10 @@ def run_all(bench: Bench, found: dict[str, Any], args: argparse.Namespace) -> No
         everything = json.loads(args.results.read_text()) if args.results.exists() else {}
         everything[bench.name] = found
         args.results.write_text(json.dumps(everything, indent=1) + "\n")
-        print(f"{bench.name:5s} {label:40s} " + " ".join(f"{k} {v:.2f}" for k, v in section_rows[label].items()), flush=True)
+        print(
+            f"{bench.name:5s} {label:40s} " + " ".join(f"{k} {v:.2f}" for k, v in section_rows[label].items()),
+            flush=True,
+        )
 
     def as_float(x: Tensor) -> Tensor:
         with torch.inference_mode():
@@ -211,7 +236,11 @@ def run_all(bench: Bench, found: dict[str, Any], args: argparse.Namespace) -> No
         base = Recipe(wbits=w, abits=a, equalize=())
         for label, recipe in [("layer-wise", replace(base, norm="layerwise")), ("RepQuant", base)]:
             row("planted inter-channel variation", f"{label} W{w}A{a}, original", lambda r=recipe: bench.compiled(r))
-            row("planted inter-channel variation", f"{label} W{w}A{a}, planted", lambda r=recipe: bench.compiled(r, planted))
+            row(
+                "planted inter-channel variation",
+                f"{label} W{w}A{a}, planted",
+                lambda r=recipe: bench.compiled(r, planted),
+            )
 
 
 def tables(results: dict[str, Any]) -> str:

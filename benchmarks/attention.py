@@ -1,18 +1,23 @@
-"""The two ends of attention under ONNX Runtime: ways to multiply the log2 codes with the values, and what a kernel of our own could gain.
+"""The two ends of attention under ONNX Runtime: ways to multiply the log2 codes with the values, and what a kernel of
+our own could gain.
 
-    python benchmarks/attention.py [--heads 6 --tokens 197 --dim 64] [--model model.onnx --layers 12] [--results attention.json]
+    python benchmarks/attention.py [--heads 6 --tokens 197 --dim 64] [--model model.onnx --layers 12] [--results
+    attention.json]
 
-Every variant is one attention from integer codes of query, key and value to the float result; all sessions are in this process, on one
-thread, and take turns. Ratios of medians.
+Every variant is one attention from integer codes of query, key and value to the float result; all sessions are in this
+process, on one thread, and take turns. Ratios of medians.
 
-- log2, float product: what the compiler writes. Log2Softmax gives the exact powers, which multiply the dequantized values in float;
-- log2, 8-bit product: the powers rounded to uniform 8-bit codes, so that the product is an integer kernel; its error is printed;
-- two 8-bit products, operands given: even and odd codes apart (the second times sqrt 2), each exact in 8 bits where codes have 4 bits.
-  Splitting the codes is left out here, so this is less than such a form could take;
+- log2, float product: what the compiler writes. Log2Softmax gives the exact powers, which multiply the dequantized
+  values in float;
+- log2, 8-bit product: the powers rounded to uniform 8-bit codes, so that the product is an integer kernel; its error is
+  printed;
+- two 8-bit products, operands given: even and odd codes apart (the second times sqrt 2), each exact in 8 bits where
+  codes have 4 bits. Splitting the codes is left out here, so this is less than such a form could take;
 - uniform 8-bit: Softmax on a uniform grid, integer product;
 - softmax in float: no quantization of the probabilities at all.
 
-A kernel of our own for Log2Softmax could at best take as long as Softmax alone. With `--model` that gain is put in relation to a whole model.
+A kernel of our own for Log2Softmax could at best take as long as Softmax alone. With `--model` that gain is put in
+relation to a whole model.
 """
 
 from __future__ import annotations
@@ -37,8 +42,17 @@ BITS, STEPS, SCALE = 4, 2, 0.5
 def attention(kind: str, shape: tuple[int, int, int]) -> onnx.ModelProto:
     """One attention, codes in, float out."""
     heads, tokens, dim = shape
-    make, constants = helper.make_node, {"one": np.float32(0.02), "zero": np.uint8(128), "scale": np.float32(SCALE), "byte": np.float32(1 / 255),
-                                         "none": np.uint8(0), "half": np.float32(SCALE / 255)}
+    make, constants = (
+        helper.make_node,
+        {
+            "one": np.float32(0.02),
+            "zero": np.uint8(128),
+            "scale": np.float32(SCALE),
+            "byte": np.float32(1 / 255),
+            "none": np.uint8(0),
+            "half": np.float32(SCALE / 255),
+        },
+    )
 
     def dequantize(name: str, scale: str = "one", zero: str = "zero") -> onnx.NodeProto:
         return make("DequantizeLinear", [name, scale, zero], [f"{name}_float"])
@@ -48,15 +62,26 @@ def attention(kind: str, shape: tuple[int, int, int]) -> onnx.ModelProto:
     nodes = [dequantize("q"), dequantize("k"), make("MatMul", ["q_float", "k_float"], ["scores"])]
     outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, heads, tokens, dim])]
     if kind.startswith(("log2", "two")):
-        nodes.append(make("Log2Softmax", ["scores", "scale"], ["p"], domain=functions.DOMAIN, axis=-1, bits=BITS, steps=STEPS,
-                          threshold=functions.threshold(SCALE, BITS, STEPS)))
+        nodes.append(
+            make(
+                "Log2Softmax",
+                ["scores", "scale"],
+                ["p"],
+                domain=functions.DOMAIN,
+                axis=-1,
+                bits=BITS,
+                steps=STEPS,
+                threshold=functions.threshold(SCALE, BITS, STEPS),
+            )
+        )
     else:
         nodes.append(make("Softmax", ["scores"], ["p"], axis=-1))
     nodes.append(dequantize("v"))
     if kind in ("log2, float product", "softmax in float"):
         nodes.append(make("MatMul", ["p", "v_float"], ["y"]))
     elif kind == "two 8-bit products, operands given":
-        outputs.append(helper.make_tensor_value_info("p", TensorProto.FLOAT, [1, heads, tokens, tokens]))  # its codes are what would be split
+        # its codes are what would be split
+        outputs.append(helper.make_tensor_value_info("p", TensorProto.FLOAT, [1, heads, tokens, tokens]))
         for part in ("even", "odd"):
             codes[part] = (TensorProto.UINT8, [1, heads, tokens, tokens])
             nodes += [dequantize(part, "byte", "none"), make("MatMul", [f"{part}_float", "v_float"], [f"{part}_y"])]
@@ -65,13 +90,24 @@ def attention(kind: str, shape: tuple[int, int, int]) -> onnx.ModelProto:
         step = "half" if kind.startswith("log2") else "byte"
         nodes += [make("QuantizeLinear", ["p", step, "none"], ["codes"]), dequantize("codes", step, "none"),
                   make("MatMul", ["codes_float", "v_float"], ["y"])]
-    graph = helper.make_graph(nodes, "attention", [helper.make_tensor_value_info(n, t, s) for n, (t, s) in codes.items()],
-                              outputs, [numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items()])
+    graph = helper.make_graph(
+        nodes,
+        "attention",
+        [helper.make_tensor_value_info(n, t, s) for n, (t, s) in codes.items()],
+        outputs,
+        [numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items()],
+    )
     opsets = [helper.make_opsetid("", functions.OPSET), helper.make_opsetid(functions.DOMAIN, functions.VERSION)]
     return helper.make_model(graph, opset_imports=opsets, functions=[functions.log2_softmax()], ir_version=10)
 
 
-VARIANTS = ("log2, float product", "log2, 8-bit product", "two 8-bit products, operands given", "uniform 8-bit", "softmax in float")
+VARIANTS = (
+    "log2, float product",
+    "log2, 8-bit product",
+    "two 8-bit products, operands given",
+    "uniform 8-bit",
+    "softmax in float",
+)
 
 
 def feed(model: Any, generator: np.random.Generator) -> dict[str, np.ndarray]:
@@ -111,16 +147,24 @@ def main() -> None:
             times[kind].append((time.perf_counter() - start) / (1 if kind == "model" else 5))
     median = {kind: statistics.median(t) for kind, t in times.items()}
     base = median[VARIANTS[0]]
-    found: dict[str, Any] = {"shape": shape, "time over log2, float product": {kind: round(median[kind] / base, 3) for kind in VARIANTS}}
+    found: dict[str, Any] = {
+        "shape": shape,
+        "time over log2, float product": {kind: round(median[kind] / base, 3) for kind in VARIANTS},
+    }
     for kind in VARIANTS:
         print(f"{kind:36s} {1e3 * median[kind]:7.3f} ms   {median[kind] / base:5.2f} times `{VARIANTS[0]}`")
     exact, rounded = (results[kind].astype(np.float64) for kind in VARIANTS[:2])
-    found["sqnr of the 8-bit product"] = round(float(10 * np.log10(np.square(exact).sum() / np.square(exact - rounded).sum())), 1)
+    found["sqnr of the 8-bit product"] = round(
+        float(10 * np.log10(np.square(exact).sum() / np.square(exact - rounded).sum())), 1
+    )
     print(f"error of the 8-bit product against the exact powers: {found['sqnr of the 8-bit product']} dB")
     if options.model:
         gain = options.layers * (base - median["softmax in float"]) / median["model"]
         found["most that a kernel could gain of a whole model"] = round(gain, 3)
-        print(f"a Log2Softmax as fast as Softmax would save at most {100 * gain:.1f} % of {options.model.name}, {options.layers} layers")
+        print(
+            f"a Log2Softmax as fast as Softmax would save at most {100 * gain:.1f} % of {options.model.name}, "
+            f"{options.layers} layers"
+        )
     if options.results:
         options.results.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -1,13 +1,14 @@
 """What compiling costs: seconds and peak memory by stage, and the clipping search beside the paper's Adam.
 
-    python benchmarks/compile_time.py stages --models deit_small vit_cifar [--depths 3 6 12] [--device cuda] [--results compile_time.json]
-    python benchmarks/compile_time.py clipping --images train_folder [--minilm FOLDER --text FILE] [--results compile_time.json]
+    python benchmarks/compile_time.py stages --models deit_small vit_cifar [--depths 3 6 12] [--device cuda] [--results
+    compile_time.json] python benchmarks/compile_time.py clipping --images train_folder [--minilm FOLDER --text FILE]
+    [--results compile_time.json]
 
-`stages`: each compile in a process of its own, default recipe at W4A4, 128 calibration samples; peak memory is that of the process by the
-end of the stage. `--depths` shows how cost grows with depth.
-`clipping`: for every LayerNorm, per-channel bounds on the calibration sample by `search_bounds` (the default) and by `learn_bounds` (the
-paper's 100 iterations of Adam): seconds of each, and the ratio of the squared errors that they leave.
-The paper's Table X gives seconds per layer on an A6000 for DeiT-S at W4A4, 32 images: 17 by its Adam, 495 by a search.
+`stages`: each compile in a process of its own, default recipe at W4A4, 128 calibration samples; peak memory is that of
+the process by the end of the stage. `--depths` shows how cost grows with depth. `clipping`: for every LayerNorm,
+per-channel bounds on the calibration sample by `search_bounds` (the default) and by `learn_bounds` (the paper's 100
+iterations of Adam): seconds of each, and the ratio of the squared errors that they leave. The paper's Table X gives
+seconds per layer on an A6000 for DeiT-S at W4A4, 32 images: 17 by its Adam, 495 by a search.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ CIFAR = {"vit_cifar": "weights/vit_cifar10.safetensors", "swin_cifar": "weights/
 SAMPLES = 128
 
 
-# ---- stages ----------------------------------------------------------------------------------------------------------------------
+# ---- stages ----------------------------------------------------------------------------------------------------------
 
 
 def measure_one(name: str, depth: int | None, device: str) -> dict[str, Any]:
@@ -56,7 +57,12 @@ def measure_one(name: str, depth: int | None, device: str) -> dict[str, Any]:
         result = compile(entry.build(), given, recipe, device=device,
                          example_inputs={k: v[:2] for k, v in data.items()} if "x" not in data else None)
     total, report = time.perf_counter() - started, result.report
-    return {"total": round(total, 2), "seconds": report["seconds"], "peaks_mb": report["peaks_mb"], "layers": len(report["layers"])}
+    return {
+        "total": round(total, 2),
+        "seconds": report["seconds"],
+        "peaks_mb": report["peaks_mb"],
+        "layers": len(report["layers"]),
+    }
 
 
 def stages(options: argparse.Namespace, results: dict[str, Any]) -> None:
@@ -70,17 +76,25 @@ def stages(options: argparse.Namespace, results: dict[str, Any]) -> None:
                 raise SystemExit(f"{label}: {done.stderr[-2000:]}")
             found = json.loads(done.stdout.splitlines()[-1])
             results.setdefault("stages", {})[label] = {**found, "threads": options.threads, "device": options.device}
-            print(f"\n{label}: {found['total']:.1f} s, {found['layers']} layers, {options.threads} threads, {options.device}")
+            print(
+                f"\n{label}: {found['total']:.1f} s, {found['layers']} layers, {options.threads} threads, "
+                f"{options.device}"
+            )
             for stage, seconds in found["seconds"].items():
                 peak = found["peaks_mb"].get(stage)
-                print(f"  {'  ' if '/' in stage else ''}{stage.split('/')[-1]:28s} {seconds:8.2f} s" + (f"   peak {peak:7.0f} MB" if peak else ""))
+                print(
+                    f"  {'  ' if '/' in stage else ''}{stage.split('/')[-1]:28s} {seconds:8.2f} s"
+                    + (f"   peak {peak:7.0f} MB" if peak else "")
+                )
 
 
-# ---- clipping --------------------------------------------------------------------------------------------------------------------
+# ---- clipping --------------------------------------------------------------------------------------------------------
 
 
 def norm_samples(model: Any, calibration: Any, **keywords: Any) -> Iterator[tuple[str, Tensor]]:
-    """(path, sample of shape (channels, values)) of every norm whose Linears are quantized, as calibration records them."""
+    """(path, sample of shape (channels, values)) of every norm whose Linears are quantized, as calibration records
+    them.
+    """
     from repquant_fx.options import from_keywords
     from repquant_fx.passes.base import run_passes
     from repquant_fx.passes.insert_observers import InsertObservers
@@ -124,13 +138,24 @@ def clipping(options: argparse.Namespace, results: dict[str, Any]) -> None:
                     errors[method] = float(find(sample, bits).error.double().sum())
                     seconds[method].append(time.perf_counter() - started)
                 ratios.append(errors["search"] / errors["adam"])
-            found = {"norms": len(norms), "values": int(sum(s.numel() for _, s in norms)), "search_seconds": round(sum(seconds["search"]), 3),
-                     "adam_seconds": round(sum(seconds["adam"]), 3), "worst_error_ratio": round(max(ratios), 4),
-                     "median_error_ratio": round(statistics.median(ratios), 4), "threads": options.threads}
+            found = {
+                "norms": len(norms),
+                "values": int(sum(s.numel() for _, s in norms)),
+                "search_seconds": round(sum(seconds["search"]), 3),
+                "adam_seconds": round(sum(seconds["adam"]), 3),
+                "worst_error_ratio": round(max(ratios), 4),
+                "median_error_ratio": round(statistics.median(ratios), 4),
+                "threads": options.threads,
+            }
             results.setdefault("clipping", {})[f"{name}, {bits} bits"] = found
-            print(f"{name}, {bits} bits: {len(norms)} norms, search {found['search_seconds']:.2f} s, Adam {found['adam_seconds']:.2f} s "
-                  f"({found['adam_seconds'] / found['search_seconds']:.1f} times as long); squared error of the search over Adam's: median "
-                  f"{found['median_error_ratio']:.3f}, largest {found['worst_error_ratio']:.3f}", flush=True)
+            print(
+                f"{name}, {bits} bits: {len(norms)} norms, search {found['search_seconds']:.2f} s, Adam "
+                f"{found['adam_seconds']:.2f} s "
+                f"({found['adam_seconds'] / found['search_seconds']:.1f} times as long); squared error of the search "
+                "over Adam's: median "
+                f"{found['median_error_ratio']:.3f}, largest {found['worst_error_ratio']:.3f}",
+                flush=True,
+            )
 
 
 def main() -> None:
@@ -142,7 +167,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_subparsers(dest="what", required=True)
     first = what.add_parser("stages")
-    first.add_argument("--models", nargs="*", default=["vit_cifar", "swin_cifar", "deit_small", "minilm"], choices=[*CIFAR, *MODELS])
+    first.add_argument(
+        "--models", nargs="*", default=["vit_cifar", "swin_cifar", "deit_small", "minilm"], choices=[*CIFAR, *MODELS]
+    )
     first.add_argument("--depths", nargs="*", type=int, help="of a plain ViT, to see how cost grows")
     first.add_argument("--device", default="cpu")
     second = what.add_parser("clipping")

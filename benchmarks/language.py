@@ -3,13 +3,14 @@
     python benchmarks/language.py --stories FOLDER --stories-text tinystories_sample.txt \\
         --minilm FOLDER --sts stsb-en-dev.csv --text wiki.test.raw --results benchmarks/results/language.json
 
-- stories260K, as a transformers directory that `stories260k.py` makes: nats per token over the stories of a text file, each from its
-  start. Calibrated on 128 stories that the float model itself draws, since it knows no other text.
-- MiniLM-L6, a sentence encoder (post-LN BERT) as a transformers directory: Spearman correlation of cosine similarities with people's
-  judgements on sentence pairs. Calibrated on 128 lines of `--text`.
+- stories260K, as a transformers directory that `stories260k.py` makes: nats per token over the stories of a text file,
+  each from its start. Calibrated on 128 stories that the float model itself draws, since it knows no other text.
+- MiniLM-L6, a sentence encoder (post-LN BERT) as a transformers directory: Spearman correlation of cosine similarities
+  with people's judgements on sentence pairs. Calibrated on 128 lines of `--text`.
 
-Rows: float; RTN with min-max per tensor, what common tools do; SmoothQuant; RepQ-ViT's parts; RepQuant as published; RepQuant as it is
-by default here, with and without each kind of cross-layer equalization. Rows that `--results` already holds are not run again.
+Rows: float; RTN with min-max per tensor, what common tools do; SmoothQuant; RepQ-ViT's parts; RepQuant as published;
+RepQuant as it is by default here, with and without each kind of cross-layer equalization. Rows that `--results` already
+holds are not run again.
 """
 
 from __future__ import annotations
@@ -93,7 +94,9 @@ class Similarity:
         self.gold = np.array([float(row[2]) for row in table])
         lines = [line.strip() for line in text.read_text(encoding="utf-8").splitlines() if len(line.split()) > 8]
         chosen = np.random.default_rng(seed).choice(len(lines), samples, replace=False)
-        batch = self.tokenizer([lines[i] for i in chosen], padding=True, truncation=True, max_length=128, return_tensors="pt")
+        batch = self.tokenizer(
+            [lines[i] for i in chosen], padding=True, truncation=True, max_length=128, return_tensors="pt"
+        )
         self.calibration: Any = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
 
     def measure(self, predict: Predict) -> float:
@@ -133,7 +136,13 @@ def run_all(name: str, bench: Any, path: Path, only: str | None) -> None:
 
     def compiled(recipe: Recipe) -> dict[str, float]:
         start = time.perf_counter()
-        result = compile(bench.loaded, recipe=recipe, calibration=bench.calibration, samples=len(bench.calibration["input_ids"]), batch_size=16)
+        result = compile(
+            bench.loaded,
+            recipe=recipe,
+            calibration=bench.calibration,
+            samples=len(bench.calibration["input_ids"]),
+            batch_size=16,
+        )
         seconds, session = time.perf_counter() - start, result.session(torch.get_num_threads())
 
         def predict(ids: Tensor, mask: Tensor) -> Tensor:
@@ -152,12 +161,22 @@ def run_all(name: str, bench: Any, path: Path, only: str | None) -> None:
 def tables(results: dict[str, Any]) -> str:
     """Markdown: one row per method, one pair of columns per model."""
     names = list(results)
-    lines = ["| | " + " | ".join(f"{n}: {results[n]['metric']} | {n}: SQNR dB" for n in names) + " |", "|---|" + "---:|---:|" * len(names)]
+    lines = [
+        "| | " + " | ".join(f"{n}: {results[n]['metric']} | {n}: SQNR dB" for n in names) + " |",
+        "|---|" + "---:|---:|" * len(names),
+    ]
     for label in dict.fromkeys(k for r in results.values() for k in r["rows"]):
         cells = []
         for name in names:
             entry = results[name]["rows"].get(label)
-            cells.append(" | ".join([f" {entry['score']:.3f}" if entry else " ", f"{entry['sqnr_db']:.2f}" if entry and "sqnr_db" in entry else ""]))
+            cells.append(
+                " | ".join(
+                    [
+                        f" {entry['score']:.3f}" if entry else " ",
+                        f"{entry['sqnr_db']:.2f}" if entry and "sqnr_db" in entry else "",
+                    ]
+                )
+            )
         lines.append(f"| {label} |" + " |".join(cells) + " |")
     return "\n".join(lines)
 
@@ -172,7 +191,12 @@ def main() -> None:
     parser.add_argument("--only", help="rows whose label this regular expression finds")
     args = parser.parse_args()
     if args.stories and args.stories_text:
-        run_all("stories260K", Stories(load_model(args.stories), args.stories_text, args.samples, args.seed), args.results, args.only)
+        run_all(
+            "stories260K",
+            Stories(load_model(args.stories), args.stories_text, args.samples, args.seed),
+            args.results,
+            args.only,
+        )
     if args.minilm and args.sts and args.text:
         loaded = load_model(args.minilm, task="feature-extraction")
         run_all("MiniLM-L6", Similarity(loaded, args.sts, args.text, args.samples, args.seed), args.results, args.only)

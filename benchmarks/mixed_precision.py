@@ -3,9 +3,10 @@
     python benchmarks/mixed_precision.py --calib train_folder --data test_folder \\
         --minilm FOLDER --sts stsb-en-dev.csv --text wiki.test.raw --results benchmarks/results/mixed_precision.json
 
-For each mean number of bits: all layers with these bits, and bits searched; of activations too where their mean is below 8. Size is that
-of the weights as information (2 and 3 bits are stored as 4 in the file). Bits are out of 2, 3, 4, 6 and 8. The search sees the calibration
-samples alone; what is printed is measured on the test data, from the exported file. Rows that `--results` already holds are not run again.
+For each mean number of bits: all layers with these bits, and bits searched; of activations too where their mean is
+below 8. Size is that of the weights as information (2 and 3 bits are stored as 4 in the file). Bits are out of 2, 3, 4,
+6 and 8. The search sees the calibration samples alone; what is printed is measured on the test data, from the exported
+file. Rows that `--results` already holds are not run again.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Sentences:
     def float_score(self) -> float:
         def predict(ids: Tensor, mask: Tensor) -> Tensor:
             with torch.no_grad():
-                hidden = next(iter(self.loaded.module(input_ids=ids, attention_mask=mask).values()))  # type: ignore[misc]
+                hidden = next(iter(self.loaded.module(input_ids=ids, attention_mask=mask).values()))
             self.expected.append(hidden * mask[..., None])
             return hidden
 
@@ -82,7 +83,10 @@ class Sentences:
 
         def predict(ids: Tensor, mask: Tensor) -> Tensor:
             nonlocal signal, noise
-            hidden, reference = torch.from_numpy(session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})[0]), next(expected)
+            hidden, reference = (
+                torch.from_numpy(session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})[0]),
+                next(expected),
+            )
             signal += float(reference.square().sum())
             noise += float((hidden * mask[..., None] - reference).square().sum())
             return hidden
@@ -103,28 +107,57 @@ def run_all(name: str, bench: Any, path: Path, only: str | None, seed: int, loss
         found[label] = run()
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(everything, indent=1) + "\n")
-        print(f"{name:10s} {label:50s} " + " ".join(f"{k} {v:.3f}" for k, v in found[label].items() if isinstance(v, float)), flush=True)
+        print(
+            f"{name:10s} {label:50s} "
+            + " ".join(f"{k} {v:.3f}" for k, v in found[label].items() if isinstance(v, float)),
+            flush=True,
+        )
 
     def compiled(chosen: Recipe, **about: Any) -> dict[str, Any]:
         start = time.perf_counter()
         result = compile(bench.loaded, recipe=chosen, check=False, **source)
         seconds = time.perf_counter() - start
-        return {**bench.measure(result), "compile_seconds": seconds, "file_megabytes": result.report["file_bytes"] / 1e6, **about}
+        return {
+            **bench.measure(result),
+            "compile_seconds": seconds,
+            "file_megabytes": result.report["file_bytes"] / 1e6,
+            **about,
+        }
 
     def analyse(activations: bool) -> Sensitivity:
         if activations not in analysed:
             start = time.perf_counter()
-            analysed[activations] = sensitivity(bench.loaded, recipe=Recipe(wbits=4, abits=4 if activations else 8), weight_choices=CHOICES,
-                                                activation_choices=CHOICES if activations else None, loss=loss, **source)
+            analysed[activations] = sensitivity(
+                bench.loaded,
+                recipe=Recipe(wbits=4, abits=4 if activations else 8),
+                weight_choices=CHOICES,
+                activation_choices=CHOICES if activations else None,
+                loss=loss,
+                **source,
+            )
             print(f"{name:10s} sensitivity: {time.perf_counter() - start:.0f} s", flush=True)
         return analysed[activations]
 
     def searched(w: int, a: int) -> dict[str, Any]:
-        found = search(bench.loaded, sensitivity=analyse(a < 8), target_size=f"{w}b", count="information", choices=CHOICES,
-                       activation_choices=CHOICES, mean_abits=a if a < 8 else None)
+        found = search(
+            bench.loaded,
+            sensitivity=analyse(a < 8),
+            target_size=f"{w}b",
+            count="information",
+            choices=CHOICES,
+            activation_choices=CHOICES,
+            mean_abits=a if a < 8 else None,
+        )
         print(found, flush=True)
-        return compiled(found.recipe, weight_kilobytes=found.weight_bytes / 1e3, bits_per_weight=found.bits_per_weight,
-                        mean_abits=found.mean_abits, loss=loss, predicted=found.predicted, recipe=found.recipe.to_dict())
+        return compiled(
+            found.recipe,
+            weight_kilobytes=found.weight_bytes / 1e3,
+            bits_per_weight=found.bits_per_weight,
+            mean_abits=found.mean_abits,
+            loss=loss,
+            predicted=found.predicted,
+            recipe=found.recipe.to_dict(),
+        )
 
     row("float", lambda: {"score": bench.float_score()})
     for w, a in BITS:
@@ -133,7 +166,9 @@ def run_all(name: str, bench: Any, path: Path, only: str | None, seed: int, loss
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: one row for each mean number of bits and way, columns for each model; sizes of all weights below its name."""
+    """Markdown: one row for each mean number of bits and way, columns for each model; sizes of all weights below its
+    name.
+    """
     names = list(results)
     lines = ["| mean bits | | " + " | ".join(f"{n} {results[n]['metric']} | {n} SQNR dB" for n in names) + " |",
              "|---|---|" + "---:|---:|" * len(names),
@@ -168,7 +203,14 @@ def main() -> None:
             run_all(name, bench, args.results, args.only, args.seed, args.loss)
     if args.minilm and args.sts and args.text:
         loaded = load_model(args.minilm, task="feature-extraction")
-        run_all("MiniLM-L6", Sentences(loaded, args.sts, args.text, args.lines, args.seed), args.results, args.only, args.seed, args.loss)
+        run_all(
+            "MiniLM-L6",
+            Sentences(loaded, args.sts, args.text, args.lines, args.seed),
+            args.results,
+            args.only,
+            args.seed,
+            args.loss,
+        )
     print(table(json.loads(args.results.read_text()) if args.results.exists() else {}))
 
 

@@ -32,7 +32,9 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def commit() -> str:
     """The checked-out commit, with a mark where files differ from it."""
-    return subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True
+    ).stdout.strip()
 
 
 def main() -> None:

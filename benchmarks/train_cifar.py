@@ -1,15 +1,16 @@
 """Train small timm vision transformers on CIFAR-10 at 32 px, from scratch.
 
-    python benchmarks/train_cifar.py vit  --data train_folder --test test_folder --out benchmarks/weights/vit_cifar10.safetensors
-    python benchmarks/train_cifar.py swin --data train_folder --test test_folder --out benchmarks/weights/swin_cifar10.safetensors
+    python benchmarks/train_cifar.py vit  --data train_folder --test test_folder --out
+    benchmarks/weights/vit_cifar10.safetensors python benchmarks/train_cifar.py swin --data train_folder --test
+    test_folder --out benchmarks/weights/swin_cifar10.safetensors
 
 ``--data`` and ``--test`` are class folders of images (torchvision ``ImageFolder`` layout). The last line printed is the
 accuracy on the whole test folder. The weights are an exponential moving average, saved after every epoch with the
 architecture specification and the accuracy in the safetensors metadata, so that an interrupted run is still usable.
 
 Recipe: AdamW for embeddings, norms and biases, Muon (orthogonalised momentum; K. Jordan, 2024) for the hidden matrices,
-one-cycle learning rate, flips, translations, a cutout square, label smoothing and bfloat16 autocast. The schedule follows
-whichever runs out first, ``--epochs`` or ``--minutes``: a slow CPU then still ends at learning rate zero.
+one-cycle learning rate, flips, translations, a cutout square, label smoothing and bfloat16 autocast. The schedule
+follows whichever runs out first, ``--epochs`` or ``--minutes``: a slow CPU then still ends at learning rate zero.
 """
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ from torch import nn
 from repquant_fx.frontends import architectures
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# written into the specification, so that calibration and `evaluate` preprocess as training did: no resizing, no cropping
+# written into the specification, so that calibration and `evaluate` preprocess as training did: no resizing, no
+# cropping
 OVERLAY = f"pretrained_cfg_overlay={{'input_size':(3,32,32),'crop_pct':1.0,'mean':{MEAN},'std':{STD}}}"
 ARCHITECTURES = {
     "vit": "timm:vit_tiny_patch16_224,img_size=32,patch_size=4,embed_dim=128,depth=6,num_heads=4,mlp_ratio=2,"
@@ -65,13 +67,17 @@ def augment(images: torch.Tensor, generator: torch.Generator, pad: int = 4, hole
     rows = dy[:, None] + torch.arange(h, device=images.device)
     cols = torch.arange(w, device=images.device).expand(n, w)
     cols = torch.where(flip[:, None], w - 1 - cols, cols) + dx[:, None]
-    out = padded[torch.arange(n, device=images.device)[:, None, None], :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+    out = padded[torch.arange(n, device=images.device)[:, None, None], :, rows[:, :, None], cols[:, None, :]].permute(
+        0, 3, 1, 2
+    )
     cy, cx = (torch.randint(0, h, (n,), generator=generator).to(images.device) for _ in range(2))
     inside = [(torch.arange(h, device=images.device)[None] - c[:, None]).abs() <= hole // 2 for c in (cy, cx)]
     return out.masked_fill((inside[0][:, :, None] & inside[1][:, None, :])[:, None], 0.0)
 
 
-def cutmix(images: torch.Tensor, targets: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def cutmix(
+    images: torch.Tensor, targets: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
     """One rectangle of another image of the batch, targets mixed by area (S. Yun et al., arXiv 1905.04899)."""
     n, _, h, w = images.shape
     other = torch.randperm(n, generator=generator).to(images.device)
@@ -88,7 +94,11 @@ def mimetic_init(model: nn.Module, generator: torch.Generator) -> None:
     """Give attention the structure that trained transformers show (A. Trockman, J. Z. Kolter, arXiv 2305.09828):
     Wq Wk^T close to the identity, Wv Wproj close to minus the identity."""
     for module in model.modules():
-        qkv, proj, heads = getattr(module, "qkv", None), getattr(module, "proj", None), getattr(module, "num_heads", None)
+        qkv, proj, heads = (
+            getattr(module, "qkv", None),
+            getattr(module, "proj", None),
+            getattr(module, "num_heads", None),
+        )
         if not (isinstance(qkv, nn.Linear) and isinstance(proj, nn.Linear) and isinstance(heads, int)):
             continue
         dim = proj.in_features
@@ -111,7 +121,9 @@ def mimetic_init(model: nn.Module, generator: torch.Generator) -> None:
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is replaced by the nearest orthogonal matrix, found by five Newton-Schulz steps."""
 
-    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self, params: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -159,7 +171,9 @@ def main() -> None:
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--init", type=Path, help="weights to go on from (a second cycle, with a smaller learning rate)")
+    parser.add_argument(
+        "--init", type=Path, help="weights to go on from (a second cycle, with a smaller learning rate)"
+    )
     parser.add_argument("--cutmix", type=float, default=0.0, help="share of the steps that use CutMix")
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
@@ -220,8 +234,11 @@ def main() -> None:
         final = progress >= 1
         shown = slice(None) if final else slice(0, None, 5)
         score = accuracy(ema, test_images[shown], test_labels[shown])
-        print(f"epoch {epoch} progress {progress:.3f} loss {total / steps:.4f} "
-              f"{'test' if final else 'one fifth of the test'} accuracy {score:.2f} {time.time() - start:.0f} s", flush=True)
+        print(
+            f"epoch {epoch} progress {progress:.3f} loss {total / steps:.4f} "
+            f"{'test' if final else 'one fifth of the test'} accuracy {score:.2f} {time.time() - start:.0f} s",
+            flush=True,
+        )
         args.out.parent.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous().cpu() for k, v in ema.state_dict().items()}, str(args.out),
                   metadata={"arch": ARCHITECTURES[args.model], "accuracy": f"{score:.2f}", "data": "CIFAR-10 train"})

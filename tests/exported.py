@@ -37,13 +37,29 @@ class _TextAndImages(_Chosen):
         return self.chosen(input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values)
 
 
-def write_onnx(model: nn.Module, path: Path, inputs: dict[str, Tensor], outputs: Sequence[str], free: Sequence[int] = (0, 1)) -> str:
+def write_onnx(
+    model: nn.Module, path: Path, inputs: dict[str, Tensor], outputs: Sequence[str], free: Sequence[int] = (0, 1)
+) -> str:
     """Export with these axes of the text free, of images the batch if it is; returns the path."""
     module = {1: _Ids, 2: _Text, 3: _TextAndImages}[len(inputs)](model, outputs).eval()
-    shapes = {name: {axis: torch.export.Dim.DYNAMIC for axis in free if axis == 0 or tensor.ndim == 2} for name, tensor in inputs.items()}
+    shapes = {
+        name: {axis: torch.export.Dim.DYNAMIC for axis in free if axis == 0 or tensor.ndim == 2}
+        for name, tensor in inputs.items()
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.onnx.export(module, (), str(path), kwargs=inputs, dynamo=True, opset_version=21, dynamic_shapes=shapes if free else None,
-                          input_names=list(inputs), output_names=list(outputs), verbose=False, external_data=False)
+        torch.onnx.export(
+            module,
+            (),
+            str(path),
+            kwargs=inputs,
+            dynamo=True,
+            opset_version=21,
+            dynamic_shapes=shapes if free else None,
+            input_names=list(inputs),
+            output_names=list(outputs),
+            verbose=False,
+            external_data=False,
+        )
     return str(path)

@@ -64,21 +64,41 @@ def plant(norm: nn.Module, linears: Sequence[nn.Linear], spread: float = 30.0, s
 def vit(depth: int = 2, seed: int = 0, **options: object) -> nn.Module:
     import timm
 
-    settings: dict[str, object] = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "num_heads": 2, "num_classes": 5, "depth": depth}
+    settings: dict[str, object] = {
+        "img_size": 16,
+        "patch_size": 4,
+        "embed_dim": 32,
+        "num_heads": 2,
+        "num_classes": 5,
+        "depth": depth,
+    }
     return redraw(timm.create_model("vit_tiny_patch16_224", **{**settings, **options}), seed)
 
 
 def swin(seed: int = 0) -> nn.Module:
     import timm
 
-    return redraw(timm.create_model("swin_tiny_patch4_window7_224", img_size=16, patch_size=2, window_size=2, embed_dim=16,
-                                    depths=(2, 1), num_heads=(1, 2), num_classes=5), seed)
+    return redraw(
+        timm.create_model(
+            "swin_tiny_patch4_window7_224",
+            img_size=16,
+            patch_size=2,
+            window_size=2,
+            embed_dim=16,
+            depths=(2, 1),
+            num_heads=(1, 2),
+            num_classes=5,
+        ),
+        seed,
+    )
 
 
 class Block(nn.Module):
     """Pre-norm transformer block with separate q, k, v; `style` picks the norm and biases."""
 
-    def __init__(self, width: int = 16, heads: int = 2, *, norm: str = "layer", bias: bool = True, causal: bool = False) -> None:
+    def __init__(
+        self, width: int = 16, heads: int = 2, *, norm: str = "layer", bias: bool = True, causal: bool = False
+    ) -> None:
         super().__init__()
         make = {"layer": lambda: nn.LayerNorm(width), "rms": lambda: nn.RMSNorm(width, eps=1e-6),
                 "plain": lambda: nn.LayerNorm(width, elementwise_affine=False),
@@ -192,7 +212,9 @@ def quantized(graph_module: GraphModule, recipe: Recipe, batches: Sequence[Tenso
     reference, graph_module = graph_module, copy.deepcopy(graph_module)
     plan = match(graph_module, recipe)
     run_passes(graph_module, [InsertObservers(plan, len(batches))])
-    return Run(reference, graph_module, plan, quantize_sequentially(graph_module, plan, [(b,) for b in batches], recipe))
+    return Run(
+        reference, graph_module, plan, quantize_sequentially(graph_module, plan, [(b,) for b in batches], recipe)
+    )
 
 
 @torch.no_grad()
@@ -214,7 +236,11 @@ def fused_as_promised(graph_module: GraphModule, fuse: FuseRequantization, *inpu
     names = list(fuse.quantizers)
     nodes = [fuse.quantizers[n] for n in names]
     codes = dict(zip(names, values_at(graph_module, nodes, *inputs)))
-    uniform = {n: node for n, node in zip(names, nodes) if node.target is QUANTIZE and attribute(graph_module, node.args[1]).ndim == 0}
+    uniform = {
+        n: node
+        for n, node in zip(names, nodes)
+        if node.target is QUANTIZE and attribute(graph_module, node.args[1]).ndim == 0
+    }
     sources = dict(zip(uniform, values_at(graph_module, [node.args[0] for node in uniform.values()], *inputs)))
     steps = {n: sources[n].double() / attribute(graph_module, node.args[1]).double() for n, node in uniform.items()}
     fused = run_pass(graph_module, fuse)

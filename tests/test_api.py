@@ -113,7 +113,11 @@ def test_between_two_steps_of_training() -> None:
             loss.backward()
             optimizer.step()
             if interrupt and step == 1:
-                before, weights, grads = training_state(model), copy.deepcopy(model.state_dict()), [p.grad for p in model.parameters()]
+                before, weights, grads = (
+                    training_state(model),
+                    copy.deepcopy(model.state_dict()),
+                    [p.grad for p in model.parameters()],
+                )
                 result = compile(model, loader(TensorDataset(images(12), torch.arange(12))), FAST)
                 assert training_state(model) == before and model.training and not model.patch_embed.training
                 assert all(torch.equal(a, b) for a, b in zip(weights.values(), model.state_dict().values()))
@@ -136,8 +140,11 @@ def test_a_failure_leaves_the_module_as_it_was_too() -> None:
     assert all(m.training for m in model.modules())
 
 
-@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda m: torch.compile(m, backend="eager"), lambda m: copy.deepcopy(m).to(torch.bfloat16)],
-                         ids=["parallel", "compiled", "bfloat16"])
+@pytest.mark.parametrize(
+    "wrap",
+    [nn.DataParallel, lambda m: torch.compile(m, backend="eager"), lambda m: copy.deepcopy(m).to(torch.bfloat16)],
+    ids=["parallel", "compiled", "bfloat16"],
+)
 def test_wrapped_and_narrow_modules(wrap: Callable[[nn.Module], nn.Module]) -> None:
     model = vit(depth=1)
     wrapped = wrap(model)
@@ -153,4 +160,6 @@ def test_a_module_on_a_gpu() -> None:
     model = vit(depth=1).cuda()
     data = [(images(12)[i:i + 4].cuda(), torch.arange(4).cuda()) for i in (0, 4, 8)]
     result = compile(model, [x for x, _ in data], FAST)
-    assert next(model.parameters()).is_cuda and result.to_bytes() == compile(vit(depth=1), [images(12)], FAST).to_bytes()
+    assert (
+        next(model.parameters()).is_cuda and result.to_bytes() == compile(vit(depth=1), [images(12)], FAST).to_bytes()
+    )

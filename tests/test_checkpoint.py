@@ -35,7 +35,15 @@ RECIPE = Recipe(wbits=4, abits=4)
 
 
 def compiled(work_dir: Path | None) -> CompiledModel:
-    return compile(redraw(Encoder()), sequences(24), RECIPE, batch_size=8, check=False, example_inputs=[sequences(2)], work_dir=work_dir)
+    return compile(
+        redraw(Encoder()),
+        sequences(24),
+        RECIPE,
+        batch_size=8,
+        check=False,
+        example_inputs=[sequences(2)],
+        work_dir=work_dir,
+    )
 
 
 def kept(work_dir: Path) -> list[Path]:
@@ -77,7 +85,8 @@ def test_from_any_number_of_finished_groups(tmp_path: Path, calibrated: list[str
 
 
 def pipeline(graph_module: GraphModule, work_dir: Path | None, recipe: Recipe = RECIPE) -> Tensor:
-    """What `compile` does between capture and export, which takes most of its time; gives the quantized graph's output."""
+    """What `compile` does between capture and export, which takes most of its time; gives the quantized graph's output.
+    """
     x, graph_module = sequences(), copy.deepcopy(graph_module)
     batches = [(b,) for b in x.split(8)]
     plan = match(graph_module, recipe)
@@ -88,9 +97,21 @@ def pipeline(graph_module: GraphModule, work_dir: Path | None, recipe: Recipe = 
     return output(graph_module, x)
 
 
-@pytest.mark.parametrize("changes", [{}, {"correction": False}, {"gptq": False, "correction": False}, {"norm": "channelwise"}, {"norm": "smooth"},
-                                     {"softmax": "uniform"}], ids=str)
-def test_every_kind_of_decision_is_kept(changes: dict[str, Any], encoder_graph, tmp_path: Path, calibrated: list[str]) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"correction": False},
+        {"gptq": False, "correction": False},
+        {"norm": "channelwise"},
+        {"norm": "smooth"},
+        {"softmax": "uniform"},
+    ],
+    ids=str,
+)
+def test_every_kind_of_decision_is_kept(
+    changes: dict[str, Any], encoder_graph, tmp_path: Path, calibrated: list[str]
+) -> None:
     recipe = Recipe(wbits=4, abits=4, **changes)
     first = pipeline(encoder_graph(), tmp_path, recipe)
     calibrated.clear()
@@ -98,7 +119,9 @@ def test_every_kind_of_decision_is_kept(changes: dict[str, Any], encoder_graph, 
     assert torch.equal(pipeline(encoder_graph(), None, recipe), first)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "text", "other", "shape", "zeros", "zeros with its digest", "another's"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "text", "other", "shape", "zeros", "zeros with its digest", "another's"]
+)
 def test_damaged_files_are_made_anew(damage: str, encoder_graph, tmp_path: Path, calibrated: list[str]) -> None:
     first = pipeline(encoder_graph(), tmp_path)
     path = kept(tmp_path)[1]
@@ -121,7 +144,9 @@ def test_damaged_files_are_made_anew(damage: str, encoder_graph, tmp_path: Path,
     with pytest.warns(RepQuantWarning, match="anew"):
         assert torch.equal(pipeline(encoder_graph(), tmp_path), first)
     again = load(path.read_bytes())
-    assert len(calibrated) == 1 and again.keys() == good.keys() and all(torch.equal(t, good[k]) for k, t in again.items())
+    assert (
+        len(calibrated) == 1 and again.keys() == good.keys() and all(torch.equal(t, good[k]) for k, t in again.items())
+    )
 
 
 def test_nothing_is_unpickled(encoder_graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,9 +175,14 @@ def test_what_a_fingerprint_sees(encoder_graph, monkeypatch: pytest.MonkeyPatch)
         next(changed.parameters()).view(-1)[0] += 1e-3
     other = x[0][0].clone()
     other[3, 2, 1] += 1e-3
-    digests += [fingerprint(changed, x, RECIPE, 0), fingerprint(canonical(redraw(Encoder(causal=True)), sequences()), x, RECIPE, 0),
-                fingerprint(encoder_graph(), [(other,)], RECIPE, 0), fingerprint(encoder_graph(), [(b,) for b in x[0][0].split(2)], RECIPE, 0),
-                fingerprint(encoder_graph(), x, Recipe(wbits=4, abits=5), 0), fingerprint(encoder_graph(), x, RECIPE, 1)]
+    digests += [
+        fingerprint(changed, x, RECIPE, 0),
+        fingerprint(canonical(redraw(Encoder(causal=True)), sequences()), x, RECIPE, 0),
+        fingerprint(encoder_graph(), [(other,)], RECIPE, 0),
+        fingerprint(encoder_graph(), [(b,) for b in x[0][0].split(2)], RECIPE, 0),
+        fingerprint(encoder_graph(), x, Recipe(wbits=4, abits=5), 0),
+        fingerprint(encoder_graph(), x, RECIPE, 1),
+    ]
     monkeypatch.setattr(module, "VERSION", "other")
     digests.append(fingerprint(encoder_graph(), x, RECIPE, 0))
     assert len(set(digests)) == len(digests)
@@ -182,27 +212,54 @@ def test_a_folder_with_things_of_others(tmp_path: Path) -> None:
     with open_checkpoint(tmp_path, "a" * 64, {}, World()) as checkpoint:
         assert (checkpoint.folder / ".git").is_dir()
     for name in ("n" * 256, "n" * 5000, "/".join(["n" * 200] * 30), "a\0b"):
-        assert main(["compile", "model.pt2", "--out", str(tmp_path / "m.onnx"), "--work-dir", str(tmp_path / name)]) == 2
+        assert (
+            main(["compile", "model.pt2", "--out", str(tmp_path / "m.onnx"), "--work-dir", str(tmp_path / name)]) == 2
+        )
 
 
 def test_a_folder_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("x")
     for option in ("--work-dir", "--offload-dir"):
-        assert main(["compile", "model.pt2", "--out", str(tmp_path / "m.onnx"), option, str(tmp_path / "file" / "w")]) == 2
+        assert (
+            main(["compile", "model.pt2", "--out", str(tmp_path / "m.onnx"), option, str(tmp_path / "file" / "w")]) == 2
+        )
         assert "is not a folder" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_killed_and_continued(tmp_path: Path) -> None:
     """SIGKILL in the middle of a compile; the same command then gives the bytes of a run that nobody disturbed."""
-    program = torch.export.export(redraw(Encoder(2)), (sequences(4),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    program = torch.export.export(
+        redraw(Encoder(2)), (sequences(4),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
+    )
     torch.export.save(program, tmp_path / "model.pt2")
     np.save(tmp_path / "data.npy", sequences(64).numpy())
-    command = [sys.executable, "-m", "repquant_fx", "compile", "model.pt2", "--calib", "data.npy", "--wbits", "4", "--abits", "4",
-               "--batch-size", "8"]
-    options: dict[str, Any] = {"cwd": tmp_path, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "stdout": subprocess.DEVNULL,
-                               "stderr": subprocess.PIPE, "text": True}
-    work, resumed = tmp_path / "work", [*command, "--work-dir", "work", "--out", "resumed.onnx", "--report", "resumed.json"]
+    command = [
+        sys.executable,
+        "-m",
+        "repquant_fx",
+        "compile",
+        "model.pt2",
+        "--calib",
+        "data.npy",
+        "--wbits",
+        "4",
+        "--abits",
+        "4",
+        "--batch-size",
+        "8",
+    ]
+    options: dict[str, Any] = {
+        "cwd": tmp_path,
+        "env": {**os.environ, "OMP_NUM_THREADS": "1"},
+        "stdout": subprocess.DEVNULL,
+        "stderr": subprocess.PIPE,
+        "text": True,
+    }
+    work, resumed = (
+        tmp_path / "work",
+        [*command, "--work-dir", "work", "--out", "resumed.onnx", "--report", "resumed.json"],
+    )
     process = subprocess.Popen(resumed, **options)
     try:
         deadline = time.monotonic() + 120

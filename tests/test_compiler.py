@@ -103,7 +103,7 @@ def test_more_than_one_output_and_input() -> None:
     assert result.parity is not None and result.parity.problems() == []
 
 
-# ---- the report -------------------------------------------------------------------------------------------------------------
+# ---- the report ------------------------------------------------------------------------------------------------------
 
 
 def test_report_of_each_layer() -> None:
@@ -111,7 +111,13 @@ def test_report_of_each_layer() -> None:
     report = result.report
     assert json.loads(result.report_json()) == report and result.report_json().endswith("}\n")
     assert [e["path"] for e in report["layers"]][:6] == [
-        "patch_embed.proj", "blocks.0.attn.qkv", "blocks.0.attn", "blocks.0.attn", "blocks.0.attn.proj", "blocks.0.mlp.fc1"]
+        "patch_embed.proj",
+        "blocks.0.attn.qkv",
+        "blocks.0.attn",
+        "blocks.0.attn",
+        "blocks.0.attn.proj",
+        "blocks.0.mlp.fc1",
+    ]
     layers = {e["node"]: e for e in report["layers"]}
     assert len(layers) == len(report["layers"]) == 14
     for entry in layers.values():
@@ -124,7 +130,11 @@ def test_report_of_each_layer() -> None:
                 assert item["name"].endswith("probabilities") and item["zero_code"] == 15
         if entry["operator"] == "linear":
             weight = entry["weight"]
-            assert weight["bits"] == 4 and weight["method"] == "GPTQ" and 0 < weight["scale"]["min"] <= weight["scale"]["max"]
+            assert (
+                weight["bits"] == 4
+                and weight["method"] == "GPTQ"
+                and 0 < weight["scale"]["min"] <= weight["scale"]["max"]
+            )
             assert 0 < weight["output_error"]["chosen"] <= weight["output_error"]["round_to_nearest"] * 1.0001
     norms = [e for e in report["layers"] if e["group"] == "norm_linear"]
     assert {e["path"] for e in norms} == {*(f"blocks.{i}.{p}" for i in (0, 1) for p in ("attn.qkv", "mlp.fc1")), "head"}
@@ -134,8 +144,18 @@ def test_report_of_each_layer() -> None:
 def test_report_of_the_whole() -> None:
     result = compiled("vit", 4, method="repquant")
     report = result.report
-    assert report["repquant_fx"] == repquant_fx.__version__ and report["bits"] == "W4A4" and report["source"] == "VisionTransformer in memory"
-    assert report["calibration"] == {"origin": "tensors given by the caller", "samples": 18, "held_back": 6, "synthetic": False, "seed": 0}
+    assert (
+        report["repquant_fx"] == repquant_fx.__version__
+        and report["bits"] == "W4A4"
+        and report["source"] == "VisionTransformer in memory"
+    )
+    assert report["calibration"] == {
+        "origin": "tensors given by the caller",
+        "samples": 18,
+        "held_back": 6,
+        "synthetic": False,
+        "seed": 0,
+    }
     assert report["capture"]["difference_from_eager"] < 1e-5 and report["capture"]["dynamic_batch"] is True
     assert report["file_bytes"] == len(result.to_bytes()) and report["left_alone"] == []
     assert report["output_sqnr_db"] > 10 and report["segments"] > 1 and report["node_executions"] > 0
@@ -147,7 +167,7 @@ def test_report_of_the_whole() -> None:
 def test_what_is_left_alone_is_reported() -> None:
     report = compiled("small_swin", 4).report
     assert report["left_alone"] and {"path", "operator", "reason", "by"} == set(report["left_alone"][0])
-    assert "left alone: layer_norm at patch_embed.norm" in repquant_fx.report.summary(report)  # type: ignore[attr-defined]
+    assert "left alone: layer_norm at patch_embed.norm" in repquant_fx.report.summary(report)
 
 
 def test_the_reported_scales_are_those_of_the_file() -> None:
@@ -165,21 +185,28 @@ def test_the_reported_scales_are_those_of_the_file() -> None:
     assert layer["weight"]["scale"] == {"min": float(scales.min()), "max": float(scales.max()), "count": len(scales)}
 
 
-# ---- switches -----------------------------------------------------------------------------------------------------------------
+# ---- switches --------------------------------------------------------------------------------------------------------
 
 
 def test_layer_rules_reach_the_file() -> None:
-    recipe = Recipe(wbits=4, abits=4, layers=(LayerRule("head", wbits=8, abits=8), LayerRule("*.fc2", skip=True)), **PLAIN)
+    recipe = Recipe(
+        wbits=4, abits=4, layers=(LayerRule("head", wbits=8, abits=8), LayerRule("*.fc2", skip=True)), **PLAIN
+    )
     result = fast(encoder(), recipe)
     layers = {e["path"]: e for e in result.report["layers"]}
     assert "blocks.blocks.0.fc2" not in layers and "blocks.0.fc2" not in layers
     assert layers["head"]["weight"]["bits"] == 8 and layers["head"]["inputs"][0]["bits"] == 8
     assert layers["blocks.0.fc1"]["weight"]["bits"] == 4
     kinds = {t.name: t.data_type for t in result.proto.graph.initializer}
-    assert kinds["head.weight_quantized"] == onnx.TensorProto.INT8 and kinds["blocks.0.fc1.weight_quantized"] == onnx.TensorProto.INT4
+    assert (
+        kinds["head.weight_quantized"] == onnx.TensorProto.INT8
+        and kinds["blocks.0.fc1.weight_quantized"] == onnx.TensorProto.INT4
+    )
     assert not any("fc2" in name and "quantized" in name for name in kinds)
     producers = {o: n for n in result.proto.graph.node for o in n.output}
-    product = next(n for n in result.proto.graph.node if n.op_type in ("MatMul", "Gemm") and n.name.startswith("blocks.0.fc2/"))
+    product = next(
+        n for n in result.proto.graph.node if n.op_type in ("MatMul", "Gemm") and n.name.startswith("blocks.0.fc2/")
+    )
     source = producers[product.input[0]]
     source = producers[source.input[0]] if source.op_type == "Reshape" else source
     assert source.op_type == "Gelu", "a skipped layer reads its input as it is"
@@ -237,15 +264,19 @@ def test_a_program_brings_its_own_data() -> None:
     assert report["calibration"]["origin"] == "example inputs stored in the model file"
 
 
-# ---- saving ---------------------------------------------------------------------------------------------------------------------
+# ---- saving ----------------------------------------------------------------------------------------------------------
 
 
 def test_save(of_module: CompiledModel, tmp_path: Path) -> None:
     path = of_module.save(tmp_path / "m.onnx", report=tmp_path / "r.json")
-    assert path.read_bytes() == of_module.to_bytes() and json.loads((tmp_path / "r.json").read_text()) == of_module.report
+    assert (
+        path.read_bytes() == of_module.to_bytes() and json.loads((tmp_path / "r.json").read_text()) == of_module.report
+    )
     onnx.checker.check_model(str(path), full_check=True)
     x = sequences(3)
-    assert np.array_equal(session(path, threads=1).run(None, {"x": x.numpy()})[0], of_module.session(1).run(None, {"x": x.numpy()})[0])
+    assert np.array_equal(
+        session(path, threads=1).run(None, {"x": x.numpy()})[0], of_module.session(1).run(None, {"x": x.numpy()})[0]
+    )
     with pytest.raises(OutputError, match="--force"):
         of_module.save(path)
     of_module.save(str(path), force=True)
@@ -268,7 +299,7 @@ def test_sessions_of_what_is_no_model(tmp_path: Path) -> None:
         session(tmp_path / "bad.onnx")
 
 
-# ---- refusals -------------------------------------------------------------------------------------------------------------------
+# ---- refusals --------------------------------------------------------------------------------------------------------
 
 
 class Branching(nn.Module):
@@ -294,23 +325,39 @@ def changed(x: Tensor, value: float) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("make, error, words", [
-    (lambda: fast(nn.Sequential(nn.ReLU(), nn.LayerNorm(8))), InputError, "nothing to quantize"),
-    (lambda: fast(encoder(), Recipe(layers=(LayerRule("*", skip=True),))), InputError, "nothing to quantize"),
-    (lambda: fast(Branching()), CaptureError, r"test_compiler\.py:\d+: .*the line that is named"),
-    (lambda: fast(not_finite(math.nan)), ModelFileError, r"blocks\.0\.fc1\.weight"),
-    (lambda: fast(not_finite(math.inf)), ModelFileError, r"blocks\.0\.fc1\.weight"),
-    (lambda: fast("nothing here"), ModelFileError, "not a model file"),
-    (lambda: fast(42), InputError, "found int"),
-    (lambda: fast(encoder(), example_inputs=None), InputError, "input"),
-    (lambda: fast(encoder(), calibration=sequences(8, width=9)), CalibrationError, r"expects shape .*6, 8.*found .*6, 9"),
-    (lambda: fast(encoder(), calibration=sequences(8).long()), CalibrationError, "dtype float32, found int64"),
-    (lambda: fast(encoder(), calibration=changed(sequences(8), math.nan)), CalibrationError, "NaN or infinite, in sample 1"),
-    (lambda: fast(encoder(), calibration=changed(sequences(8), -math.inf)), CalibrationError, "NaN or infinite, in sample 1"),
-    (lambda: fast(encoder(), calibration=sequences(8)[:0]), CalibrationError, "no samples"),
-    (lambda: fast(encoder(), samples=0), CalibrationError, "samples must be at least 1"),
-    (lambda: fast(encoder(), Recipe(wbits=9)), InputError, "wbits must be an integer from 2 to 8; found 9"),
-], ids=range(15))
+@pytest.mark.parametrize(
+    "make, error, words",
+    [
+        (lambda: fast(nn.Sequential(nn.ReLU(), nn.LayerNorm(8))), InputError, "nothing to quantize"),
+        (lambda: fast(encoder(), Recipe(layers=(LayerRule("*", skip=True),))), InputError, "nothing to quantize"),
+        (lambda: fast(Branching()), CaptureError, r"test_compiler\.py:\d+: .*the line that is named"),
+        (lambda: fast(not_finite(math.nan)), ModelFileError, r"blocks\.0\.fc1\.weight"),
+        (lambda: fast(not_finite(math.inf)), ModelFileError, r"blocks\.0\.fc1\.weight"),
+        (lambda: fast("nothing here"), ModelFileError, "not a model file"),
+        (lambda: fast(42), InputError, "found int"),
+        (lambda: fast(encoder(), example_inputs=None), InputError, "input"),
+        (
+            lambda: fast(encoder(), calibration=sequences(8, width=9)),
+            CalibrationError,
+            r"expects shape .*6, 8.*found .*6, 9",
+        ),
+        (lambda: fast(encoder(), calibration=sequences(8).long()), CalibrationError, "dtype float32, found int64"),
+        (
+            lambda: fast(encoder(), calibration=changed(sequences(8), math.nan)),
+            CalibrationError,
+            "NaN or infinite, in sample 1",
+        ),
+        (
+            lambda: fast(encoder(), calibration=changed(sequences(8), -math.inf)),
+            CalibrationError,
+            "NaN or infinite, in sample 1",
+        ),
+        (lambda: fast(encoder(), calibration=sequences(8)[:0]), CalibrationError, "no samples"),
+        (lambda: fast(encoder(), samples=0), CalibrationError, "samples must be at least 1"),
+        (lambda: fast(encoder(), Recipe(wbits=9)), InputError, "wbits must be an integer from 2 to 8; found 9"),
+    ],
+    ids=range(15),
+)
 def test_refused(make: Callable[[], object], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words) as caught:
         make()

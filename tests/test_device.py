@@ -33,7 +33,14 @@ def test_no_such_device(name: str, tmp_path: Path) -> None:
 
 
 def test_no_such_device_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["compile", "timm:vit_tiny_patch16_224,depth=1,img_size=32", "--out", str(tmp_path / "x.onnx"), "--device", "cuda:99"]
+    command = [
+        "compile",
+        "timm:vit_tiny_patch16_224,depth=1,img_size=32",
+        "--out",
+        str(tmp_path / "x.onnx"),
+        "--device",
+        "cuda:99",
+    ]
     assert main(command) == 2 and "cuda:99" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
@@ -49,10 +56,16 @@ def test_moving_leaves_shared_tensors(vit_graph) -> None:
 def test_operators_that_create_tensors_follow() -> None:
     from helpers import Function, canonical
 
-    graph_module = canonical(Function(lambda x: x + torch.arange(x.shape[0], device=x.device)[:, None, None, None]), images())
+    graph_module = canonical(
+        Function(lambda x: x + torch.arange(x.shape[0], device=x.device)[:, None, None, None]), images()
+    )
     graph_module.register_buffer("anchor", torch.zeros(1))
     devices.move(graph_module, torch.device("meta"))
-    (made,) = [n for n in graph_module.graph.nodes if n.target in (aten.arange.default, aten.arange.start_step, aten.arange.start)]
+    (made,) = [
+        n
+        for n in graph_module.graph.nodes
+        if n.target in (aten.arange.default, aten.arange.start_step, aten.arange.start)
+    ]
     assert torch.device("meta") in made.kwargs.values()
     assert output(graph_module, images().to("meta")).device.type == "meta"
 

@@ -67,7 +67,8 @@ with joined() as world:
     other = torch.full((3,), float(world.rank), dtype=torch.float64)
     world.all_reduce([other])
     assert other.tolist() == [1.0] * 3
-    found = world.all_gather({"a": torch.arange(world.rank * 4), "b": torch.tensor(1.5, dtype=torch.float64)} if world.rank else {})
+    mine = {"a": torch.arange(world.rank * 4), "b": torch.tensor(1.5, dtype=torch.float64)} if world.rank else {}
+    found = world.all_gather(mine)
     assert found[0] == {} and found[1]["a"].tolist() == [0, 1, 2, 3] and found[1]["b"].dtype == torch.float64
     assert world.broadcast(lambda: None) is None
     assert world.broadcast(lambda: {"x": torch.tensor(3 - world.rank)})["x"] == 3
@@ -81,9 +82,14 @@ with joined() as world:
 
 def torchrun(folder: Path, *arguments: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
     """A run with no other network than this machine's own."""
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *arguments],
-                          cwd=folder, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+    )
 
 
 def test_what_processes_exchange(tmp_path: Path) -> None:
@@ -97,12 +103,33 @@ def test_what_processes_exchange(tmp_path: Path) -> None:
 def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """A folder with model, data and the file of a single process; and the arguments of compile."""
     folder = tmp_path_factory.mktemp("shared")
-    program = torch.export.export(redraw(Encoder()), (sequences(4),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    program = torch.export.export(
+        redraw(Encoder()), (sequences(4),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
+    )
     torch.export.save(program, folder / "model.pt2")
     np.save(folder / "data.npy", sequences(56).numpy())
-    arguments = ["-m", "repquant_fx", "compile", "model.pt2", "--calib", "data.npy", "--wbits", "4", "--abits", "4", "--batch-size", "8"]
-    alone = subprocess.run([sys.executable, *arguments, "--out", "alone.onnx", "--report", "alone.json"], cwd=folder, capture_output=True, text=True,
-                           timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    arguments = [
+        "-m",
+        "repquant_fx",
+        "compile",
+        "model.pt2",
+        "--calib",
+        "data.npy",
+        "--wbits",
+        "4",
+        "--abits",
+        "4",
+        "--batch-size",
+        "8",
+    ]
+    alone = subprocess.run(
+        [sys.executable, *arguments, "--out", "alone.onnx", "--report", "alone.json"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert alone.returncode == 0, alone.stderr
     return folder, arguments
 
@@ -120,7 +147,9 @@ def test_the_same_codes_as_alone(processes: int, shared: tuple[Path, list[str]])
     work = ["--work-dir", f"work{processes}", "--offload-dir", f"offload{processes}"]
     found = torchrun(folder, *arguments, "--out", out, "--report", f"{out}.json", "--json", *work, processes=processes)
     assert found.returncode == 0, found.stderr
-    assert found.stdout.count('"file_bytes"') == 1 and found.stderr.count(f"wrote {out}") == 1, "rank 0 alone writes and speaks"
+    assert found.stdout.count('"file_bytes"') == 1 and found.stderr.count(f"wrote {out}") == 1, (
+        "rank 0 alone writes and speaks"
+    )
     alone, together = integers(folder / "alone.onnx"), integers(folder / out)
     assert alone.keys() == together.keys() and len(alone) > 20
     for name, codes in alone.items():

@@ -26,7 +26,13 @@ from repquant_fx.evaluation import Accuracy, accuracy_of, evaluate, labelled_fol
 from repquant_fx.options import Source
 
 SIZE = (3, 4, 4)
-PLAIN = {"input_size": SIZE, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "crop_pct": 1.0, "interpolation": "bilinear"}
+PLAIN = {
+    "input_size": SIZE,
+    "mean": (0.0, 0.0, 0.0),
+    "std": (1.0, 1.0, 1.0),
+    "crop_pct": 1.0,
+    "interpolation": "bilinear",
+}
 COLOURS = {"a_red": (250, 0, 0), "b_green": (0, 250, 0), "c_blue": (0, 0, 250)}
 
 
@@ -47,7 +53,9 @@ def write_folder(root: Path, counts: tuple[int, ...] = (5, 4, 2), wrong: int = 0
     return root
 
 
-def write_onnx(path: Path, batch: int | str = "N", preprocessing: object = PLAIN, outputs: int = 3, reduced: str = "23") -> str:
+def write_onnx(
+    path: Path, batch: int | str = "N", preprocessing: object = PLAIN, outputs: int = 3, reduced: str = "23"
+) -> str:
     """Channel means as an ONNX file: output (N, 3), or fewer dimensions by `reduced`."""
     axes = helper.make_tensor("axes", TensorProto.INT64, [len(reduced)], [int(c) for c in reduced])
     nodes = [helper.make_node("ReduceMean", ["x", "axes"], ["means"], keepdims=0)]
@@ -88,7 +96,7 @@ def evaluate_torch(data: Path, **options) -> Accuracy:
     return evaluate("some.pt", str(data), arch="timm:x", allow_pickle=True, **options)
 
 
-# ---- accuracy_of ----------------------------------------------------------------------------------------------------------
+# ---- accuracy_of -----------------------------------------------------------------------------------------------------
 
 
 def test_top1_and_top5_of_known_ranks():
@@ -104,7 +112,10 @@ def test_top1_and_top5_of_known_ranks():
 @given(st.integers(1, 30), st.integers(1, 8), st.integers(1, 9), st.integers(0, 1000))
 def test_accuracy_does_not_depend_on_the_batches(count, classes, size, seed):
     generator = torch.Generator().manual_seed(seed)
-    outputs, labels = torch.randn(count, classes, generator=generator), torch.randint(classes, (count,), generator=generator)
+    outputs, labels = (
+        torch.randn(count, classes, generator=generator),
+        torch.randint(classes, (count,), generator=generator),
+    )
     whole = accuracy_of(lambda x: x, [(outputs, labels)])
     split = accuracy_of(lambda x: x, zip(outputs.split(size), labels.split(size)))
     assert whole == split and whole.samples == count and whole.classes == classes
@@ -132,7 +143,7 @@ def test_no_samples():
         accuracy_of(lambda x: x, [])
 
 
-# ---- labelled_folder ------------------------------------------------------------------------------------------------------
+# ---- labelled_folder -------------------------------------------------------------------------------------------------
 
 
 def test_labels_are_the_sorted_folder_names(tmp_path):
@@ -195,7 +206,7 @@ def test_folders_that_cannot_be_used(tmp_path):
         labelled_folder(tmp_path, PLAIN, SIZE, limit=0)
 
 
-# ---- evaluate: torch ------------------------------------------------------------------------------------------------------
+# ---- evaluate: torch -------------------------------------------------------------------------------------------------
 
 
 def test_a_module_on_a_folder(tmp_path, torch_source):
@@ -247,15 +258,21 @@ def test_labelled_arrays(tmp_path, torch_source, suffix):
     assert evaluate_torch(path, limit=4).samples == 4
 
 
-@pytest.mark.parametrize(("arrays", "message"), [
-    ({"images": np.zeros((2, *SIZE), np.uint8), "labels": np.zeros(2, int)}, "images that are not preprocessed"),
-    ({"images": np.zeros((2, 3, 5, 5), np.float32), "labels": np.zeros(2, int)}, r"expects shape \(N, 3, 4, 4\)"),
-    ({"images": np.zeros((2, *SIZE), np.float32), "labels": np.zeros(3, int)}, "labels must be 2 integers"),
-    ({"images": np.zeros((2, *SIZE), np.float32), "labels": np.zeros(2)}, "found float64"),
-    ({"images": np.full((2, *SIZE), np.nan, np.float32), "labels": np.zeros(2, int)}, "NaN or infinite, in samples 0, 1"),
-    ({"images": np.zeros((0, *SIZE), np.float32), "labels": np.zeros(0, int)}, "no samples"),
-    ({"x": np.zeros(1)}, "needs the arrays images and labels; found x"),
-])
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"images": np.zeros((2, *SIZE), np.uint8), "labels": np.zeros(2, int)}, "images that are not preprocessed"),
+        ({"images": np.zeros((2, 3, 5, 5), np.float32), "labels": np.zeros(2, int)}, r"expects shape \(N, 3, 4, 4\)"),
+        ({"images": np.zeros((2, *SIZE), np.float32), "labels": np.zeros(3, int)}, "labels must be 2 integers"),
+        ({"images": np.zeros((2, *SIZE), np.float32), "labels": np.zeros(2)}, "found float64"),
+        (
+            {"images": np.full((2, *SIZE), np.nan, np.float32), "labels": np.zeros(2, int)},
+            "NaN or infinite, in samples 0, 1",
+        ),
+        ({"images": np.zeros((0, *SIZE), np.float32), "labels": np.zeros(0, int)}, "no samples"),
+        ({"x": np.zeros(1)}, "needs the arrays images and labels; found x"),
+    ],
+)
 def test_labelled_arrays_that_do_not_fit(tmp_path, torch_source, arrays, message):
     np.savez(tmp_path / "data.npz", **arrays)
     torch_source(Colours())
@@ -278,7 +295,7 @@ def test_data_that_cannot_be_used(tmp_path, torch_source):
         evaluate_torch(tmp_path)
 
 
-# ---- evaluate: ONNX -------------------------------------------------------------------------------------------------------
+# ---- evaluate: ONNX --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-"""Perplexity and similarity: against the formulas, computed directly, and the same for a torch model and its ONNX file."""
+"""Perplexity and similarity: against the formulas, computed directly, and the same for a torch model and its ONNX file.
+"""
 
 from __future__ import annotations
 
@@ -41,10 +42,15 @@ def nats(ids: torch.Tensor, first: int) -> float:
 def test_one_window_a_document(place: Path) -> None:
     found = evaluate(str(place / "llama"), str(place / "documents.txt"), separator="#", seq_len=LENGTH)
     documents = [torch.tensor(tokenizer()(line)["input_ids"]) for line in LINES[:3]]
-    whole = [ids if int(ids[0]) == tokenizer().bos_token_id else torch.cat([torch.tensor([tokenizer().bos_token_id]), ids]) for ids in documents]
+    whole = [
+        ids if int(ids[0]) == tokenizer().bos_token_id else torch.cat([torch.tensor([tokenizer().bos_token_id]), ids])
+        for ids in documents
+    ]
     expected = sum(nats(ids, 1) for ids in whole) / sum(len(ids) - 1 for ids in whole)
     assert found.documents == 3 and found.tokens == sum(len(ids) - 1 for ids in whole)
-    assert found.nats_per_token == pytest.approx(expected, rel=1e-5) and found.perplexity == pytest.approx(math.exp(expected), rel=1e-5)
+    assert found.nats_per_token == pytest.approx(expected, rel=1e-5) and found.perplexity == pytest.approx(
+        math.exp(expected), rel=1e-5
+    )
 
 
 def test_every_token_is_scored_once_whatever_the_stride(place: Path) -> None:
@@ -55,7 +61,14 @@ def test_every_token_is_scored_once_whatever_the_stride(place: Path) -> None:
 
 def test_torch_and_onnx_runtime_alike(place: Path, tmp_path: Path) -> None:
     """An 8-bit file measures near its float source, by the same code."""
-    compiled = compile(place / "llama", recipe=Recipe(gptq=False), calibration=str(place / "text.txt"), seq_len=16, samples=16, batch_size=8)
+    compiled = compile(
+        place / "llama",
+        recipe=Recipe(gptq=False),
+        calibration=str(place / "text.txt"),
+        seq_len=16,
+        samples=16,
+        batch_size=8,
+    )
     compiled.save(tmp_path / "m.onnx")
     options = {"seq_len": 32, "stride": 16}
     source = evaluate(str(place / "llama"), str(place / "text.txt"), **options)
@@ -79,12 +92,18 @@ def test_similarity_is_the_rank_correlation_of_cosines(tmp_path: Path, place: Pa
     cosines = []
     for first, second, _ in rows:
         with torch.no_grad():
-            a, b = (model(**tokenizer()([text], return_tensors="pt", return_token_type_ids=False)).last_hidden_state.mean(1)[0]
-                    for text in (first, second))
+            a, b = (
+                model(**tokenizer()([text], return_tensors="pt", return_token_type_ids=False)).last_hidden_state.mean(
+                    1
+                )[0]
+                for text in (first, second)
+            )
         cosines.append(float(torch.cosine_similarity(a, b, dim=0)))
     from scipy.stats import spearmanr
 
-    assert found.pairs == 12 and found.spearman == pytest.approx(float(spearmanr(cosines, [float(r[2]) for r in rows]).statistic), abs=0.03)
+    assert found.pairs == 12 and found.spearman == pytest.approx(
+        float(spearmanr(cosines, [float(r[2]) for r in rows]).statistic), abs=0.03
+    )
     assert not np.isnan(found.pearson)
 
 
@@ -92,5 +111,19 @@ def test_the_command_line(place: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert main(["evaluate", str(place / "llama"), "--data", str(place / "text.txt"), "--seq-len", "16", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["perplexity"] == pytest.approx(math.exp(found["nats_per_token"]))
-    assert main(["evaluate", str(place / "llama"), "--data", str(place / "text.txt"), "--prompts", "a {}", "--metric", "perplexity"]) == 2
+    assert (
+        main(
+            [
+                "evaluate",
+                str(place / "llama"),
+                "--data",
+                str(place / "text.txt"),
+                "--prompts",
+                "a {}",
+                "--metric",
+                "perplexity",
+            ]
+        )
+        == 2
+    )
     assert "--prompts" in capsys.readouterr().err

@@ -36,7 +36,9 @@ def test_permissions_follow_the_umask(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("failing", ["replace", "fsync"])
-def test_a_failure_leaves_the_old_file_and_no_other(failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_leaves_the_old_file_and_no_other(
+    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"old")
 
@@ -82,7 +84,9 @@ def below_a_file(root: Path) -> Path:
     return root / "file" / "m.onnx"
 
 
-@pytest.mark.parametrize("make, words", [(missing_folder, "does not exist"), (a_folder, "it is a folder"), (below_a_file, "cannot write")])
+@pytest.mark.parametrize(
+    "make, words", [(missing_folder, "does not exist"), (a_folder, "it is a folder"), (below_a_file, "cannot write")]
+)
 @pytest.mark.parametrize("force", [False, True])
 def test_unwritable(make, words: str, force: bool, tmp_path: Path) -> None:
     path = make(tmp_path)
@@ -127,7 +131,9 @@ def test_a_folder_that_refuses_files(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_full_disk_of_temporary_files_is_said_to_be_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A library that could not write its file complains of what it reads afterwards. A limit on sizes stands for a full disk."""
+    """A library that could not write its file complains of what it reads afterwards. A limit on sizes stands for a full
+    disk.
+    """
     resource = pytest.importorskip("resource")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

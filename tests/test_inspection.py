@@ -32,11 +32,16 @@ def test_every_site_with_what_the_file_computes_with(swin: Path) -> None:
     assert rows.keys() == described.keys() and len(found.rows) == len(rows)
     for name, (layer, site) in described.items():
         row = rows[name]
-        assert (row.bits, row.scale) == (site["bits"], pytest.approx(site["scale"], rel=1e-7)) and row.rewritten == layer["rewritten"]
+        assert (row.bits, row.scale) == (
+            site["bits"],
+            pytest.approx(site["scale"], rel=1e-7),
+        ) and row.rewritten == layer["rewritten"]
         assert row.zero_point == site.get("zero_point", site.get("zero_code")) and layer["path"] in row.layers
         assert row.weight_bits == ([layer["weight"]["bits"]] if "weight" in layer else [])
     assert {row.kind for row in found.rows} == {"linear", "norm → linear", "matmul", "softmax → matmul"}
-    assert found.left_alone == [{key: item[key] for key in ("path", "operator", "reason")} for item in report["left_alone"]]
+    assert found.left_alone == [
+        {key: item[key] for key in ("path", "operator", "reason")} for item in report["left_alone"]
+    ]
     assert found.left_alone[0]["operator"] == "layer_norm"
 
 
@@ -44,11 +49,13 @@ def test_sizes_add_up(swin: Path) -> None:
     found, tensors = inspect_file(swin), onnx.load(str(swin)).graph.initializer
     about = found.about
     assert about["file_bytes"] == swin.stat().st_size
-    assert about["quantized_bytes"] + about["other_bytes"] == sum(len(t.raw_data) or 1 for t in tensors)  # scalars are not raw
+    # scalars are not raw
+    assert about["quantized_bytes"] + about["other_bytes"] == sum(len(t.raw_data) or 1 for t in tensors)
     weights = [p for n, p in small_swin().named_parameters() if p.ndim in (2, 4) and "bias" not in n]
     assert about["quantized_parameters"] == sum(p.numel() for p in weights)
     qkv = next(row for row in found.rows if row.site.endswith("0.attn.qkv/input"))
-    # 48x16 codes at 4 bits, 48 scales and int8 zero points, 48 int32 biases with 48 scales, a scale and a zero point of the input, and of the output
+    # 48x16 codes at 4 bits, 48 scales and int8 zero points, 48 int32 biases with 48 scales, a scale and a zero point of
+    # the input, and of the output
     assert qkv.parameters == 768 and qkv.bytes == 384 + 48 * 5 + 2 * 48 * 4 + 2 * (4 + 1)
     assert qkv.bytes == sum(len(t.raw_data) or 1 for t in tensors if t.name.startswith("layers.0.blocks.0.attn.qkv."))
 
@@ -74,8 +81,10 @@ def test_layers_that_share_a_site_share_a_row_and_the_rest_has_reasons(tmp_path:
     for each in (planned, found):
         (row,) = each.rows
         assert row.layers == ["q", "k", "v"] and row.weight_bits == [4, 4, 4] and row.parameters == 192
-        assert {(item["operator"], item["path"]) for item in each.left_alone} == {("layer_norm", "last"), ("softmax", "softmax_int")} \
-            or {item["operator"] for item in each.left_alone} == {"layer_norm", "softmax"}
+        assert {(item["operator"], item["path"]) for item in each.left_alone} == {
+            ("layer_norm", "last"),
+            ("softmax", "softmax_int"),
+        } or {item["operator"] for item in each.left_alone} == {"layer_norm", "softmax"}
         assert all(item["reason"] for item in each.left_alone)
     assert not planned.compiled and found.compiled and planned.rows[0].scale is None
 
@@ -84,7 +93,12 @@ def test_channelwise_scales_are_lists(tmp_path: Path) -> None:
     result = compiled("vit", 8, norm="channelwise")
     found = inspect_file(result.save(tmp_path / "m.onnx"))
     qkv = next(row for row in found.rows if row.site == "blocks.0.attn.qkv/input")
-    assert isinstance(qkv.scale, list) and len(qkv.scale) == 32 and isinstance(qkv.zero_point, list) and qkv.grid == "uniform per channel"
+    assert (
+        isinstance(qkv.scale, list)
+        and len(qkv.scale) == 32
+        and isinstance(qkv.zero_point, list)
+        and qkv.grid == "uniform per channel"
+    )
 
 
 def test_the_plan_of_a_model_matches_what_compiling_does(swin: Path) -> None:
@@ -110,7 +124,7 @@ def test_the_record_is_small_and_makes_no_difference_between_runs(swin: Path) ->
     assert again.to_bytes() == swin.read_bytes()
 
 
-# ---- ONNX Runtime's view ------------------------------------------------------------------------------------------------------
+# ---- ONNX Runtime's view ---------------------------------------------------------------------------------------------
 
 
 def with_audit(monkeypatch: pytest.MonkeyPatch, products: list[Any] | None) -> None:
@@ -135,13 +149,25 @@ def test_products_belong_to_their_layers_in_order(swin: Path, monkeypatch: pytes
         return SimpleNamespace(path=path, op="MatMul", integer=integer, reason=reason)
 
     at = "layers.0.blocks.0.attn"
-    with_audit(monkeypatch, [product(f"{at}.qkv"), product(at), product(at, False, "float softmax"), product("layers.0.blocks.1.attn", False, "odd"),
-                             product("elsewhere", False)])
+    with_audit(
+        monkeypatch,
+        [
+            product(f"{at}.qkv"),
+            product(at),
+            product(at, False, "float softmax"),
+            product("layers.0.blocks.1.attn", False, "odd"),
+            product("elsewhere", False),
+        ],
+    )
     found = inspect_file(swin)
     assert row_of(found, "0.attn.qkv/input").integer is True
     assert row_of(found, "blocks.0.attn/query").integer is True
-    assert row_of(found, "blocks.0.attn/value").integer is False and row_of(found, "blocks.0.attn/value").reason == "float softmax"
-    assert {row_of(found, f"blocks.1.attn/{name}").integer for name in ("key", "probabilities")} == {False}  # fewer products: none is claimed
+    assert (
+        row_of(found, "blocks.0.attn/value").integer is False
+        and row_of(found, "blocks.0.attn/value").reason == "float softmax"
+    )
+    # fewer products: none is claimed
+    assert {row_of(found, f"blocks.1.attn/{name}").integer for name in ("key", "probabilities")} == {False}
     assert row_of(found, "head.fc/input").integer is None and found.about["integer_sites"] == 3
 
 
@@ -156,7 +182,7 @@ def test_the_real_audit(swin: Path) -> None:
     assert row_of(found, "blocks.0.attn/key").integer and "logarithmic" in row_of(found, "blocks.0.attn/value").reason
 
 
-# ---- refusals -----------------------------------------------------------------------------------------------------------------
+# ---- refusals --------------------------------------------------------------------------------------------------------
 
 
 def test_files_of_others(tmp_path: Path, swin: Path) -> None:

@@ -24,7 +24,15 @@ def test_tensors_come_back_with_their_strides(tmp_path: Path) -> None:
     graph = Graph()
     nodes = [graph.placeholder(n) for n in "abcdefg"]
     base = torch.randn(4, 6, 8)
-    values = [base, base.transpose(1, 2), base[1:, :, ::2], torch.randn(1, 1, 5).expand(3, 2, 5), torch.arange(5), torch.zeros(0, 3), 7]
+    values = [
+        base,
+        base.transpose(1, 2),
+        base[1:, :, ::2],
+        torch.randn(1, 1, 5).expand(3, 2, 5),
+        torch.arange(5),
+        torch.zeros(0, 3),
+        7,
+    ]
     cuts = OffloadedCuts([{nodes[0]: base}, {nodes[0]: base}], tmp_path)
     assert cuts[0][nodes[0]] is base, "what the caller holds is not written"
     for factor in (1, 2):  # a second time from the file to the next
@@ -48,11 +56,16 @@ def test_the_same_bytes(which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     model, x = (vit(1), images(24)) if which == "vit" else (redraw(Encoder()), sequences(24))
     written = []
     write = offload_module._write
-    monkeypatch.setattr(offload_module, "_write", lambda file, values: written.append(len(values)) or write(file, values))
-    inside, outside = (compile(model, x, Recipe(4, 4), batch_size=8, check=False, example_inputs=[x[:2]], offload_dir=folder)
-                       for folder in (None, tmp_path / "new"))
+    monkeypatch.setattr(
+        offload_module, "_write", lambda file, values: written.append(len(values)) or write(file, values)
+    )
+    inside, outside = (
+        compile(model, x, Recipe(4, 4), batch_size=8, check=False, example_inputs=[x[:2]], offload_dir=folder)
+        for folder in (None, tmp_path / "new")
+    )
     assert inside.to_bytes() == outside.to_bytes()
-    assert not inside.report["notes"] and "held in memory" in outside.report["notes"][0]  # a module's weights have no file to stay in
+    # a module's weights have no file to stay in
+    assert not inside.report["notes"] and "held in memory" in outside.report["notes"][0]
     assert len(written) == 2 * 3 * (outside.report["segments"] - 1), "both models, every batch, every cut"
     assert not list((tmp_path / "new").iterdir())
 

@@ -38,7 +38,9 @@ def test_cost_grows_linearly_with_depth(deeper, correction: bool) -> None:
     x, runs, sizes = sequences(8), {}, {}
     for depth, graph_module in deeper.items():
         sizes[depth] = sum(n.op == "call_function" for n in graph_module.graph.nodes)
-        runs[depth] = quantized(graph_module, Recipe(wbits=4, abits=4, correction=correction, clipping="none"), batches(x, 2)).result
+        runs[depth] = quantized(
+            graph_module, Recipe(wbits=4, abits=4, correction=correction, clipping="none"), batches(x, 2)
+        ).result
     executed = {d: r.node_executions for d, r in runs.items()}
     first, second = executed[2] - executed[1], (executed[4] - executed[2]) / 2
     assert abs(first - second) <= 0.05 * first
@@ -153,10 +155,23 @@ def test_every_bit_width_with_the_defaults(encoder_graph, bits: int) -> None:
     assert quality(run, x) > {2: 4, 3: 11}.get(bits, 17)
 
 
-SWITCHES = [{"norm": "layerwise"}, {"norm": "channelwise"}, {"softmax": "log2"}, {"softmax": "uniform"}, {"softmax_scale": "percentile"},
-            {"clipping": "adam"}, {"clipping": "none"}, {"activations": "percentile"}, {"activations": "minmax"}, {"weights": "minmax"},
-            {"correction": False}, {"gptq": False}, {"gptq": False, "correction": False}, {"gptq_activation_order": False},
-            {"gptq_damping": 0.1}]
+SWITCHES = [
+    {"norm": "layerwise"},
+    {"norm": "channelwise"},
+    {"softmax": "log2"},
+    {"softmax": "uniform"},
+    {"softmax_scale": "percentile"},
+    {"clipping": "adam"},
+    {"clipping": "none"},
+    {"activations": "percentile"},
+    {"activations": "minmax"},
+    {"weights": "minmax"},
+    {"correction": False},
+    {"gptq": False},
+    {"gptq": False, "correction": False},
+    {"gptq_activation_order": False},
+    {"gptq_damping": 0.1},
+]
 
 
 @pytest.mark.parametrize("changes", SWITCHES, ids=str)
@@ -196,7 +211,10 @@ def test_repquant_is_better_than_its_predecessor() -> None:
             plant(block.norm1, [block.attn.qkv], 30.0, 2 * index)
             plant(block.norm2, [block.mlp.fc1], 30.0, 2 * index + 1)
         graph_module, fresh = canonical(model, images()), images(32, seed=99)
-        found = {name: quality(quantized(graph_module, preset(4, 4), batches(images(32))), fresh) for name, preset in PRESETS.items()}
+        found = {
+            name: quality(quantized(graph_module, preset(4, 4), batches(images(32))), fresh)
+            for name, preset in PRESETS.items()
+        }
         layerwise = quality(quantized(graph_module, Recipe(4, 4, norm="layerwise"), batches(images(32))), fresh)
         assert found["repquant"] > found["repq-vit"] and found["repquant"] > layerwise
         gains.append(found["repquant"] - found["repq-vit"])

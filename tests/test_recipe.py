@@ -52,7 +52,11 @@ def test_yaml_equals_toml(tmp_path: Path) -> None:
 
 
 def test_empty_files_are_the_defaults(tmp_path: Path) -> None:
-    assert Recipe.from_file(written(tmp_path, "r.yaml", "")) == Recipe.from_file(written(tmp_path, "r.toml", "")) == Recipe()
+    assert (
+        Recipe.from_file(written(tmp_path, "r.yaml", ""))
+        == Recipe.from_file(written(tmp_path, "r.toml", ""))
+        == Recipe()
+    )
 
 
 @pytest.mark.parametrize("name, text, message", [
@@ -96,10 +100,22 @@ def test_bits_of_rules_out_of_range(rule: dict[str, object]) -> None:
         Recipe.from_dict({"layers": [{"match": "*", **rule}]})
 
 
-@pytest.mark.parametrize("changes", [
-    {"percentile": 20}, {"percentile": True}, {"percentile": "99"}, {"gptq": 1}, {"correction": "no"}, {"gptq_damping": -0.1},
-    {"gptq_block": 0}, {"gptq_block": 2.5}, {"gptq_activation_order": None}, {"norm": None}, {"percentile": float("nan")},
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"percentile": 20},
+        {"percentile": True},
+        {"percentile": "99"},
+        {"gptq": 1},
+        {"correction": "no"},
+        {"gptq_damping": -0.1},
+        {"gptq_block": 0},
+        {"gptq_block": 2.5},
+        {"gptq_activation_order": None},
+        {"norm": None},
+        {"percentile": float("nan")},
+    ],
+)
 def test_values_of_the_wrong_kind(changes: dict[str, object]) -> None:
     with pytest.raises(RecipeError, match=next(iter(changes))):
         Recipe.from_dict(changes)
@@ -112,8 +128,15 @@ def test_rule_switches_of_the_wrong_kind(rule: dict[str, object]) -> None:
 
 
 def test_the_last_matching_rule_wins_field_by_field() -> None:
-    recipe = Recipe(wbits=4, abits=5, layers=(
-        LayerRule("blocks.*", wbits=6, abits=6), LayerRule("blocks.1.*", wbits=8, skip=True), LayerRule("*.fc2", gptq=False, skip=False)))
+    recipe = Recipe(
+        wbits=4,
+        abits=5,
+        layers=(
+            LayerRule("blocks.*", wbits=6, abits=6),
+            LayerRule("blocks.1.*", wbits=8, skip=True),
+            LayerRule("*.fc2", gptq=False, skip=False),
+        ),
+    )
     assert recipe.layer("head") == LayerPlan(4, 5, True, False)
     assert recipe.layer("blocks.0.fc1") == LayerPlan(6, 6, True, False)
     assert recipe.layer("blocks.1.fc1") == LayerPlan(8, 6, True, True)
@@ -131,12 +154,28 @@ def test_presets() -> None:
 bits = st.integers(2, 8)
 optional_bits = st.none() | bits
 optional = st.none() | st.booleans()
-rules = st.builds(LayerRule, match=st.text(min_size=1, max_size=12), wbits=optional_bits, abits=optional_bits, gptq=optional,
-                  skip=optional)
+rules = st.builds(
+    LayerRule,
+    match=st.text(min_size=1, max_size=12),
+    wbits=optional_bits,
+    abits=optional_bits,
+    gptq=optional,
+    skip=optional,
+)
 recipes = st.builds(
-    Recipe, wbits=bits, abits=bits, input_bits=bits, percentile=st.floats(50, 100), correction=st.booleans(), gptq=st.booleans(),
-    gptq_damping=st.floats(0, 10), gptq_block=st.integers(1, 512), gptq_activation_order=st.booleans(),
-    layers=st.lists(rules, max_size=4).map(tuple), **{name: st.sampled_from(allowed) for name, allowed in CHOICES.items()})
+    Recipe,
+    wbits=bits,
+    abits=bits,
+    input_bits=bits,
+    percentile=st.floats(50, 100),
+    correction=st.booleans(),
+    gptq=st.booleans(),
+    gptq_damping=st.floats(0, 10),
+    gptq_block=st.integers(1, 512),
+    gptq_activation_order=st.booleans(),
+    layers=st.lists(rules, max_size=4).map(tuple),
+    **{name: st.sampled_from(allowed) for name, allowed in CHOICES.items()},
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -152,7 +191,10 @@ def test_round_trip(recipe: Recipe) -> None:
     assert Recipe.from_dict(yaml.safe_load(yaml.safe_dump(data))) == recipe
 
 
-@pytest.mark.parametrize("text", ["wbits: 4\nabits: 4\nwbits: 8\n", "layers:\n  - {match: a, wbits: 4, match: b}\n", "a: {b: 1}\na: {b: 1}\n"])
+@pytest.mark.parametrize(
+    "text",
+    ["wbits: 4\nabits: 4\nwbits: 8\n", "layers:\n  - {match: a, wbits: 4, match: b}\n", "a: {b: 1}\na: {b: 1}\n"],
+)
 def test_a_key_twice_is_an_error(text: str, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(RecipeError, match="is set twice"):
@@ -175,7 +217,9 @@ def test_however_it_is_given(tmp_path: Path) -> None:
 
 def test_rules_that_fit_nothing_are_named() -> None:
     recipe = Recipe(layers=(LayerRule("blocks.*.mpl.fc2", wbits=4), LayerRule("head", wbits=4)))
-    assert recipe.unmatched(["blocks.0.mlp.fc2", "head"]) == ["layers[0]: 'blocks.*.mpl.fc2' matches no layer; did you mean 'blocks.0.mlp.fc2'?"]
+    assert recipe.unmatched(["blocks.0.mlp.fc2", "head"]) == [
+        "layers[0]: 'blocks.*.mpl.fc2' matches no layer; did you mean 'blocks.0.mlp.fc2'?"
+    ]
 
 
 def test_a_setting_is_read_under_its_former_name(tmp_path: Path) -> None:

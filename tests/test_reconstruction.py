@@ -78,7 +78,9 @@ def test_the_file_has_the_same_form(learned: CompiledModel, plain: CompiledModel
     learned.parity.raise_on_problems()
     operators = [Counter(node.op_type for node in model.proto.graph.node) for model in (learned, plain)]
     assert operators[0] == operators[1]
-    shapes = [{t.name: (t.data_type, tuple(t.dims)) for t in model.proto.graph.initializer} for model in (learned, plain)]
+    shapes = [
+        {t.name: (t.data_type, tuple(t.dims)) for t in model.proto.graph.initializer} for model in (learned, plain)
+    ]
     assert shapes[0] == shapes[1]
 
 
@@ -109,7 +111,9 @@ def test_a_block_of_another_shape_is_learned_anew(place: Path, learned: Compiled
 def test_a_masked_model_with_one_batch() -> None:
     """Exact zeros of a mask stay exact, and where there is one batch it is both learned from and looked at."""
     tokens = sequences(8)
-    result = compile(redraw(Encoder(causal=True)), tokens, Recipe(wbits=4, abits=4, reconstruct=3), example_inputs=(tokens[:2],))
+    result = compile(
+        redraw(Encoder(causal=True)), tokens, Recipe(wbits=4, abits=4, reconstruct=3), example_inputs=(tokens[:2],)
+    )
     assert result.parity is not None
     result.parity.raise_on_problems()
 

@@ -1,4 +1,6 @@
-"""Rotations in a whole compile: tried on data, made where they pay, the same with a checkpoint; and the matrices themselves."""
+"""Rotations in a whole compile: tried on data, made where they pay, the same with a checkpoint; and the matrices
+themselves.
+"""
 
 from __future__ import annotations
 

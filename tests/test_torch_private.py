@@ -85,7 +85,10 @@ def test_no_other_file_spells_a_private_name() -> None:
 
 
 def test_what_counts_as_private() -> None:
-    text = "from torch._ops import A\nfrom torch.utils import _pytree\nimport torch.nn\ntorch._C.f(f(n)._schema.name)\n_x.y"
+    text = (
+        "from torch._ops import A\nfrom torch.utils import _pytree\nimport torch.nn\n"
+        "torch._C.f(f(n)._schema.name)\n_x.y"
+    )
     assert sorted(set(private_names(ast.parse(text)))) == [
         "_schema",
         "torch._C",

@@ -27,8 +27,15 @@ IMAGE = InputSpec("x", (None, 3, 8, 8), torch.float32)
 VECTOR = InputSpec("x", (None, 2), torch.float32)
 IDS = InputSpec("input_ids", (None, 4), torch.int64)
 MASK = InputSpec("attention_mask", (None, 4), torch.int64)
-CONFIG = {"input_size": (3, 8, 8), "interpolation": "bilinear", "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4), "crop_pct": 0.8,
-          "crop_mode": "center", "num_classes": 10}
+CONFIG = {
+    "input_size": (3, 8, 8),
+    "interpolation": "bilinear",
+    "mean": (0.5, 0.4, 0.3),
+    "std": (0.2, 0.3, 0.4),
+    "crop_pct": 0.8,
+    "crop_mode": "center",
+    "num_classes": 10,
+}
 
 
 def load(spec, inputs=(VECTOR,), preprocessing=None, **options) -> CalibrationSet:
@@ -57,7 +64,7 @@ def write_images(folder: Path, count: int, size: tuple[int, int] = (12, 10), suf
     return paths
 
 
-# ---- batches --------------------------------------------------------------------------------------------------------------
+# ---- batches ---------------------------------------------------------------------------------------------------------
 
 
 @given(st.integers(0, 300), st.integers(1, 40))
@@ -123,7 +130,7 @@ def test_sizes_below_one_are_refused(options):
         load(numbered(4), **options)
 
 
-# ---- arrays ---------------------------------------------------------------------------------------------------------------
+# ---- arrays ----------------------------------------------------------------------------------------------------------
 
 
 def save(path: Path, array: torch.Tensor) -> Path:
@@ -141,7 +148,11 @@ def save(path: Path, array: torch.Tensor) -> Path:
 @pytest.mark.parametrize("suffix", [".npy", ".npz", ".pt", ".safetensors"])
 def test_files_give_a_seeded_subset(tmp_path, suffix):
     path = save(tmp_path / f"data{suffix}", numbered(50))
-    first, again, other = load(str(path), samples=20, batch_size=8), load(path, samples=20, batch_size=8), load(path, seed=1)
+    first, again, other = (
+        load(str(path), samples=20, batch_size=8),
+        load(path, samples=20, batch_size=8),
+        load(path, seed=1),
+    )
     assert sizes(first) == [8, 8, 4] and first.samples == 20 and not first.synthetic and str(path) in first.origin
     assert torch.equal(rows(first), rows(again))
     chosen = rows(first)[:, 0].int().tolist()
@@ -253,7 +264,7 @@ def test_pickled_code_is_not_executed(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-# ---- user code ------------------------------------------------------------------------------------------------------------
+# ---- user code -------------------------------------------------------------------------------------------------------
 
 USER_CODE = """
 import torch
@@ -303,7 +314,9 @@ def user_module(tmp_path, monkeypatch) -> Iterator[str]:
         sys.modules.pop(name, None)
 
 
-@pytest.mark.parametrize("name", ["tensor", "mapping", "one_tuple", "batches", "generated", "uses_sibling", "Source.make"])
+@pytest.mark.parametrize(
+    "name", ["tensor", "mapping", "one_tuple", "batches", "generated", "uses_sibling", "Source.make"]
+)
 def test_callables_in_every_form(user_module, name):
     found = load(f"{user_module}:{name}", batch_size=4)
     assert sizes(found) == [4, 4, 2] and name in found.origin
@@ -356,7 +369,7 @@ def test_python_objects():
         load(3)
 
 
-# ---- no data --------------------------------------------------------------------------------------------------------------
+# ---- no data ---------------------------------------------------------------------------------------------------------
 
 
 def test_example_inputs_come_before_made_up_ones():
@@ -382,7 +395,7 @@ def test_made_up_inputs_warn_and_are_seeded():
     assert torch.equal(image, rows(again)) and not torch.equal(image, rows(other))
 
 
-# ---- images ---------------------------------------------------------------------------------------------------------------
+# ---- images ----------------------------------------------------------------------------------------------------------
 
 
 def test_images_go_through_the_models_preprocessing(tmp_path):
@@ -391,8 +404,15 @@ def test_images_go_through_the_models_preprocessing(tmp_path):
     (tmp_path / "a" / "._000.png").write_bytes(b"no image")
     found = load(tmp_path, [IMAGE], CONFIG, batch_size=4)
     assert sizes(found) == [4, 4, 3] and "own preprocessing" in found.origin and rows(found).dtype == torch.float32
-    transform = create_transform((3, 8, 8), is_training=False, interpolation="bilinear", mean=CONFIG["mean"], std=CONFIG["std"],
-                                 crop_pct=0.8, crop_mode="center")
+    transform = create_transform(
+        (3, 8, 8),
+        is_training=False,
+        interpolation="bilinear",
+        mean=CONFIG["mean"],
+        std=CONFIG["std"],
+        crop_pct=0.8,
+        crop_mode="center",
+    )
     wanted = torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])
     pairs = (rows(found).flatten(1)[:, None] == wanted.flatten(1)[None]).all(-1)
     assert pairs.any(0).all() and pairs.any(1).all()
@@ -408,7 +428,9 @@ def test_images_without_preprocessing_say_so(tmp_path):
     write_images(tmp_path, 1)
     found = load(tmp_path, [IMAGE])
     assert "ImageNet mean and std" in found.origin and "8x8" in found.origin
-    expected = (torch.tensor([0, 10, 5]) / 255 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    expected = (torch.tensor([0, 10, 5]) / 255 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor(
+        [0.229, 0.224, 0.225]
+    )
     assert torch.allclose(rows(found), expected.reshape(1, 3, 1, 1).expand(1, 3, 8, 8), atol=1e-5)
 
 
@@ -464,8 +486,12 @@ def test_folders_and_inputs_that_do_not_fit(tmp_path):
     with pytest.raises(CalibrationError, match="no images in the folder"):
         load(tmp_path, [IMAGE])
     write_images(tmp_path, 2)
-    for inputs, message in (([IDS, MASK], "one float input"), ([IDS], "one float input"), ([VECTOR], "not an image batch"),
-                            ([InputSpec("x", (None, 5, 8, 8), torch.float32)], "5 channels")):
+    for inputs, message in (
+        ([IDS, MASK], "one float input"),
+        ([IDS], "one float input"),
+        ([VECTOR], "not an image batch"),
+        ([InputSpec("x", (None, 5, 8, 8), torch.float32)], "5 channels"),
+    ):
         with pytest.raises(CalibrationError, match=message):
             load(tmp_path, inputs)
     for wrong in ({"std": (0, 1, 1)}, {"mean": (1, 2)}, {"mean": "abc"}, {"interpolation": "guess"}):

@@ -24,7 +24,7 @@ NAMES = ["ids.pt", "ids.npz", "ids.safetensors"]
 
 
 def load(spec: object, *inputs: InputSpec, text: Tokenization | None = None, **options: int) -> CalibrationSet:
-    return load_calibration(spec, inputs or (IDS, MASK), preprocessing=None, text=text, **options)  # type: ignore[arg-type]
+    return load_calibration(spec, inputs or (IDS, MASK), preprocessing=None, text=text, **options)
 
 
 def write(path: Path, **arrays: torch.Tensor) -> Path:
@@ -45,7 +45,7 @@ def rows(found: CalibrationSet, column: int = 0) -> list[list[int]]:
     return torch.cat([batch[column] for batch in found.batches]).tolist()
 
 
-# ---- named tensors ---------------------------------------------------------------------------------------------------------------
+# ---- named tensors ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -74,7 +74,8 @@ def test_a_single_array_is_the_ids_whatever_it_is_called(tmp_path: Path) -> None
 def test_three_inputs_by_name(tmp_path: Path) -> None:
     images = torch.arange(6.0)[:, None, None, None].expand(6, 3, 4, 4).contiguous()
     found = load(write(tmp_path / "all.safetensors", pixel_values=images, input_ids=ids()), IDS, MASK, IMAGE)
-    assert [row[0] // 5 for row in rows(found)] == [int(row[0][0][0]) for row in rows(found, 2)]  # samples stay together
+    # samples stay together
+    assert [row[0] // 5 for row in rows(found)] == [int(row[0][0][0]) for row in rows(found, 2)]
 
 
 @pytest.mark.parametrize("arrays, words", [
@@ -101,10 +102,15 @@ def test_made_up_text_spans_the_vocabulary_at_the_asked_length() -> None:
     with pytest.warns(RepQuantWarning, match="random inputs"):
         found = load(None, text=Tokenization(None, 11, True), samples=40)
     values = torch.tensor(rows(found))
-    assert values.shape == (40, 11) and int(values.min()) >= 0 and 60 < int(values.max()) < 80 and rows(found, 1) == [[1] * 11] * 40
+    assert (
+        values.shape == (40, 11)
+        and int(values.min()) >= 0
+        and 60 < int(values.max()) < 80
+        and rows(found, 1) == [[1] * 11] * 40
+    )
 
 
-# ---- text ------------------------------------------------------------------------------------------------------------------------
+# ---- text ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -141,11 +147,15 @@ def test_lines_are_padded_to_the_longest_on_the_tokenizers_side(side: str, tmp_p
     for row, mask in zip(found["input_ids"].tolist(), found["attention_mask"].tolist()):
         kept = [i for i, m in zip(row, mask) if m]
         assert words.decode(kept, skip_special_tokens=True) in ("the fox", "the old cat in the rain")
-        assert mask == sorted(mask, reverse=side == "right") and all(i == words.pad_token_id for i, m in zip(row, mask) if not m)
+        assert mask == sorted(mask, reverse=side == "right") and all(
+            i == words.pad_token_id for i, m in zip(row, mask) if not m
+        )
 
 
 def test_long_lines_are_cut_and_lines_are_chosen_by_the_seed(story: Path) -> None:
-    first, same, other = (encode(story, Tokenization(tokenizer(), 4, False), 5, seed)["input_ids"] for seed in (1, 1, 2))
+    first, same, other = (
+        encode(story, Tokenization(tokenizer(), 4, False), 5, seed)["input_ids"] for seed in (1, 1, 2)
+    )
     assert first.shape == (5, 4) and torch.equal(first, same) and not torch.equal(first, other)
     lengths = {len(tokenizer()(line)["input_ids"]) for line in LINES}
     assert encode(story, Tokenization(tokenizer(), 64, False), 1000, 0)["input_ids"].shape == (len(LINES), max(lengths))
@@ -153,7 +163,9 @@ def test_long_lines_are_cut_and_lines_are_chosen_by_the_seed(story: Path) -> Non
 
 def test_json_lines(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
-    path.write_text('{"text": "the fox", "label": 1}\n\n"the cat"\n["the fox", "the owl"]\n{"text": "a", "text_pair": "b"}\n')
+    path.write_text(
+        '{"text": "the fox", "label": 1}\n\n"the cat"\n["the fox", "the owl"]\n{"text": "a", "text_pair": "b"}\n'
+    )
     assert read_text(path) == ["the fox", "the cat", ("the fox", "the owl"), ("a", "b")]
     found = encode(path, Tokenization(tokenizer(), 64, False), 10, 0)
     assert tokenizer()("the fox", "the owl")["input_ids"] in found["input_ids"].tolist()
@@ -166,12 +178,20 @@ def test_json_lines_run_together_for_a_causal_model(tmp_path: Path) -> None:
     assert encode(path, causal(8), 5, 0)["input_ids"].flatten().tolist() == expected[:len(expected) // 8 * 8]
 
 
-@pytest.mark.parametrize("name, content, words", [
-    ("a.txt", b"", ["is empty"]), ("a.txt", b" \n\n", ["is empty"]), ("a.jsonl", b"\n", ["is empty"]),
-    ("a.txt", b"the fox", ["3 tokens", "one sequence of 8", "--seq-len"]), ("a.txt", b"\xff\xfe\x00", ["UTF-8"]),
-    ("a.jsonl", b'"the fox"\n{"text": ', ["line 2", "not valid JSON"]), ("a.jsonl", b'{"txt": "x"}', ["line 1", '"text"']),
-    ("a.jsonl", b"[1, 2]", ["line 1"]), ("a.jsonl", b'["a", "b"]', ["pairs"]),
-])
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("a.txt", b"", ["is empty"]),
+        ("a.txt", b" \n\n", ["is empty"]),
+        ("a.jsonl", b"\n", ["is empty"]),
+        ("a.txt", b"the fox", ["3 tokens", "one sequence of 8", "--seq-len"]),
+        ("a.txt", b"\xff\xfe\x00", ["UTF-8"]),
+        ("a.jsonl", b'"the fox"\n{"text": ', ["line 2", "not valid JSON"]),
+        ("a.jsonl", b'{"txt": "x"}', ["line 1", '"text"']),
+        ("a.jsonl", b"[1, 2]", ["line 1"]),
+        ("a.jsonl", b'["a", "b"]', ["pairs"]),
+    ],
+)
 def test_text_that_cannot_be_used(name: str, content: bytes, words: list[str], tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_bytes(content)

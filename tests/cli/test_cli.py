@@ -31,7 +31,18 @@ from repquant_fx.cli.method import recipe_from
 from repquant_fx.recipe import CHOICES
 from repquant_fx.runtime import session
 
-FAST = ["--no-gptq", "--no-correction", "--clipping", "none", "--activations", "minmax", "--weights", "minmax", "--softmax-scale", "percentile"]
+FAST = [
+    "--no-gptq",
+    "--no-correction",
+    "--clipping",
+    "none",
+    "--activations",
+    "minmax",
+    "--weights",
+    "minmax",
+    "--softmax-scale",
+    "percentile",
+]
 
 
 class Result:
@@ -56,7 +67,9 @@ def cli(capsys: pytest.CaptureFixture[str]):
 
 @pytest.fixture
 def refused(cli, tmp_path: Path):
-    """Compile must fail with one error that holds all `words`, exit code 2, nothing on stdout, no traceback and no file."""
+    """Compile must fail with one error that holds all `words`, exit code 2, nothing on stdout, no traceback and no
+    file.
+    """
     def run(*arguments: object, words: tuple[str, ...], code: int = 2) -> str:
         results = tmp_path / "results"
         results.mkdir(exist_ok=True)
@@ -72,8 +85,14 @@ def refused(cli, tmp_path: Path):
 
 def subprocess_of(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-m", "repquant_fx", *map(str, arguments)], capture_output=True, text=True, timeout=300,
-                          env=environment, **options)
+    return subprocess.run(
+        [sys.executable, "-m", "repquant_fx", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+        **options,
+    )
 
 
 def encoder_pt2(place: Path) -> list[object]:
@@ -81,7 +100,7 @@ def encoder_pt2(place: Path) -> list[object]:
     return ["compile", place / "model.pt2", "--calib", place / "tokens.npy", *FAST]
 
 
-# ---- options ------------------------------------------------------------------------------------------------------------------
+# ---- options ---------------------------------------------------------------------------------------------------------
 
 
 def parsed(*switches: str) -> Recipe:
@@ -89,10 +108,18 @@ def parsed(*switches: str) -> Recipe:
 
 
 OTHER_VALUES: dict[str, tuple[list[str], Any]] = {
-    "wbits": (["--wbits", "3"], 3), "abits": (["--abits", "5"], 5), "input_bits": (["--input-bits", "6"], 6),
-    "percentile": (["--percentile", "99.5"], 99.5), "correction": (["--no-correction"], False), "gptq": (["--no-gptq"], False),
-    "gptq_damping": (["--gptq-damping", "0.1"], 0.1), "gptq_block": (["--gptq-block", "32"], 32),
-    "gptq_activation_order": (["--no-gptq-activation-order"], False), "reconstruct": (["--reconstruct"], 400), "rotate": (["--rotate", "residual,heads"], ["residual", "heads"]), "equalize": (["--equalize", "query_key,linear"], ["query_key", "linear"]),
+    "wbits": (["--wbits", "3"], 3),
+    "abits": (["--abits", "5"], 5),
+    "input_bits": (["--input-bits", "6"], 6),
+    "percentile": (["--percentile", "99.5"], 99.5),
+    "correction": (["--no-correction"], False),
+    "gptq": (["--no-gptq"], False),
+    "gptq_damping": (["--gptq-damping", "0.1"], 0.1),
+    "gptq_block": (["--gptq-block", "32"], 32),
+    "gptq_activation_order": (["--no-gptq-activation-order"], False),
+    "reconstruct": (["--reconstruct"], 400),
+    "rotate": (["--rotate", "residual,heads"], ["residual", "heads"]),
+    "equalize": (["--equalize", "query_key,linear"], ["query_key", "linear"]),
 }
 
 
@@ -128,23 +155,88 @@ def test_a_recipe_file_and_switches_on_top(suffix: str, text: str, tmp_path: Pat
     found = parsed("--recipe", str(path))
     assert (found.wbits, found.abits, found.gptq) == (4, 6, False) and found.layers[0].match == "head"
     on_top = parsed("--recipe", str(path), "--abits", "5", "--gptq", "--norm", "layerwise")
-    assert (on_top.wbits, on_top.abits, on_top.gptq, on_top.norm) == (4, 5, True, "layerwise") and on_top.layers == found.layers
+    assert (on_top.wbits, on_top.abits, on_top.gptq, on_top.norm) == (
+        4,
+        5,
+        True,
+        "layerwise",
+    ) and on_top.layers == found.layers
 
 
 def test_switches_reach_report_and_file(place: Path, tmp_path: Path, cli) -> None:
     """One compilation with nearly everything off its default."""
-    found = cli("compile", place / "weights.pt", "--arch", ARCH, "--calib", place / "calib.npy", "--calib-samples", "12", "--batch-size", "4",
-                "--seed", "3", "--out", tmp_path / "m.onnx", "--report", tmp_path / "r.json", "--json", "--wbits", "5", "--abits", "6",
-                "--input-bits", "7", "--norm", "layerwise", "--softmax", "log2", "--softmax-scale", "percentile", "--clipping", "none",
-                "--activations", "percentile", "--percentile", "99.9", "--weights", "minmax", "--no-correction", "--gptq-damping", "0.02",
-                "--gptq-block", "16", "--no-gptq-activation-order")
+    found = cli(
+        "compile",
+        place / "weights.pt",
+        "--arch",
+        ARCH,
+        "--calib",
+        place / "calib.npy",
+        "--calib-samples",
+        "12",
+        "--batch-size",
+        "4",
+        "--seed",
+        "3",
+        "--out",
+        tmp_path / "m.onnx",
+        "--report",
+        tmp_path / "r.json",
+        "--json",
+        "--wbits",
+        "5",
+        "--abits",
+        "6",
+        "--input-bits",
+        "7",
+        "--norm",
+        "layerwise",
+        "--softmax",
+        "log2",
+        "--softmax-scale",
+        "percentile",
+        "--clipping",
+        "none",
+        "--activations",
+        "percentile",
+        "--percentile",
+        "99.9",
+        "--weights",
+        "minmax",
+        "--no-correction",
+        "--gptq-damping",
+        "0.02",
+        "--gptq-block",
+        "16",
+        "--no-gptq-activation-order",
+    )
     assert found.code == 0, found.err
     report = json.loads((tmp_path / "r.json").read_text())
     assert found.json == {"out": str(tmp_path / "m.onnx"), **report}
-    assert report["recipe"] == Recipe(
-        wbits=5, abits=6, input_bits=7, norm="layerwise", softmax="log2", softmax_scale="percentile", clipping="none", activations="percentile",
-        percentile=99.9, weights="minmax", correction=False, gptq_damping=0.02, gptq_block=16, gptq_activation_order=False).to_dict()
-    assert report["calibration"]["samples"] == 9 and report["calibration"]["held_back"] == 3 and report["calibration"]["seed"] == 3
+    assert (
+        report["recipe"]
+        == Recipe(
+            wbits=5,
+            abits=6,
+            input_bits=7,
+            norm="layerwise",
+            softmax="log2",
+            softmax_scale="percentile",
+            clipping="none",
+            activations="percentile",
+            percentile=99.9,
+            weights="minmax",
+            correction=False,
+            gptq_damping=0.02,
+            gptq_block=16,
+            gptq_activation_order=False,
+        ).to_dict()
+    )
+    assert (
+        report["calibration"]["samples"] == 9
+        and report["calibration"]["held_back"] == 3
+        and report["calibration"]["seed"] == 3
+    )
     layers = {e["path"]: e for e in report["layers"] if "weight" in e}
     assert layers["patch_embed.proj"]["inputs"][0]["bits"] == 7 and layers["head"]["inputs"][0]["bits"] == 6
     assert layers["head"]["weight"]["bits"] == 5 and layers["head"]["weight"]["method"] == "GPTQ"
@@ -165,15 +257,19 @@ def test_without_json_stdout_is_empty(place: Path, tmp_path: Path, cli) -> None:
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, words in ((["--version"], [f"repquant-fx {repquant_fx.__version__}"]), (["--help"], ["compile", "evaluate"]),
-                             (["compile", "--help"], ["--wbits", "--preset", "--gptq", "--allow-pickle"]), (["evaluate", "--help"], ["--data"])):
+    for arguments, words in (
+        (["--version"], [f"repquant-fx {repquant_fx.__version__}"]),
+        (["--help"], ["compile", "evaluate"]),
+        (["compile", "--help"], ["--wbits", "--preset", "--gptq", "--allow-pickle"]),
+        (["evaluate", "--help"], ["--data"]),
+    ):
         with pytest.raises(SystemExit) as caught:
             main(arguments)
         shown = capsys.readouterr().out
         assert caught.value.code == 0 and all(w in shown for w in words)
 
 
-# ---- output files ---------------------------------------------------------------------------------------------------------------
+# ---- output files ----------------------------------------------------------------------------------------------------
 
 
 def test_force_replaces_both_files_and_without_it_neither(place: Path, tmp_path: Path, cli) -> None:
@@ -214,23 +310,46 @@ def test_a_failed_run_leaves_the_old_file(place: Path, tmp_path: Path, cli, monk
     assert out.read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 
 
-# ---- bad input --------------------------------------------------------------------------------------------------------------------
+# ---- bad input -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("switches, words", [
-    (["--wbits", "9"], ["wbits", "2 to 8", "9"]), (["--wbits", "1"], ["wbits", "1"]), (["--abits", "0"], ["abits"]), (["--abits", "-4"], ["abits"]),
-    (["--input-bits", "16"], ["input_bits", "16"]), (["--wbits", "4.5"], ["--wbits", "4.5"]), (["--percentile", "101"], ["percentile"]),
-    (["--percentile", "nan"], ["percentile"]), (["--gptq-damping", "-1"], ["gptq_damping"]), (["--gptq-block", "0"], ["gptq_block"]),
-    (["--softmax", "log3"], ["log3"]), (["--preset", "other"], ["other"]), (["--batch-size", "0"], ["--batch-size", "at least 1"]),
-    (["--calib-samples", "-1"], ["samples"]), (["--input-shape", "3,0,16"], ["--input-shape"]), (["--input-shape", ""], ["--input-shape"]),
-], ids=lambda v: " ".join(v) if v and v[0].startswith("--") else "")
+@pytest.mark.parametrize(
+    "switches, words",
+    [
+        (["--wbits", "9"], ["wbits", "2 to 8", "9"]),
+        (["--wbits", "1"], ["wbits", "1"]),
+        (["--abits", "0"], ["abits"]),
+        (["--abits", "-4"], ["abits"]),
+        (["--input-bits", "16"], ["input_bits", "16"]),
+        (["--wbits", "4.5"], ["--wbits", "4.5"]),
+        (["--percentile", "101"], ["percentile"]),
+        (["--percentile", "nan"], ["percentile"]),
+        (["--gptq-damping", "-1"], ["gptq_damping"]),
+        (["--gptq-block", "0"], ["gptq_block"]),
+        (["--softmax", "log3"], ["log3"]),
+        (["--preset", "other"], ["other"]),
+        (["--batch-size", "0"], ["--batch-size", "at least 1"]),
+        (["--calib-samples", "-1"], ["samples"]),
+        (["--input-shape", "3,0,16"], ["--input-shape"]),
+        (["--input-shape", ""], ["--input-shape"]),
+    ],
+    ids=lambda v: " ".join(v) if v and v[0].startswith("--") else "",
+)
 def test_options_out_of_range(switches: list[str], words: list[str], place: Path, refused) -> None:
     refused(place / "weights.safetensors", *switches, words=tuple(words))
 
 
-@pytest.mark.parametrize("text, words", [
-    ("wbits: 12\n", ["wbits", "12"]), ("wbitz: 4\n", ["wbitz", "did you mean 'wbits'"]), ("wbits: [\n", ["not valid YAML"]), ("- 4\n", ["table"]),
-    ("layers: [{wbits: 4}]\n", ["match"]), ("layers: [{match: a, abits: 1}]\n", ["layers[0].abits"])])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("wbits: 12\n", ["wbits", "12"]),
+        ("wbitz: 4\n", ["wbitz", "did you mean 'wbits'"]),
+        ("wbits: [\n", ["not valid YAML"]),
+        ("- 4\n", ["table"]),
+        ("layers: [{wbits: 4}]\n", ["match"]),
+        ("layers: [{match: a, abits: 1}]\n", ["layers[0].abits"]),
+    ],
+)
 def test_bad_recipes(text: str, words: list[str], tmp_path: Path, place: Path, refused) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(text)
@@ -242,9 +361,18 @@ def test_recipe_and_preset(tmp_path: Path, place: Path, refused) -> None:
     refused(place / "weights.safetensors", "--recipe", tmp_path / "r.yaml", "--preset", "repq-vit", words=("not both",))
 
 
-@pytest.mark.parametrize("arguments, words", [
-    ([], "COMMAND"), (["quantize"], "quantize"), (["compile"], "model"), (["compile", "m.pt"], "--out"), (["evaluate", "m.onnx"], "--data"),
-    (["compile", "m.pt", "--out"], "--out"), (["compile", "a", "b", "--out", "c"], "b")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], "COMMAND"),
+        (["quantize"], "quantize"),
+        (["compile"], "model"),
+        (["compile", "m.pt"], "--out"),
+        (["evaluate", "m.onnx"], "--data"),
+        (["compile", "m.pt", "--out"], "--out"),
+        (["compile", "a", "b", "--out", "c"], "b"),
+    ],
+)
 def test_wrong_usage(arguments: list[str], words: str, cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     found = cli(*arguments)
@@ -292,9 +420,17 @@ def test_a_class_that_cannot_be_imported(tmp_path: Path, refused, monkeypatch: p
     refused(tmp_path / "m.pt", "--input-shape", "4", "--allow-pickle", words=("elsewhere_models",))
 
 
-@pytest.mark.parametrize("arch, words", [
-    ("timm:vit_tinny_patch16_224", ["vit_tiny_patch16_224"]), ("timm:no_such_thing_at_all", ["no_such_thing_at_all"]), ("hub:vit", ["hub"]),
-    (ARCH + ",colour=3", ["colour"]), ("timm:", ["timm:"]), (ARCH.replace("num_heads=2", "num_heads=5"), ["cannot be built"])])
+@pytest.mark.parametrize(
+    "arch, words",
+    [
+        ("timm:vit_tinny_patch16_224", ["vit_tiny_patch16_224"]),
+        ("timm:no_such_thing_at_all", ["no_such_thing_at_all"]),
+        ("hub:vit", ["hub"]),
+        (ARCH + ",colour=3", ["colour"]),
+        ("timm:", ["timm:"]),
+        (ARCH.replace("num_heads=2", "num_heads=5"), ["cannot be built"]),
+    ],
+)
 def test_unknown_architecture(arch: str, words: list[str], place: Path, refused) -> None:
     refused(place / "weights.pt", "--arch", arch, words=tuple(words))
     refused(arch, words=()) if arch.startswith("timm:") else None
@@ -309,7 +445,12 @@ def test_state_dict_mismatch_names_the_keys(place: Path, tmp_path: Path, refused
     state = torch.load(place / "weights.pt")
     state["blocks.0.norm1.extra"] = state.pop("blocks.0.norm1.weight")
     torch.save(state, tmp_path / "renamed.pt")
-    refused(tmp_path / "renamed.pt", "--arch", ARCH, words=("1 missing: blocks.0.norm1.weight", "1 unexpected: blocks.0.norm1.extra"))
+    refused(
+        tmp_path / "renamed.pt",
+        "--arch",
+        ARCH,
+        words=("1 missing: blocks.0.norm1.weight", "1 unexpected: blocks.0.norm1.extra"),
+    )
     refused(place / "weights.pt", "--arch", ARCH.replace("num_classes=5", "num_classes=7"),
             words=("head.weight is [5, 32] instead of [7, 32]", "head.bias"))
 
@@ -327,14 +468,27 @@ def saved(path: Path, array: np.ndarray) -> Path:
     return path
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda x: x[:, :1], ["(N, 3, 16, 16)", "(16, 1, 16, 16)"]), (lambda x: x[0], ["first dimension must be the batch"]),
-    (lambda x: x.transpose(0, 2, 3, 1), ["channels must come before"]), (lambda x: x.astype(np.int64), ["float32", "int64"]),
-    (lambda x: (x * 9).astype(np.uint8), ["uint8", "preprocessed"]), (lambda x: x.astype(object), ["plain arrays"]),
-    (lambda x: x[:0], ["no samples"]),
-    (lambda x: np.where(np.arange(16).reshape(-1, 1, 1, 1) == 5, np.nan, x).astype(np.float32), ["NaN or infinite", "sample 5"]),
-    (lambda x: np.where(np.arange(16).reshape(-1, 1, 1, 1) == 7, np.inf, x).astype(np.float32), ["NaN or infinite", "sample 7"]),
-], ids=["channels", "no-batch", "channels-last", "int64", "uint8", "objects", "none", "nan", "inf"])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda x: x[:, :1], ["(N, 3, 16, 16)", "(16, 1, 16, 16)"]),
+        (lambda x: x[0], ["first dimension must be the batch"]),
+        (lambda x: x.transpose(0, 2, 3, 1), ["channels must come before"]),
+        (lambda x: x.astype(np.int64), ["float32", "int64"]),
+        (lambda x: (x * 9).astype(np.uint8), ["uint8", "preprocessed"]),
+        (lambda x: x.astype(object), ["plain arrays"]),
+        (lambda x: x[:0], ["no samples"]),
+        (
+            lambda x: np.where(np.arange(16).reshape(-1, 1, 1, 1) == 5, np.nan, x).astype(np.float32),
+            ["NaN or infinite", "sample 5"],
+        ),
+        (
+            lambda x: np.where(np.arange(16).reshape(-1, 1, 1, 1) == 7, np.inf, x).astype(np.float32),
+            ["NaN or infinite", "sample 7"],
+        ),
+    ],
+    ids=["channels", "no-batch", "channels-last", "int64", "uint8", "objects", "none", "nan", "inf"],
+)
 def test_calibration_that_does_not_fit(change, words: list[str], place: Path, tmp_path: Path, refused) -> None:
     path = saved(tmp_path / "bad.npy", change(np.load(place / "calib.npy")))
     refused(place / "weights.safetensors", "--calib", path, words=(str(path), *words))
@@ -387,7 +541,13 @@ def test_control_flow_names_the_line(tmp_path: Path, refused, monkeypatch: pytes
     import flow_models  # type: ignore[import-not-found]
 
     torch.save(flow_models.Flow(), tmp_path / "m.pt")
-    refused(tmp_path / "m.pt", "--allow-pickle", "--input-shape", "4", words=("flow_models.py:10", "if x.mean() > 0:", "torch.where"))
+    refused(
+        tmp_path / "m.pt",
+        "--allow-pickle",
+        "--input-shape",
+        "4",
+        words=("flow_models.py:10", "if x.mean() > 0:", "torch.where"),
+    )
     refused(tmp_path / "m.pt", "--input-shape", "4", words=("flow_models",))
 
 
@@ -415,7 +575,7 @@ def test_a_malicious_pickle_does_not_run(tmp_path: Path, refused, cli) -> None:
     assert found.code == 2 and not marker.exists()
 
 
-# ---- exit codes -------------------------------------------------------------------------------------------------------------------
+# ---- exit codes ------------------------------------------------------------------------------------------------------
 
 
 def test_a_wrong_file_is_not_written(place: Path, tmp_path: Path, refused, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,11 +593,18 @@ def test_a_wrong_file_is_not_written(place: Path, tmp_path: Path, refused, monke
 
 def test_debug_shows_a_traceback_and_keeps_the_code(tmp_path: Path, cli) -> None:
     found = cli("compile", tmp_path / "none.pt", "--out", tmp_path / "m.onnx", "--debug")
-    assert found.code == 2 and "Traceback" in found.err and "repquant-fx: error: not a model file" in found.err and not list(tmp_path.iterdir())
+    assert (
+        found.code == 2
+        and "Traceback" in found.err
+        and "repquant-fx: error: not a model file" in found.err
+        and not list(tmp_path.iterdir())
+    )
 
 
 def test_subprocess_success(place: Path, tmp_path: Path) -> None:
-    done = subprocess_of(*encoder_pt2(place), "--wbits", "4", "--out", "m.onnx", "--report", "r.json", "--json", cwd=tmp_path)
+    done = subprocess_of(
+        *encoder_pt2(place), "--wbits", "4", "--out", "m.onnx", "--report", "r.json", "--json", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["bits"] == "W4A8" and "Warning" not in done.stderr and "W4A8" in done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "r.json"]
@@ -462,7 +629,12 @@ def test_subprocess_control_flow_is_quiet(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, env=environment)
     done = subprocess_of("compile", "m.pt", "--allow-pickle", "--input-shape", "4", "--out", "m.onnx", cwd=tmp_path)
-    assert done.returncode == 2 and "quiet_models.py:10" in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
+    assert (
+        done.returncode == 2
+        and "quiet_models.py:10" in done.stderr
+        and "Traceback" not in done.stderr
+        and done.stdout == ""
+    )
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert not (tmp_path / "m.onnx").exists()
 
@@ -475,9 +647,24 @@ def test_subprocess_interrupt(place: Path, tmp_path: Path) -> None:
             pathlib.Path("started").touch()
             time.sleep(120)
     """))
-    process = subprocess.Popen([sys.executable, "-m", "repquant_fx", "compile", str(place / "model.pt2"), "--calib", "slow_data:batches", "--out",
-                                "m.onnx"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "repquant_fx",
+            "compile",
+            str(place / "model.pt2"),
+            "--calib",
+            "slow_data:batches",
+            "--out",
+            "m.onnx",
+        ],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+    )
     try:
         while not (tmp_path / "started").exists() and process.poll() is None:
             time.sleep(0.05)
@@ -489,16 +676,29 @@ def test_subprocess_interrupt(place: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["slow_data.py", "started"]
 
 
-# ---- evaluate ---------------------------------------------------------------------------------------------------------------------
+# ---- evaluate --------------------------------------------------------------------------------------------------------
 
 
 def test_evaluate_file_and_source(place: Path, tmp_path: Path, cli) -> None:
-    """Both as timm's own preprocessing and the model itself say: 35 of 40 pictures stand in the folder that the float model sees."""
+    """Both as timm's own preprocessing and the model itself say: 35 of 40 pictures stand in the folder that the float
+    model sees.
+    """
     source = cli("evaluate", place / "weights.safetensors", "--data", place / "images", "--json", "--batch-size", "7")
     assert source.code == 0, source.err
-    assert source.json == {"model": str(place / "weights.safetensors"), "top1": 87.5, "top5": 100.0, "samples": 40, "classes": 5}
+    assert source.json == {
+        "model": str(place / "weights.safetensors"),
+        "top1": 87.5,
+        "top5": 100.0,
+        "samples": 40,
+        "classes": 5,
+    }
     out = tmp_path / "m.onnx"
-    assert cli("compile", place / "weights.safetensors", "--calib", place / "images", "--out", out, "--no-check", *FAST).code == 0
+    assert (
+        cli(
+            "compile", place / "weights.safetensors", "--calib", place / "images", "--out", out, "--no-check", *FAST
+        ).code
+        == 0
+    )
     predict = predictions_of(vit(depth=1))
     runner = session(out, threads=1)
     files = sorted((place / "images").rglob("*.png"))
@@ -512,15 +712,32 @@ def test_evaluate_file_and_source(place: Path, tmp_path: Path, cli) -> None:
     assert few.code == 0 and "(9 images)" in few.out and "top-1" in few.out
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["none.onnx", "--data", "{images}"], "no such file"), (["{weights}", "--data", "nowhere"], "nowhere"),
-    (["{weights}", "--data", "{images}", "--limit", "0"], "at least 1"), (["{weights}", "--data", "{images}", "--batch-size", "0"], "at least 1"),
-    (["{text}", "--data", "{images}"], "is not an ONNX model"), (["{model}", "--data", "{images}"], "pictures|images|image")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["none.onnx", "--data", "{images}"], "no such file"),
+        (["{weights}", "--data", "nowhere"], "nowhere"),
+        (["{weights}", "--data", "{images}", "--limit", "0"], "at least 1"),
+        (["{weights}", "--data", "{images}", "--batch-size", "0"], "at least 1"),
+        (["{text}", "--data", "{images}"], "is not an ONNX model"),
+        (["{model}", "--data", "{images}"], "pictures|images|image"),
+    ],
+)
 def test_evaluate_refuses(arguments: list[str], words: str, place: Path, tmp_path: Path, cli) -> None:
     (tmp_path / "text.onnx").write_text("I am no model")
-    names = {"images": place / "images", "weights": place / "weights.safetensors", "text": tmp_path / "text.onnx", "model": place / "model.pt2"}
+    names = {
+        "images": place / "images",
+        "weights": place / "weights.safetensors",
+        "text": tmp_path / "text.onnx",
+        "model": place / "model.pt2",
+    }
     found = cli("evaluate", *[a.format(**names) for a in arguments])
-    assert found.code == 2 and found.err.count("repquant-fx: error:") == 1 and "Traceback" not in found.err and found.out == ""
+    assert (
+        found.code == 2
+        and found.err.count("repquant-fx: error:") == 1
+        and "Traceback" not in found.err
+        and found.out == ""
+    )
     assert any(word in found.err for word in words.split("|")), found.err
 
 

@@ -21,7 +21,18 @@ from repquant_fx.errors import OutputError
 from repquant_fx.files import check_directory, write_directory
 from repquant_fx.runtime import session
 
-FAST = ["--no-gptq", "--no-correction", "--clipping", "none", "--activations", "minmax", "--weights", "minmax", "--softmax-scale", "percentile"]
+FAST = [
+    "--no-gptq",
+    "--no-correction",
+    "--clipping",
+    "none",
+    "--activations",
+    "minmax",
+    "--weights",
+    "minmax",
+    "--softmax-scale",
+    "percentile",
+]
 
 
 def names(folder: Path) -> set[str]:
@@ -38,16 +49,38 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save("bert", root / "bert", with_tokenizer=True, max_shard_size="5KB")
     save("vit", root / "vit")
     (root / "text.txt").write_text("\n".join(LINES))
-    (root / "vit" / "preprocessor_config.json").write_text(json.dumps(
-        {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}, "image_mean": [0.4] * 3, "image_std": [0.3] * 3}))
+    (root / "vit" / "preprocessor_config.json").write_text(
+        json.dumps(
+            {
+                "image_processor_type": "ViTImageProcessor",
+                "size": {"height": 16, "width": 16},
+                "image_mean": [0.4] * 3,
+                "image_std": [0.3] * 3,
+            }
+        )
+    )
     return root
 
 
 def test_a_text_model_with_its_tokenizer(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "bert-int8"
-    arguments = ["compile", str(place / "bert"), "--calib", str(place / "text.txt"), "--out", f"{out}/", "--report", str(out / "report.json")]
-    found = subprocess.run([sys.executable, "-m", "repquant_fx", *arguments, "--json", *FAST], capture_output=True, text=True, timeout=300,
-                           env={**os.environ, "OMP_NUM_THREADS": "1"})
+    arguments = [
+        "compile",
+        str(place / "bert"),
+        "--calib",
+        str(place / "text.txt"),
+        "--out",
+        f"{out}/",
+        "--report",
+        str(out / "report.json"),
+    ]
+    found = subprocess.run(
+        [sys.executable, "-m", "repquant_fx", *arguments, "--json", *FAST],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert found.returncode == 0, found.stderr
     assert json.loads(found.stdout)["out"] == str(out / "model.onnx") and names(tmp_path) == {"bert-int8"}
     assert {"config.json", "tokenizer.json", "tokenizer_config.json", "model.onnx", "report.json"} <= names(out)
@@ -63,7 +96,10 @@ def test_a_text_model_with_its_tokenizer(place: Path, tmp_path: Path) -> None:
 
 
 def test_an_image_model_with_its_processor(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compile", str(place / "vit"), "--calib-samples", "8", "--out", str(tmp_path / "vit"), "--quiet", *FAST]) == 0
+    assert (
+        main(["compile", str(place / "vit"), "--calib-samples", "8", "--out", str(tmp_path / "vit"), "--quiet", *FAST])
+        == 0
+    )
     from transformers import AutoImageProcessor
 
     picture = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)
@@ -79,7 +115,9 @@ def test_a_timm_model_says_how_images_are_prepared(tmp_path: Path) -> None:
     assert about["architecture"] == "vit_tiny_patch16_224" and about["num_classes"] == 5
     from timm.data import create_transform
 
-    transform = create_transform(**{k: tuple(v) if isinstance(v, list) else v for k, v in about["pretrained_cfg"].items()}, is_training=False)
+    transform = create_transform(
+        **{k: tuple(v) if isinstance(v, list) else v for k, v in about["pretrained_cfg"].items()}, is_training=False
+    )
     from PIL import Image
 
     x = transform(Image.new("RGB", (30, 20)))[None].numpy()
@@ -104,7 +142,7 @@ def test_any_other_model_comes_alone(tmp_path: Path) -> None:
     assert names(tmp_path / "out") == {"model.onnx"}
 
 
-# ---- the disk -----------------------------------------------------------------------------------------------------------------
+# ---- the disk --------------------------------------------------------------------------------------------------------
 
 
 def test_an_existing_directory_keeps_its_other_files(tmp_path: Path) -> None:
@@ -144,4 +182,7 @@ def test_refused_before_anything_is_loaded(target: str, tmp_path: Path, capsys: 
     assert "cannot write" in capsys.readouterr().err and names(tmp_path) == {"file"}
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "model.onnx").write_text("mine")
-    assert main(["compile", "no such model", "--out", str(tmp_path / "full")]) == 2 and "--force" in capsys.readouterr().err
+    assert (
+        main(["compile", "no such model", "--out", str(tmp_path / "full")]) == 2
+        and "--force" in capsys.readouterr().err
+    )

@@ -15,7 +15,18 @@ from pictures import ARCH
 from repquant_fx import Recipe
 from repquant_fx.cli import COMMANDS, main
 
-FAST = ["--no-gptq", "--no-correction", "--clipping", "none", "--activations", "minmax", "--weights", "minmax", "--softmax-scale", "percentile"]
+FAST = [
+    "--no-gptq",
+    "--no-correction",
+    "--clipping",
+    "none",
+    "--activations",
+    "minmax",
+    "--weights",
+    "minmax",
+    "--softmax-scale",
+    "percentile",
+]
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +38,13 @@ def exported(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "repquant_fx", *map(str, arguments)], capture_output=True, text=True, timeout=300,
-                          env={**{k: v for k, v in os.environ.items() if k != "COLUMNS"}, "OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        [sys.executable, "-m", "repquant_fx", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**{k: v for k, v in os.environ.items() if k != "COLUMNS"}, "OMP_NUM_THREADS": "1"},
+    )
 
 
 def test_a_file_for_people_and_for_programs(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -36,10 +52,18 @@ def test_a_file_for_people_and_for_programs(exported: Path, capsys: pytest.Captu
     assert found.returncode == 0 and found.stderr == ""
     lines = found.stdout.splitlines()
     (qkv,) = (line for line in lines if line.startswith("blocks.0.attn.qkv/input"))
-    assert "norm → linear" in qkv and "W4A8" in qkv and "uniform" in qkv and "kB" in qkv and "channel scales spanned" in qkv
+    assert (
+        "norm → linear" in qkv
+        and "W4A8" in qkv
+        and "uniform" in qkv
+        and "kB" in qkv
+        and "channel scales spanned" in qkv
+    )
     (softmax,) = (line for line in lines if line.startswith("blocks.0.attn/probabilities"))
     assert "softmax → matmul" in softmax and "log2" in softmax and "255" in softmax
-    assert any(line.startswith(f"{exported}: W4A8, RepQuant") for line in lines) and any("10 quantized sites" in line for line in lines)
+    assert any(line.startswith(f"{exported}: W4A8, RepQuant") for line in lines) and any(
+        "10 quantized sites" in line for line in lines
+    )
     assert main(["inspect", str(exported), "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["compiled"] and len(data["rows"]) == 10 and data["about"]["recipe"]["wbits"] == 4
@@ -54,32 +78,55 @@ def test_the_table_fits_a_narrow_terminal(exported: Path, columns: int, lines: i
     table, notes, *_ = capsys.readouterr().out.split("\n\n")
     rows = table.splitlines()[1:]
     assert max(map(len, rows)) <= columns and len(rows) <= 10 * lines and table.count("W4A8") >= 4
-    assert "rewritten" not in table and notes.startswith("rewritten\n") and "channel scales spanned" in notes.replace("\n", " ")
+    assert (
+        "rewritten" not in table
+        and notes.startswith("rewritten\n")
+        and "channel scales spanned" in notes.replace("\n", " ")
+    )
 
 
 def test_a_model_before_compiling(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for source in (ARCH, str(place / "model.pt2")):
         assert main(["inspect", source, "--wbits", "3", "--json"]) == 0
         data = json.loads(capsys.readouterr().out)
-        assert not data["compiled"] and {tuple(row["weight_bits"]) for row in data["rows"] if row["weight_bits"]} <= {(3,), (3, 3), (3, 3, 3)}
+        assert not data["compiled"] and {tuple(row["weight_bits"]) for row in data["rows"] if row["weight_bits"]} <= {
+            (3,),
+            (3, 3),
+            (3, 3, 3),
+        }
         assert main(["inspect", source]) == 0
         assert "what `compile` would do, W8A8" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["inspect", "missing.onnx"], "no such file"), (["inspect", "EXPORTED", "--wbits", "3"], "holds its recipe"), (["recipe"], "ACTION"),
-    (["recipe", "show", "missing.yaml"], "missing.yaml"), (["recipe", "show", "missing.onnx"], "no such file"),
-    (["recipe", "init", "--out", "r.json"], ".toml"), (["recipe", "init", "--out", "r.yaml", "--format", "toml"], "named like yaml"),
-    (["recipe", "init", "--wbits", "12"], "2 to 8"), (["completion", "cmd"], "bash")])
-def test_bad_input(arguments: list[str], words: str, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                   capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["inspect", "missing.onnx"], "no such file"),
+        (["inspect", "EXPORTED", "--wbits", "3"], "holds its recipe"),
+        (["recipe"], "ACTION"),
+        (["recipe", "show", "missing.yaml"], "missing.yaml"),
+        (["recipe", "show", "missing.onnx"], "no such file"),
+        (["recipe", "init", "--out", "r.json"], ".toml"),
+        (["recipe", "init", "--out", "r.yaml", "--format", "toml"], "named like yaml"),
+        (["recipe", "init", "--wbits", "12"], "2 to 8"),
+        (["completion", "cmd"], "bash"),
+    ],
+)
+def test_bad_input(
+    arguments: list[str],
+    words: str,
+    exported: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert main([str(exported) if a == "EXPORTED" else a for a in arguments]) == 2
     found = capsys.readouterr()
     assert words in found.err and found.out == "" and not list(tmp_path.iterdir())
 
 
-# ---- recipes ------------------------------------------------------------------------------------------------------------------
+# ---- recipes ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["yaml", "toml"])
@@ -94,13 +141,30 @@ def test_init_writes_what_compile_reads(form: str, tmp_path: Path, capsys: pytes
     assert main(["recipe", "init", "--format", form]) == 0 and capsys.readouterr().out.startswith("# A recipe")
 
 
-def test_the_recipe_of_a_file_feeds_back_to_the_same_file(exported: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_recipe_of_a_file_feeds_back_to_the_same_file(
+    exported: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["recipe", "show", str(exported)]) == 0
     (tmp_path / "r.yaml").write_text(capsys.readouterr().out)
     for index, recipe in enumerate((exported, tmp_path / "r.yaml")):
         out = tmp_path / f"{index}.onnx"
-        assert main(["compile", str(place / "weights.safetensors"), "--calib", str(place / "calib.npy"), "--recipe", str(recipe), "--out", str(out),
-                     "--no-check", "--quiet"]) == 0
+        assert (
+            main(
+                [
+                    "compile",
+                    str(place / "weights.safetensors"),
+                    "--calib",
+                    str(place / "calib.npy"),
+                    "--recipe",
+                    str(recipe),
+                    "--out",
+                    str(out),
+                    "--no-check",
+                    "--quiet",
+                ]
+            )
+            == 0
+        )
         assert out.read_bytes() == exported.read_bytes()
     assert main(["recipe", "show", str(exported), "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
@@ -108,15 +172,18 @@ def test_the_recipe_of_a_file_feeds_back_to_the_same_file(exported: Path, place:
     jsonschema.validate(data, json.loads(capsys.readouterr().out))
 
 
-# ---- completion ---------------------------------------------------------------------------------------------------------------
+# ---- completion ------------------------------------------------------------------------------------------------------
 
 
 def completions(line: str, tmp_path: Path) -> list[str]:
     """What bash would offer, asked the way the printed code asks."""
     script = tmp_path / "complete.sh"
-    script.write_text(f'repquant-fx() {{ "{sys.executable}" -m repquant_fx "$@"; }}\n'
-                      f'exec 8> "{tmp_path}/offers" 9>/dev/null\n'
-                      f'export _ARGCOMPLETE=1 _ARGCOMPLETE_IFS=$\'\\n\' COMP_LINE="{line}" COMP_POINT={len(line)} COMP_TYPE=9\nrepquant-fx\n')
+    script.write_text(
+        f'repquant-fx() {{ "{sys.executable}" -m repquant_fx "$@"; }}\n'
+        f'exec 8> "{tmp_path}/offers" 9>/dev/null\n'
+        f"export _ARGCOMPLETE=1 _ARGCOMPLETE_IFS=$'\\n' COMP_LINE=\"{line}\" COMP_POINT={len(line)} "
+        "COMP_TYPE=9\nrepquant-fx\n"
+    )
     subprocess.run(["bash", str(script)], check=True, timeout=60)
     return [offer.strip() for offer in (tmp_path / "offers").read_text().splitlines()]
 
@@ -128,11 +195,15 @@ def test_a_shell_completes_commands_options_and_values(tmp_path: Path) -> None:
     assert completions("repquant-fx recipe sc", tmp_path) == ["schema"]
 
 
-@pytest.mark.parametrize("shell, word", [("bash", "complete "), ("zsh", "compdef"), ("fish", "complete --command repquant-fx")])
+@pytest.mark.parametrize(
+    "shell, word", [("bash", "complete "), ("zsh", "compdef"), ("fish", "complete --command repquant-fx")]
+)
 def test_code_for_each_shell(shell: str, word: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["completion", shell]) == 0
     code = capsys.readouterr().out
     assert word in code and "repquant-fx" in code
     if shell == "bash":
-        checked = subprocess.run(["bash", "-c", f"{code}\ncomplete -p repquant-fx"], capture_output=True, text=True, check=True)
+        checked = subprocess.run(
+            ["bash", "-c", f"{code}\ncomplete -p repquant-fx"], capture_output=True, text=True, check=True
+        )
         assert "repquant-fx" in checked.stdout

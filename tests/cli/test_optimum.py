@@ -1,7 +1,7 @@
 """`--out DIR` under optimum's ONNX Runtime classes.
 
-optimum needs an older transformers than ours, so it lives in an environment of its own: OPTIMUM_PYTHON names its interpreter
-(`python -m venv there; there/bin/pip install 'optimum-onnx[onnxruntime]' torch`).
+optimum needs an older transformers than ours, so it lives in an environment of its own: OPTIMUM_PYTHON names its
+interpreter (`python -m venv there; there/bin/pip install 'optimum-onnx[onnxruntime]' torch`).
 """
 
 from __future__ import annotations
@@ -17,33 +17,56 @@ from language import LINES, save
 from repquant_fx.cli import main
 
 OTHER = os.environ.get("OPTIMUM_PYTHON", "")
-FAST = ["--no-gptq", "--no-correction", "--clipping", "none", "--activations", "minmax", "--weights", "minmax", "--softmax-scale", "percentile"]
+FAST = [
+    "--no-gptq",
+    "--no-correction",
+    "--clipping",
+    "none",
+    "--activations",
+    "minmax",
+    "--weights",
+    "minmax",
+    "--softmax-scale",
+    "percentile",
+]
 SCRIPT = """
 import json, sys, warnings
 warnings.simplefilter("ignore")
 import torch
 from optimum import onnxruntime as ort
 name, folder = sys.argv[1:]
-model = getattr(ort, name).from_pretrained(folder, **({"use_cache": False, "use_io_binding": False} if "Causal" in name else {}))
+options = {"use_cache": False, "use_io_binding": False} if "Causal" in name else {}
+model = getattr(ort, name).from_pretrained(folder, **options)
 if "Image" in name:
     feed = {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
 else:
-    feed = {"input_ids": torch.tensor([[3, 5, 7, 4], [6, 2, 8, 9]]), "attention_mask": torch.ones(2, 4, dtype=torch.int64)}
+    ids, mask = torch.tensor([[3, 5, 7, 4], [6, 2, 8, 9]]), torch.ones(2, 4, dtype=torch.int64)
+    feed = {"input_ids": ids, "attention_mask": mask}
 print(json.dumps({"class": type(model).__name__, "logits": model(**feed).logits.tolist(),
                   "generated": model.generate(**feed, max_new_tokens=3).shape[1] if "Causal" in name else None}))
 """
 
 
 @pytest.mark.skipif(not OTHER, reason="set OPTIMUM_PYTHON to the interpreter of an environment that has optimum-onnx")
-@pytest.mark.parametrize("name, cls", [("bert", "ORTModelForSequenceClassification"), ("vit", "ORTModelForImageClassification"),
-                                       ("llama", "ORTModelForCausalLM")])
+@pytest.mark.parametrize(
+    "name, cls",
+    [
+        ("bert", "ORTModelForSequenceClassification"),
+        ("vit", "ORTModelForImageClassification"),
+        ("llama", "ORTModelForCausalLM"),
+    ],
+)
 def test_optimum_loads_the_directory(name: str, cls: str, tmp_path: Path) -> None:
     save(name, tmp_path / "source", with_tokenizer=name != "vit")
     (tmp_path / "text.txt").write_text("\n".join(LINES))
     calibration = [] if name == "vit" else ["--calib", str(tmp_path / "text.txt")]
-    assert main(["compile", str(tmp_path / "source"), "--out", str(tmp_path / "out"), *calibration, "--quiet", *FAST]) == 0
+    assert (
+        main(["compile", str(tmp_path / "source"), "--out", str(tmp_path / "out"), *calibration, "--quiet", *FAST]) == 0
+    )
     (tmp_path / "load.py").write_text(SCRIPT)
-    done = subprocess.run([OTHER, str(tmp_path / "load.py"), cls, str(tmp_path / "out")], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [OTHER, str(tmp_path / "load.py"), cls, str(tmp_path / "out")], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["class"] == cls and len(found["logits"]) == 2

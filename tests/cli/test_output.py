@@ -17,7 +17,18 @@ from repquant_fx import log, progress
 from repquant_fx.cli import EXIT_CODES, main
 from repquant_fx.frontends.tasks import TASKS
 
-FAST = ["--no-gptq", "--no-correction", "--clipping", "none", "--activations", "minmax", "--weights", "minmax", "--softmax-scale", "percentile"]
+FAST = [
+    "--no-gptq",
+    "--no-correction",
+    "--clipping",
+    "none",
+    "--activations",
+    "minmax",
+    "--weights",
+    "minmax",
+    "--softmax-scale",
+    "percentile",
+]
 BAR = re.compile(r"quantize .*[━╸╺ -]+.*\d+/\d+")
 STAGES = ["load", "capture", "calibration data", "quantize", "export", "check"]
 
@@ -28,7 +39,9 @@ class Terminal(io.StringIO):
 
 
 def compile_it(place: Path, out: Path, *switches: str) -> int:
-    return main(["compile", str(place / "model.pt2"), "--calib", str(place / "tokens.npy"), "--out", str(out), *FAST, *switches])
+    return main(
+        ["compile", str(place / "model.pt2"), "--calib", str(place / "tokens.npy"), "--out", str(out), *FAST, *switches]
+    )
 
 
 def events(text: str) -> list[dict[str, Any]]:
@@ -47,7 +60,21 @@ def test_quiet_says_nothing(place: Path, tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_quiet_keeps_warnings(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compile", str(place / "weights.safetensors"), "--out", str(tmp_path / "m.onnx"), "--calib-samples", "8", "--quiet", *FAST]) == 0
+    assert (
+        main(
+            [
+                "compile",
+                str(place / "weights.safetensors"),
+                "--out",
+                str(tmp_path / "m.onnx"),
+                "--calib-samples",
+                "8",
+                "--quiet",
+                *FAST,
+            ]
+        )
+        == 0
+    )
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("repquant-fx: warning: no calibration data")
 
@@ -55,33 +82,56 @@ def test_quiet_keeps_warnings(place: Path, tmp_path: Path, capsys: pytest.Captur
 def test_verbose_tells_the_stages(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compile_it(place, tmp_path / "m.onnx", "--verbose") == 0
     found = capsys.readouterr()
-    assert found.out == "" and re.findall(r"^([a-z ]+): \d+\.\d\d s$", found.err, re.M) == STAGES and "wrote " in found.err
+    assert (
+        found.out == "" and re.findall(r"^([a-z ]+): \d+\.\d\d s$", found.err, re.M) == STAGES and "wrote " in found.err
+    )
 
 
 def test_json_events(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compile_it(place, tmp_path / "m.onnx", "--log-json", "--json") == 0
     found = capsys.readouterr()
     told = events(found.err)
-    assert [e["stage"] for e in told if e["event"] == "stage_started"] == [e["stage"] for e in told if e["event"] == "stage_finished"] == STAGES
+    assert (
+        [e["stage"] for e in told if e["event"] == "stage_started"]
+        == [e["stage"] for e in told if e["event"] == "stage_finished"]
+        == STAGES
+    )
     assert all(e["seconds"] >= 0 for e in told if e["event"] == "stage_finished")
     result = told[-1]
-    assert result["event"] == "result" and result["out"] == str(tmp_path / "m.onnx") and result["bits"] == "W8A8" and "layers" not in result
+    assert (
+        result["event"] == "result"
+        and result["out"] == str(tmp_path / "m.onnx")
+        and result["bits"] == "W8A8"
+        and "layers" not in result
+    )
     assert json.loads(found.out)["file_bytes"] == result["file_bytes"] == (tmp_path / "m.onnx").stat().st_size
 
 
 @pytest.mark.parametrize("arguments, kind, code", [
     (["compile", "missing.pt", "--out", "m.onnx"], "ModelFileError", 2), (["compile", "m.pt"], "InputError", 2),
     (["evaluate", "m.onnx", "--data", "none"], "InputError", 2)])
-def test_errors_are_events_too(arguments: list[str], kind: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                               capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_are_events_too(
+    arguments: list[str],
+    kind: str,
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert main([*arguments, "--log-json"]) == code
     found = capsys.readouterr()
     last = events(found.err)[-1]
-    assert (last["event"], last["kind"], last["exit_code"]) == ("error", kind, code) and last["message"] and found.out == ""
+    assert (
+        (last["event"], last["kind"], last["exit_code"]) == ("error", kind, code)
+        and last["message"]
+        and found.out == ""
+    )
 
 
-def test_interruption_and_bugs_have_their_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_interruption_and_bugs_have_their_codes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     import repquant_fx.compiler
 
     for error, code in ((KeyboardInterrupt(), 130), (ZeroDivisionError("x"), 1)):
@@ -93,8 +143,12 @@ def test_interruption_and_bugs_have_their_codes(tmp_path: Path, monkeypatch: pyt
         assert events(capsys.readouterr().err)[-1]["exit_code"] == code
 
 
-@pytest.mark.parametrize("switches, shown", [([], True), (["--verbose"], True), (["--quiet"], False), (["--log-json"], False)])
-def test_progress_bars_on_a_terminal_only(switches: list[str], shown: bool, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "switches, shown", [([], True), (["--verbose"], True), (["--quiet"], False), (["--log-json"], False)]
+)
+def test_progress_bars_on_a_terminal_only(
+    switches: list[str], shown: bool, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "stderr", Terminal())
     assert compile_it(place, tmp_path / "m.onnx", "--no-check", *switches) == 0
     assert bool(BAR.search(sys.stderr.getvalue())) == shown  # type: ignore[attr-defined]
@@ -104,7 +158,10 @@ def test_progress_bars_on_a_terminal_only(switches: list[str], shown: bool, plac
 
 
 def test_one_form_at_a_time(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compile", "m.pt", "--out", "m.onnx", "--quiet", "--verbose"]) == 2 and "not allowed with" in capsys.readouterr().err
+    assert (
+        main(["compile", "m.pt", "--out", "m.onnx", "--quiet", "--verbose"]) == 2
+        and "not allowed with" in capsys.readouterr().err
+    )
 
 
 def test_a_library_is_silent_and_left_as_it_was(capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,24 +179,32 @@ def test_a_bar_within_a_bar_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setattr(progress, "enabled", True)
-    found = [(a, b) for a in progress.progress([1, 2], description="outer") for b in progress.progress("xy", description="inner")]
+    found = [
+        (a, b)
+        for a in progress.progress([1, 2], description="outer")
+        for b in progress.progress("xy", description="inner")
+    ]
     assert found == [(1, "x"), (1, "y"), (2, "x"), (2, "y")] and "outer" in terminal.getvalue()
     next(iter(progress.progress([1, 2], description="left early")))
-    assert sys.stderr is terminal and terminal.getvalue().count("\033[?25l") == terminal.getvalue().count("\033[?25h") > 0  # the cursor
+    # the cursor
+    assert (
+        sys.stderr is terminal and terminal.getvalue().count("\033[?25l") == terminal.getvalue().count("\033[?25h") > 0
+    )
 
 
 def test_every_event_reaches_the_logger(caplog: pytest.LogCaptureFixture) -> None:
-    """A program that uses the package as a library sees its stages, and a name from a file cannot forge a second line."""
+    """A program that uses the package as a library sees its stages, and a name from a file cannot forge a second line.
+    """
     with caplog.at_level(logging.DEBUG, "repquant_fx"):
         log.stage("load")
         log.warning("odd\nname")
         log.detail("for --verbose")
         log.result({"bits": "W8A8"})
         log.finish()
-    found = [(record.levelname, record.event, record.getMessage()) for record in caplog.records]  # type: ignore[attr-defined]
+    found = [(record.levelname, record.event, record.getMessage()) for record in caplog.records]
     assert found[:4] == [("DEBUG", "stage_started", "load begins"), ("WARNING", "warning", "odd\\nname"),
                          ("DEBUG", "detail", "for --verbose"), ("INFO", "result", "finished")]
-    assert found[4][:2] == ("INFO", "stage_finished") and caplog.records[4].fields["stage"] == "load"  # type: ignore[attr-defined]
+    assert found[4][:2] == ("INFO", "stage_finished") and caplog.records[4].fields["stage"] == "load"
     assert caplog.records[3].fields == {"bits": "W8A8"}  # type: ignore[attr-defined]
 
 
@@ -152,7 +217,10 @@ def test_nothing_is_logged_where_nobody_asked() -> None:
 
 def test_tasks_are_those_of_the_frontend(capsys: pytest.CaptureFixture[str]) -> None:
     """The help names each, and reading them loads no torch."""
-    script = "import sys, repquant_fx.cli as cli\ntry:\n    cli.main(['compile', '--help'])\nfinally:\n    print('torch' in sys.modules)"
+    script = (
+        "import sys, repquant_fx.cli as cli\n"
+        "try:\n    cli.main(['compile', '--help'])\nfinally:\n    print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     text = "".join(done.stdout.split())  # names are broken at their hyphens
     assert ",".join(TASKS) in text and text.endswith("False")

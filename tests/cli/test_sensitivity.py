@@ -19,7 +19,18 @@ def _cli(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "repquant_fx", *map(str, arguments)], capture_output=True, text=True)
 
 
-FAST = ["--no-gptq", "--no-correction", "--clipping", "none", "--activations", "minmax", "--weights", "minmax", "--softmax-scale", "percentile"]
+FAST = [
+    "--no-gptq",
+    "--no-correction",
+    "--clipping",
+    "none",
+    "--activations",
+    "minmax",
+    "--weights",
+    "minmax",
+    "--softmax-scale",
+    "percentile",
+]
 
 
 def _source(place: Path) -> list[object]:
@@ -30,12 +41,29 @@ def test_command_sensitivity(place: Path) -> None:
     result = _cli("sensitivity", *_source(place), "--wbits", 3, "--abits", 4, "--bits", "2,8", "--loss", "kl", "--json")
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
-    assert found["loss"] == "kl" and {tuple(sorted(r["damage"])) for r in found["ranking"] if not r["pinned"]} == {("2", "3", "8"), ("2", "4", "8")}
+    assert found["loss"] == "kl" and {tuple(sorted(r["damage"])) for r in found["ranking"] if not r["pinned"]} == {
+        ("2", "3", "8"),
+        ("2", "4", "8"),
+    }
 
 
 def test_command_search_then_compile(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "mixed.yaml"
-    result = _cli("search", *_source(place), "--out", out, "--max-drop", 10, "--data", place / "images", "--trials", 3, "--abits", 8, "--json")
+    result = _cli(
+        "search",
+        *_source(place),
+        "--out",
+        out,
+        "--max-drop",
+        10,
+        "--data",
+        place / "images",
+        "--trials",
+        3,
+        "--abits",
+        8,
+        "--json",
+    )
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["recipe"] == Recipe.from_file(out).to_dict() and yaml.safe_load(out.read_text())["gptq"] is False
@@ -44,10 +72,19 @@ def test_command_search_then_compile(place: Path, tmp_path: Path) -> None:
     assert compiled.returncode == 0, compiled.stderr
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    ([], "one of --target-size"), (["--target-size", "4b", "--target-sqnr", "10"], "one of --target-size"), (["--max-drop", "1"], "--data"),
-    (["--target-size", "4b", "--data", "x"], "--data"), (["--target-size", "4b", "--choices", "1,9"], "--choices")])
-def test_command_search_refuses(place: Path, tmp_path: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "one of --target-size"),
+        (["--target-size", "4b", "--target-sqnr", "10"], "one of --target-size"),
+        (["--max-drop", "1"], "--data"),
+        (["--target-size", "4b", "--data", "x"], "--data"),
+        (["--target-size", "4b", "--choices", "1,9"], "--choices"),
+    ],
+)
+def test_command_search_refuses(
+    place: Path, tmp_path: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "mixed.yaml"
     assert main(["search", *map(str, _source(place)), "--out", str(out), *arguments]) == 2
     captured = capsys.readouterr()
@@ -55,5 +92,7 @@ def test_command_search_refuses(place: Path, tmp_path: Path, arguments: list[str
 
 
 def test_command_search_writes_recipes_alone(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["search", *map(str, _source(place)), "--out", str(tmp_path / "mixed.json"), "--target-size", "4b"]) == 2
+    assert (
+        main(["search", *map(str, _source(place)), "--out", str(tmp_path / "mixed.json"), "--target-size", "4b"]) == 2
+    )
     assert ".yaml" in capsys.readouterr().err

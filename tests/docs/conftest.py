@@ -1,4 +1,6 @@
-"""What the samples of the documents are run on: a folder with a tiny model, pictures and arrays, written once a session."""
+"""What the samples of the documents are run on: a folder with a tiny model, pictures and arrays, written once a
+session.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ MEAN, STD = np.array((0.485, 0.456, 0.406)), np.array((0.229, 0.224, 0.225))
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`model.pt2`, `model.pt`, `images/` and `val/` (class folders; the label is what the float model sees), `samples.npz`."""
+    """`model.pt2`, `model.pt`, `images/` and `val/` (class folders; the label is what the float model sees),
+    `samples.npz`.
+    """
     root = tmp_path_factory.mktemp("world")
     float_model = model()
     generator = np.random.default_rng(0)

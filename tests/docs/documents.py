@@ -10,7 +10,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-_BLOCK = re.compile(r"(?:^<!-- not run: (?P<why>[^\n]+?) -->\n+)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(
+    r"(?:^<!-- not run: (?P<why>[^\n]+?) -->\n+)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+)
 _SUBSTITUTION = re.compile(r"\$\(([^()]*)\)")
 _EXIT = re.compile(r"#.*\bexit code (\d+)")
 
@@ -27,7 +29,9 @@ class Block:
 
 @dataclass(frozen=True)
 class Command:
-    """One simple command; `exit_code` is what a comment behind it promises, 0 without one; `output` the file that stdout goes to."""
+    """One simple command; `exit_code` is what a comment behind it promises, 0 without one; `output` the file that
+    stdout goes to.
+    """
 
     words: tuple[str, ...]
     exit_code: int = 0
@@ -69,7 +73,9 @@ def _lines(script: str) -> Iterator[tuple[str, list[str]]]:
     pending = ""
     for line in script.splitlines():
         pending += line + "\n"
-        lexer = shlex.shlex(re.sub(rf'"?{_SUBSTITUTION.pattern}"?', "SUBSTITUTED", pending), posix=True, punctuation_chars="|&;<>()")
+        lexer = shlex.shlex(
+            re.sub(rf'"?{_SUBSTITUTION.pattern}"?', "SUBSTITUTED", pending), posix=True, punctuation_chars="|&;<>()"
+        )
         lexer.whitespace_split = True
         try:
             words = list(lexer)

@@ -52,11 +52,15 @@ def test_dockerfile() -> None:
     (suggested,) = re.findall(r"docker run .*? repquant-fx (compile .*)", text)
     parser().parse_args(shlex.split(suggested))
     assert set(re.findall(r"\[([\w,]+)\]\"", text)[0].split(",")) <= known_extras()
-    entry, arguments = (json.loads(re.findall(rf"^{word} (.*)$", text, re.MULTILINE)[0]) for word in ("ENTRYPOINT", "CMD"))
+    entry, arguments = (
+        json.loads(re.findall(rf"^{word} (.*)$", text, re.MULTILINE)[0]) for word in ("ENTRYPOINT", "CMD")
+    )
     assert entry == ["repquant-fx"] and arguments == ["--help"]
     instructions = re.findall(r"^([A-Z]+) ", text, re.MULTILINE)
     assert instructions[0] == "FROM" and instructions.index("USER") < instructions.index("ENTRYPOINT")
-    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines() if line.startswith("!")}
+    kept = {
+        line[1:] for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines() if line.startswith("!")
+    }
     assert {"setup.cfg", "pyproject.toml", "README.md", "LICENSE", "repquant_fx", "passes", "exporters"} == kept
     assert all((ROOT / name).exists() for name in kept)
 
@@ -73,28 +77,45 @@ def test_workflow() -> None:
 
 
 def test_pipeline_runs(world: Path, tmp_path: Path) -> None:
-    """The pipeline with the real command line: a model that is good enough, and a recipe that is not there. The workflow reads
-    keys that the results have."""
+    """The pipeline with the real command line: a model that is good enough, and a recipe that is not there. The
+    workflow reads keys that the results have.
+    """
     if shutil.which("jq") is None or os.name != "posix":
         pytest.skip("needs sh and jq")
     command = tmp_path / "bin/repquant-fx"
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m repquant_fx "$@"\n')
     command.chmod(0o755)
-    settings = {**os.environ, "PATH": f"{command.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "MODEL": str(world / "model.pt2"),
-                "CALIB": str(world / "images"), "VAL": str(world / "val"), "RECIPE": str(EXAMPLES / "recipe.yaml")}
+    settings = {
+        **os.environ,
+        "PATH": f"{command.parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "MODEL": str(world / "model.pt2"),
+        "CALIB": str(world / "images"),
+        "VAL": str(world / "val"),
+        "RECIPE": str(EXAMPLES / "recipe.yaml"),
+    }
 
     def run(out: str, **changes: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["sh", str(EXAMPLES / "pipeline.sh"), str(tmp_path / out)], env={**settings, **changes}, capture_output=True, text=True,
-                              timeout=300)
+        return subprocess.run(
+            ["sh", str(EXAMPLES / "pipeline.sh"), str(tmp_path / out)],
+            env={**settings, **changes},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
 
     good = run("good", MOST_DROP="50")
     assert good.returncode == 0, good.stderr
     summary = json.loads(good.stdout)
     assert summary["float"] == 100 and summary["megabytes"] > 0 and summary["output_sqnr_db"] > 0
-    assert (tmp_path / "good/model.onnx").is_file() and json.loads((tmp_path / "good/report.json").read_text())["layers"]
+    assert (tmp_path / "good/model.onnx").is_file() and json.loads((tmp_path / "good/report.json").read_text())[
+        "layers"
+    ]
     missing = run("missing", RECIPE="missing.yaml")
-    assert missing.returncode == 2 and "missing.yaml" in missing.stderr and not (tmp_path / "missing/model.onnx").exists()
+    assert (
+        missing.returncode == 2 and "missing.yaml" in missing.stderr and not (tmp_path / "missing/model.onnx").exists()
+    )
     for key in re.findall(r"jq \.(\w+) build/(\w+)\.json", script("github-actions.yml")):
         file = {"accuracy": "quantized"}.get(key[1], key[1])
         assert key[0] in json.loads((tmp_path / f"good/{file}.json").read_text())

@@ -47,7 +47,9 @@ def has(path: str, member: str) -> bool:
 
 
 def test_paper_page_is_complete() -> None:
-    """Each equation, table, figure and the algorithm of the paper has a row; a row names code or says that there is none."""
+    """Each equation, table, figure and the algorithm of the paper has a row; a row names code or says that there is
+    none.
+    """
     rows = [line for line in (ROOT / "docs/paper.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
     first = " ".join(row.split("|")[1] for row in rows)
     equations = {n for a, b in re.findall(r"Eq\. (\d+)(?:–(\d+))?", first) for n in range(int(a), int(b or a) + 1)}
@@ -65,8 +67,14 @@ def test_site_builds_strictly(tmp_path: Path) -> None:
         pytest.skip("needs mkdocs-material and mkdocstrings: pip install '.[docs]'")
     if not (ROOT / "repquant_fx/passes").is_dir():
         pytest.skip("the tree has no link repquant_fx/passes, which `make install` creates")
-    done = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path / "site")], cwd=ROOT, capture_output=True,
-                          text=True, timeout=300, env={**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path / "site")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stderr
     passes = (tmp_path / "site/reference/passes.html").read_text(encoding="utf-8")
     assert "repquant_fx.passes.reparameterize_norms.ReparameterizeNorms" in passes

@@ -1,4 +1,6 @@
-"""The samples of the documents: Python and `repquant-fx` are run, page by page, on a tiny model; what cannot be run here is parsed."""
+"""The samples of the documents: Python and `repquant-fx` are run, page by page, on a tiny model; what cannot be run
+here is parsed.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from repquant_fx.cli import main, parser
 
 LANGUAGES = {"python", "sh", "yaml", "toml", "json", "text"}
-ELSEWHERE = {"docker", "eval", "source", "netron", "pip", "make", "python", "torchrun", "jq"}  # known commands that are never run
+# known commands that are never run
+ELSEWHERE = {"docker", "eval", "source", "netron", "pip", "make", "python", "torchrun", "jq"}
 CLI = "repquant-fx"
 FILE = re.compile(r"# (?:tests/)?passes/(\w+)\.py\n")  # first line of a block that is a whole file
 
@@ -36,10 +39,19 @@ def name_of(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if any(b.language in ("python", "sh") for b in blocks(p))], ids=name_of)
-def test_samples(page: Path, folder: Path, world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if any(b.language in ("python", "sh") for b in blocks(p))], ids=name_of
+)
+def test_samples(
+    page: Path, folder: Path, world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with_labels = TensorDataset(images(), torch.arange(len(images())) % 5)
-    namespace = {"__name__": "sample", "module": model(), "images": images(), "loader": DataLoader(with_labels, batch_size=32)}
+    namespace = {
+        "__name__": "sample",
+        "module": model(),
+        "images": images(),
+        "loader": DataLoader(with_labels, batch_size=32),
+    }
     for block in blocks(page):
         where = f"{name_of(page)}:{block.line}"
         if block.language == "python":
@@ -94,13 +106,17 @@ def check_other(name: str, arguments: list[str]) -> None:
     assert name in ELSEWHERE, f"unknown command {name}"
     if name == "python" and arguments[0] != "-m":
         script = (ROOT / arguments[0]).read_text(encoding="utf-8")
-        missing = [a for a in arguments[1:] if a.startswith("--") and f'"{a}"' not in script and '--{name}' not in script]
+        missing = [
+            a for a in arguments[1:] if a.startswith("--") and f'"{a}"' not in script and "--{name}" not in script
+        ]
         assert not missing, f"{arguments[0]} has no {missing}"
     if name == "pip":
         extras = {e for a in arguments for found in re.findall(r"\[([\w,]+)\]", a) for e in found.split(",")}
         assert extras <= known_extras(), f"no extra {extras - known_extras()}"
     if name == "make":
-        assert all(re.search(rf"^{a}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE) for a in arguments)
+        assert all(
+            re.search(rf"^{a}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE) for a in arguments
+        )
 
 
 def known_extras() -> set[str]:
@@ -114,5 +130,9 @@ def test_blocks_say_what_they_are(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert text.count("```") == 2 * len(list(blocks(page))), "a fenced block is not closed, or is indented"
     for block in blocks(page):
-        assert block.language in LANGUAGES, f"{name_of(page)}:{block.line}: a block needs one of {sorted(LANGUAGES)}, not {block.language!r}"
-    assert text.count("<!-- not run:") == sum(block.why is not None for block in blocks(page)), "a mark that belongs to no block"
+        assert block.language in LANGUAGES, (
+            f"{name_of(page)}:{block.line}: a block needs one of {sorted(LANGUAGES)}, not {block.language!r}"
+        )
+    assert text.count("<!-- not run:") == sum(block.why is not None for block in blocks(page)), (
+        "a mark that belongs to no block"
+    )

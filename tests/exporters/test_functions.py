@@ -1,4 +1,5 @@
-"""The model-local functions, each alone in a model under ONNX Runtime: the same codes and values as the FX operators."""
+"""The model-local functions, each alone in a model under ONNX Runtime: the same codes and values as the FX operators.
+"""
 
 from __future__ import annotations
 
@@ -26,21 +27,31 @@ def alone(function: onnx.FunctionProto, rank: int, **attributes: int | float) ->
     x, scale, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
                    for name, shape in (("x", [None] * rank), ("scale", []), ("y", [None] * rank)))
     model = helper.make_model(
-        helper.make_graph([node], "main", [x, scale], [y]), functions=[function], ir_version=10,
-        opset_imports=[helper.make_opsetid("", functions.OPSET), helper.make_opsetid(functions.DOMAIN, functions.VERSION)])
+        helper.make_graph([node], "main", [x, scale], [y]),
+        functions=[function],
+        ir_version=10,
+        opset_imports=[
+            helper.make_opsetid("", functions.OPSET),
+            helper.make_opsetid(functions.DOMAIN, functions.VERSION),
+        ],
+    )
     onnx.checker.check_model(model, full_check=True)
     return model
 
 
 def softmax_of(logits: Tensor, scale: float, *, axis: int, bits: int, steps: int) -> Tensor:
     threshold = functions.threshold(scale, bits, steps)
-    runner = session(alone(functions.log2_softmax(), logits.ndim, axis=axis, bits=bits, steps=steps, threshold=threshold), threads=1)
+    runner = session(
+        alone(functions.log2_softmax(), logits.ndim, axis=axis, bits=bits, steps=steps, threshold=threshold), threads=1
+    )
     return run(runner, {"x": logits, "scale": torch.tensor(scale)})[0]
 
 
 def quantized_of(values: Tensor, scale: float, *, bits: int, steps: int) -> Tensor:
     threshold = functions.threshold(scale, bits, steps)
-    runner = session(alone(functions.log2_quantize(), values.ndim, bits=bits, steps=steps, threshold=threshold), threads=1)
+    runner = session(
+        alone(functions.log2_quantize(), values.ndim, bits=bits, steps=steps, threshold=threshold), threads=1
+    )
     return run(runner, {"x": values, "scale": torch.tensor(scale)})[0]
 
 
@@ -70,7 +81,14 @@ def test_log2_softmax_equals_the_operator(bits: int, steps: int) -> None:
     logits = 4 * torch.randn(3, 2, 17, 33, generator=torch.Generator().manual_seed(bits))
     scale = snap(0.83, bits, steps)
     expected = ops.log2_softmax(logits, torch.tensor(scale), 3, bits, steps)
-    check(softmax_of(logits, scale, axis=3, bits=bits, steps=steps), expected, torch.log_softmax(logits, 3), scale, bits, steps)
+    check(
+        softmax_of(logits, scale, axis=3, bits=bits, steps=steps),
+        expected,
+        torch.log_softmax(logits, 3),
+        scale,
+        bits,
+        steps,
+    )
 
 
 @pytest.mark.parametrize("steps", STEPS)
@@ -91,7 +109,9 @@ def test_finer_grids(steps: int) -> None:
     logits = 4 * torch.randn(2, 9, 33, generator=torch.Generator().manual_seed(steps))
     scale = snap(0.7, 6, steps)
     expected = ops.log2_softmax(logits, torch.tensor(scale), 2, 6, steps)
-    check(softmax_of(logits, scale, axis=2, bits=6, steps=steps), expected, torch.log_softmax(logits, 2), scale, 6, steps)
+    check(
+        softmax_of(logits, scale, axis=2, bits=6, steps=steps), expected, torch.log_softmax(logits, 2), scale, 6, steps
+    )
 
 
 @pytest.mark.parametrize("steps", STEPS)
@@ -133,7 +153,9 @@ def test_values_above_the_scale_saturate_at_it(bits: int, steps: int) -> None:
     found = quantized_of(values, scale, bits=bits, steps=steps)
     torch.testing.assert_close(found, torch.full((5,), scale), rtol=1e-6, atol=0)
     logits, scale = torch.tensor([[9.0, 0.0, 0.0, 0.0]]), snap(0.02, bits, steps)
-    torch.testing.assert_close(softmax_of(logits, scale, axis=1, bits=bits, steps=steps)[0, 0], torch.tensor(scale), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        softmax_of(logits, scale, axis=1, bits=bits, steps=steps)[0, 0], torch.tensor(scale), rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2, -1, -3])

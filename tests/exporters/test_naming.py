@@ -17,7 +17,9 @@ def value(name: str) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, F, ["N", 4])
 
 
-def build(nodes: list[tuple[str, list[str], list[str], str]], initializers: list[onnx.TensorProto], output: str) -> ir.Model:
+def build(
+    nodes: list[tuple[str, list[str], list[str], str]], initializers: list[onnx.TensorProto], output: str
+) -> ir.Model:
     """`nodes`: (operator, inputs, outputs, module path). Initializers called `val_...` are the exporter's."""
     protos = [helper.make_node(kind, ins, outs, name=f"node_{i}") for i, (kind, ins, outs, _) in enumerate(nodes)]
     graph = helper.make_graph(protos, "g", [value("x")], [value(output)], initializer=initializers)
@@ -37,8 +39,16 @@ def scalar(name: str, number: float = 1.0, kind: int = F) -> onnx.TensorProto:
 
 
 def test_nodes_are_named_after_their_module() -> None:
-    model = build([("Relu", ["x"], ["val_0"], "a.b"), ("Relu", ["val_0"], ["val_1"], "a.b"), ("Tanh", ["val_1"], ["val_2"], "a"),
-                   ("Neg", ["val_2"], ["y"], "")], [], "y")
+    model = build(
+        [
+            ("Relu", ["x"], ["val_0"], "a.b"),
+            ("Relu", ["val_0"], ["val_1"], "a.b"),
+            ("Tanh", ["val_1"], ["val_2"], "a"),
+            ("Neg", ["val_2"], ["y"], ""),
+        ],
+        [],
+        "y",
+    )
     name_by_module(model)
     proto = ir.to_proto(model)
     assert [n.name for n in proto.graph.node] == ["a.b/Relu", "a.b/Relu_2", "a/Tanh", "Neg"]
@@ -54,7 +64,11 @@ def test_further_outputs_are_numbered() -> None:
 
 
 def test_quantized_values_are_named_after_their_scale() -> None:
-    constants = [scalar("fc.input_scale"), scalar("fc.input_zero_point", 3, TensorProto.UINT8), scalar("val_7", 15, TensorProto.UINT8)]
+    constants = [
+        scalar("fc.input_scale"),
+        scalar("fc.input_zero_point", 3, TensorProto.UINT8),
+        scalar("val_7", 15, TensorProto.UINT8),
+    ]
     model = build([("QuantizeLinear", ["x", "fc.input_scale", "fc.input_zero_point"], ["a"], "fc"),
                    ("Min", ["a", "val_7"], ["b"], "fc"),
                    ("DequantizeLinear", ["b", "fc.input_scale", "fc.input_zero_point"], ["c"], "fc"),
@@ -88,11 +102,18 @@ def test_a_shared_constant_is_renamed_once() -> None:
 
 def test_names_do_not_collide_with_parameters_or_inputs() -> None:
     """A module called like another node's value, a parameter that looks like a node's name."""
-    model = build([("Relu", ["x"], ["a"], "x"), ("Add", ["a", "m/Add"], ["b"], "m"), ("Add", ["b", "m/Add"], ["y"], "m")],
-                  [scalar("m/Add")], "y")
+    model = build(
+        [("Relu", ["x"], ["a"], "x"), ("Add", ["a", "m/Add"], ["b"], "m"), ("Add", ["b", "m/Add"], ["y"], "m")],
+        [scalar("m/Add")],
+        "y",
+    )
     name_by_module(model)
     proto = ir.to_proto(model)
-    values = [o for n in proto.graph.node for o in n.output] + [t.name for t in proto.graph.initializer] + [i.name for i in proto.graph.input]
+    values = (
+        [o for n in proto.graph.node for o in n.output]
+        + [t.name for t in proto.graph.initializer]
+        + [i.name for i in proto.graph.input]
+    )
     assert len(set(values)) == len(values)
     assert {t.name for t in proto.graph.initializer} == {"m/Add"}
     onnx.checker.check_model(proto, full_check=True)
@@ -104,9 +125,18 @@ def test_unique_names_for_hostile_orders() -> None:
     assert len(set(given)) == len(given) and given[:2] == ["a", "a_2"]
 
 
-@pytest.mark.parametrize("text, path", [
-    ("['', 'blocks.0', 'blocks.0.attn', 'softmax']", "blocks.0.attn"), ("['', 'node']", ""), ("['only']", ""), ("[]", ""),
-    ("['', 'a', '_empty_nn_module_stack_from_metadata_hook', 'node']", "a"), ("not a list", ""), ("['', 'a', ''", "")])
+@pytest.mark.parametrize(
+    "text, path",
+    [
+        ("['', 'blocks.0', 'blocks.0.attn', 'softmax']", "blocks.0.attn"),
+        ("['', 'node']", ""),
+        ("['only']", ""),
+        ("[]", ""),
+        ("['', 'a', '_empty_nn_module_stack_from_metadata_hook', 'node']", "a"),
+        ("not a list", ""),
+        ("['', 'a', ''", ""),
+    ],
+)
 def test_scope(text: str, path: str) -> None:
     node = ir.Node("", "Relu", [None])
     node.metadata_props[SCOPES] = text

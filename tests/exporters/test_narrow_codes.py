@@ -47,7 +47,9 @@ def test_same_values_in_narrow_types(name: str, bits: int) -> None:
     assert len(eight_bit) == 1 and len(four_bit) > 8  # the image stays at 8 bits
     for node in narrow.proto.graph.node:
         if node.op_type == "DequantizeLinear" and not kinds[node.input[0]] == TensorProto.INT32:
-            assert node.input[0] in eight_bit or kinds[node.input[0]] in (TensorProto.UINT4, TensorProto.INT4), node.name
+            assert node.input[0] in eight_bit or kinds[node.input[0]] in (TensorProto.UINT4, TensorProto.INT4), (
+                node.name
+            )
     if bits == 4:  # with fewer, a tie decides about the whole model: the parity check above is what says they agree
         a, b = run(wide, name), run(narrow, name)
         assert float(np.square(a - b).sum() / np.square(a).sum()) < 0.05
@@ -87,9 +89,28 @@ def test_audit_names_the_reason() -> None:
 
 def test_recipe_and_command_line(tmp_path: Path) -> None:
     source, out = tmp_path / "model.pt2", tmp_path / "narrow.onnx"
-    torch.export.save(torch.export.export(vit(depth=1), (inputs("vit", 2),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)), source)
-    command = [sys.executable, "-m", "repquant_fx", "compile", str(source), "--out", str(out), "--wbits", "4", "--abits", "4", "--container",
-               "int4", "--no-gptq", "--no-correction", "--json"]
+    torch.export.save(
+        torch.export.export(vit(depth=1), (inputs("vit", 2),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)),
+        source,
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "repquant_fx",
+        "compile",
+        str(source),
+        "--out",
+        str(out),
+        "--wbits",
+        "4",
+        "--abits",
+        "4",
+        "--container",
+        "int4",
+        "--no-gptq",
+        "--no-correction",
+        "--json",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert Recipe.from_file(out).container == "int4" and json.loads(done.stdout)["recipe"]["container"] == "int4"

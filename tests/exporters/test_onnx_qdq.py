@@ -28,7 +28,7 @@ PLAIN = {"correction": False, "gptq": False, "clipping": "none", "activations": 
 
 
 def lowered(recipe: Recipe, **options: object) -> GraphModule:
-    run = quantized(canonical(redraw(Encoder(**options)), sequences()), recipe, [sequences(16)])  # type: ignore[arg-type]
+    run = quantized(canonical(redraw(Encoder(**options)), sequences()), recipe, [sequences(16)])
     return run_passes(run.graph_module, [LowerToQDQ(run.plan, run.result.weights)])
 
 
@@ -38,9 +38,17 @@ def encoder() -> GraphModule:
     return lowered(Recipe(wbits=4, abits=5, layers=(LayerRule("embed", wbits=6),), **PLAIN))
 
 
-def export(graph_module: GraphModule, metadata: dict[str, str] | None = None, inputs: Tensor | None = None) -> onnx.ModelProto:
-    return export_onnx(copy.deepcopy(graph_module), [sequences(2) if inputs is None else inputs], input_names=["tokens"], output_names=["scores"],
-                       dynamic_shapes=dynamic_shapes(graph_module), metadata=metadata)
+def export(
+    graph_module: GraphModule, metadata: dict[str, str] | None = None, inputs: Tensor | None = None
+) -> onnx.ModelProto:
+    return export_onnx(
+        copy.deepcopy(graph_module),
+        [sequences(2) if inputs is None else inputs],
+        input_names=["tokens"],
+        output_names=["scores"],
+        dynamic_shapes=dynamic_shapes(graph_module),
+        metadata=metadata,
+    )
 
 
 def test_the_file_computes_what_the_graph_computes(encoder: GraphModule) -> None:

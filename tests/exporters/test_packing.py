@@ -26,7 +26,9 @@ def draw(shape: tuple[int, ...]) -> np.ndarray:
     return np.random.default_rng(len(shape)).integers(-8, 8, shape)
 
 
-@pytest.mark.parametrize("shape", [(1,), (2,), (3,), (16,), (1, 1), (3, 5), (4, 6), (5, 1), (2, 3, 2, 2), (7, 3, 1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1,), (2,), (3,), (16,), (1, 1), (3, 5), (4, 6), (5, 1), (2, 3, 2, 2), (7, 3, 1, 1)], ids=str
+)
 def test_round_trip(shape: tuple[int, ...]) -> None:
     codes = draw(shape)
     model = model_with(codes)

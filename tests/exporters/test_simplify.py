@@ -18,7 +18,9 @@ def ints(name: str, *values: int) -> onnx.TensorProto:
     return helper.make_tensor(name, I64, [len(values)], values)
 
 
-def model(nodes: list[onnx.NodeProto], initializers: list[onnx.TensorProto], inputs: list[object], outputs: list[object]) -> onnx.ModelProto:
+def model(
+    nodes: list[onnx.NodeProto], initializers: list[onnx.TensorProto], inputs: list[object], outputs: list[object]
+) -> onnx.ModelProto:
     graph = helper.make_graph(nodes, "g", [helper.make_tensor_value_info("x", F, inputs)],
                               [helper.make_tensor_value_info("y", F, outputs)], initializer=initializers)
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
@@ -28,8 +30,11 @@ def model(nodes: list[onnx.NodeProto], initializers: list[onnx.TensorProto], inp
 
 def batch_size() -> list[onnx.NodeProto]:
     """The size of x's first axis as torch's exporter writes it: a scalar that becomes a list of one."""
-    return [helper.make_node("Shape", ["x"], ["sizes"], start=0, end=1), helper.make_node("Squeeze", ["sizes"], ["number"]),
-            helper.make_node("Reshape", ["number", "one"], ["batch"])]
+    return [
+        helper.make_node("Shape", ["x"], ["sizes"], start=0, end=1),
+        helper.make_node("Squeeze", ["sizes"], ["number"]),
+        helper.make_node("Reshape", ["number", "one"], ["batch"]),
+    ]
 
 
 def reshaped(*sizes: object) -> onnx.ModelProto:
@@ -79,8 +84,11 @@ def test_what_inference_would_make_ambiguous_is_left(sizes: tuple[object, ...]) 
 
 
 def test_a_computed_size_of_several_numbers_is_left() -> None:
-    nodes = [helper.make_node("Shape", ["x"], ["sizes"], start=0, end=2), helper.make_node("Concat", ["sizes", "last"], ["shape"], axis=0),
-             helper.make_node("Reshape", ["x", "shape"], ["y"])]
+    nodes = [
+        helper.make_node("Shape", ["x"], ["sizes"], start=0, end=2),
+        helper.make_node("Concat", ["sizes", "last"], ["shape"], axis=0),
+        helper.make_node("Reshape", ["x", "shape"], ["y"]),
+    ]
     proto = model(nodes, [ints("last", 8)], ["N", "M", 8], [None, None, 8])
     graph = ir.from_proto(proto)
     assert infer_reshapes(graph.graph) == 0
@@ -88,9 +96,13 @@ def test_a_computed_size_of_several_numbers_is_left() -> None:
 
 
 def test_each_reshape_gets_its_own_sizes() -> None:
-    nodes = [*batch_size(),
-             helper.make_node("Concat", ["batch", "a"], ["s1"], axis=0), helper.make_node("Reshape", ["x", "s1"], ["r"]),
-             helper.make_node("Concat", ["batch", "b", "c"], ["s2"], axis=0), helper.make_node("Reshape", ["r", "s2"], ["y"])]
+    nodes = [
+        *batch_size(),
+        helper.make_node("Concat", ["batch", "a"], ["s1"], axis=0),
+        helper.make_node("Reshape", ["x", "s1"], ["r"]),
+        helper.make_node("Concat", ["batch", "b", "c"], ["s2"], axis=0),
+        helper.make_node("Reshape", ["r", "s2"], ["y"]),
+    ]
     before = model(nodes, [ints("one", -1), ints("a", 24), ints("b", 6), ints("c", 4)], ["N", 3, 8], [None, 6, 4])
     after = simplified(before)
     assert [n.op_type for n in after.graph.node] == ["Reshape", "Reshape"]
@@ -103,9 +115,13 @@ def quantized() -> onnx.ModelProto:
                  numpy_helper.from_array(rng.random(4).astype(np.float32) + 0.1, "w_scale"),
                  helper.make_tensor("s", F, [], [0.1]), helper.make_tensor("z", TensorProto.UINT8, [], [7]),
                  helper.make_tensor("top", TensorProto.UINT8, [], [15])]
-    nodes = [helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]), helper.make_node("Min", ["q", "top"], ["m"]),
-             helper.make_node("DequantizeLinear", ["m", "s", "z"], ["d"]), helper.make_node("DequantizeLinear", ["w", "w_scale"], ["v"], axis=0),
-             helper.make_node("Gemm", ["d", "v"], ["y"], transB=1)]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        helper.make_node("Min", ["q", "top"], ["m"]),
+        helper.make_node("DequantizeLinear", ["m", "s", "z"], ["d"]),
+        helper.make_node("DequantizeLinear", ["w", "w_scale"], ["v"], axis=0),
+        helper.make_node("Gemm", ["d", "v"], ["y"], transB=1),
+    ]
     return model(nodes, constants, ["N", 8], ["N", 4])
 
 

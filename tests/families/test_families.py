@@ -37,7 +37,19 @@ from repquant_fx.quantizers.observers import Observer
 from repquant_fx.recipe import LayerRule
 
 # one of each peculiarity is compiled in every run of the tests, the others where slow tests are asked for
-COMPILED = ("deit_distilled", "beit", "vit_qk_norm", "swin", "sam_hf", "opt_post_norm", "qwen2", "clip", "bert", "gpt2", "swin_features")
+COMPILED = (
+    "deit_distilled",
+    "beit",
+    "vit_qk_norm",
+    "swin",
+    "sam_hf",
+    "opt_post_norm",
+    "qwen2",
+    "clip",
+    "bert",
+    "gpt2",
+    "swin_features",
+)
 CASES = [pytest.param(name, id=name, marks=() if name in COMPILED else pytest.mark.slow) for name in FAMILIES]
 LANGUAGE = [name for name, family in FAMILIES.items() if family.axes is TEXT_AXES]
 CAUSAL = [name for name in LANGUAGE if not name.startswith("bert")]
@@ -68,16 +80,31 @@ def captured(name: str) -> Captured:
     example = family.inputs(2, 7, 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error", RepQuantWarning)
-        return capture(model(name), list(example.values()), input_names=keywords(example), dynamic_axes=family.free(list(example)),
-                       outputs=family.outputs)
+        return capture(
+            model(name),
+            list(example.values()),
+            input_names=keywords(example),
+            dynamic_axes=family.free(list(example)),
+            outputs=family.outputs,
+        )
 
 
 @functools.cache
 def compiled(name: str) -> CompiledModel:
     family = FAMILIES[name]
     example, names = family.inputs(2, 7, 0), keywords(family.inputs(2, 7, 0))
-    loaded = LoadedModel(model(name), None, tuple(example.values()), False, None, name, None if names is None else tuple(names),
-                         tuple(family.free(list(example))), family.outputs, float_modules=family.float_modules)
+    loaded = LoadedModel(
+        model(name),
+        None,
+        tuple(example.values()),
+        False,
+        None,
+        name,
+        None if names is None else tuple(names),
+        tuple(family.free(list(example))),
+        family.outputs,
+        float_modules=family.float_modules,
+    )
     data = [tuple(tensor[:4] for tensor in family.inputs(4, 9, seed).values()) for seed in (1, 2)]
     return compile(loaded, recipe=recipe(family), calibration=data, batch_size=4)
 
@@ -93,8 +120,12 @@ def test_captured_at_every_size(name: str) -> None:
     family, graph = FAMILIES[name], captured(name)
     normal = normalize(shared_copy(graph.graph_module))
     assert graph.eager_difference < 1e-5
-    assert graph.input_names == list(family.inputs(2, 7, 0)) and (family.outputs is None or tuple(graph.output_names) == family.outputs)
-    assert [node.meta[AXES] for node in graph.graph_module.graph.find_nodes(op="placeholder")] == family.free(graph.input_names)
+    assert graph.input_names == list(family.inputs(2, 7, 0)) and (
+        family.outputs is None or tuple(graph.output_names) == family.outputs
+    )
+    assert [node.meta[AXES] for node in graph.graph_module.graph.find_nodes(op="placeholder")] == family.free(
+        graph.input_names
+    )
     for size in SIZES:
         inputs = family.inputs(*size, 3)
         expected = eager(name, inputs)
@@ -115,11 +146,15 @@ def test_norms_and_softmaxes_are_matched(name: str) -> None:
     graph_module, plan = matched(name)
     used = set()
     for item in plan.left_alone:
-        globs = [glob for glob, reason in expected.items() if fnmatch.fnmatchcase(item.path, glob) and reason in item.reason]
+        globs = [
+            glob for glob, reason in expected.items() if fnmatch.fnmatchcase(item.path, glob) and reason in item.reason
+        ]
         assert globs, f"{item.operator} at {item.path}: {item.reason}"
         used.update(globs)
     assert used == set(expected)
-    norms, softmaxes = (sum(n.target in kind for n in graph_module.graph.nodes if n.op == "call_function") for kind in (NORMS, SOFTMAX))
+    norms, softmaxes = (
+        sum(n.target in kind for n in graph_module.graph.nodes if n.op == "call_function") for kind in (NORMS, SOFTMAX)
+    )
     assert softmaxes and norms
     rewritten = sum(g.norm is not None for g in plan.groups), sum(g.softmax is not None for g in plan.groups)
     assert sum(rewritten) + len(plan.left_alone) == norms + softmaxes
@@ -165,11 +200,17 @@ def test_linears_write_the_codes_that_are_promised(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_products_run_as_integer_kernels(name: str) -> None:
-    """ONNX Runtime fuses every product but those with a logarithmic operand: a lost fusion makes a file slower than the float model."""
+    """ONNX Runtime fuses every product but those with a logarithmic operand: a lost fusion makes a file slower than the
+    float model.
+    """
     kernels = compiled(name).report["kernels"]
     assert sum(kernel["integer"] for kernel in kernels) >= 5
     known = ("logarithmic operand", "a convolution has an integer kernel only where its output is quantized")
-    lost = [kernel for kernel in kernels if not kernel["integer"] and not any(reason in kernel["reason"] for reason in known)]
+    lost = [
+        kernel
+        for kernel in kernels
+        if not kernel["integer"] and not any(reason in kernel["reason"] for reason in known)
+    ]
     assert not lost
 
 
@@ -179,7 +220,9 @@ def test_onnx_runtime_agrees(name: str) -> None:
     family, result = FAMILIES[name], compiled(name)
     graph = captured(name)
     assert result.parity is not None and not result.parity.problems()
-    dims = [[d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim] for value in result.proto.graph.input]
+    dims = [
+        [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim] for value in result.proto.graph.input
+    ]
     for label, sizes, example in zip(graph.input_names, dims, family.inputs(2, 7, 0).values(), strict=True):
         names = family.free([label])[0]
         assert sizes == [names.get(axis, size) for axis, size in enumerate(example.shape)]
@@ -228,9 +271,12 @@ def later(inputs: Inputs) -> tuple[Inputs, Inputs, np.ndarray]:
     return inputs, other, same.numpy()
 
 
-HIDDEN = [pytest.param(name, change, id=f"{name}-{label}", marks=() if name in COMPILED else pytest.mark.slow)
-          for name in LANGUAGE
-          for label, change in (("left", padded(True)), ("right", padded(False)), ("causal", later)) if label != "causal" or name in CAUSAL]
+HIDDEN = [
+    pytest.param(name, change, id=f"{name}-{label}", marks=() if name in COMPILED else pytest.mark.slow)
+    for name in LANGUAGE
+    for label, change in (("left", padded(True)), ("right", padded(False)), ("causal", later))
+    if label != "causal" or name in CAUSAL
+]
 
 
 @pytest.mark.parametrize("name, change", HIDDEN)
@@ -242,7 +288,9 @@ def test_what_is_masked_is_hidden(name: str, change: Callable[[Inputs], tuple[In
     assert softmaxes
     for logits, probabilities in softmaxes:
         hidden = (logits < -1e30) & (logits > -1e30).any(-1, keepdim=True)  # in a row that sees something
-        assert bool(hidden.any()) and bool((probabilities[hidden] == 0).all()) and bool((probabilities[~hidden] > 0).any())
+        assert (
+            bool(hidden.any()) and bool((probabilities[hidden] == 0).all()) and bool((probabilities[~hidden] > 0).any())
+        )
     first, second = run(result, one), run(result, two)
     assert not np.array_equal(first, second)  # the change is one
     np.testing.assert_array_equal(first[seen], second[seen])

@@ -1,4 +1,5 @@
-"""Rotations in every family: where the flow allows one, the float graph stays what it was, with the operators it had."""
+"""Rotations in every family: where the flow allows one, the float graph stays what it was, with the operators it had.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +16,48 @@ from repquant_fx.passes.normal_form import normalize
 from repquant_fx.passes.rotate_vectors import RotateVectors
 from repquant_fx.pipeline.rotation import find_candidates, rotations
 
-# What must rotate: how many residual streams, and how many pairs of products of heads at least (values, and queries with keys).
+# What must rotate: how many residual streams, and how many pairs of products of heads at least (values, and queries
+# with keys).
 EXPECTED = {
-    "vit": (1, 2), "deit_distilled": (1, 2), "beit": (1, 2), "dinov2_registers": (1, 2), "vit_layer_scale": (1, 2), "vit_average": (1, 2),
-    "vit_average_late": (1, 2), "vit_no_affine": (1, 2), "vit_qk_norm": (1, 1), "clip_image_timm": (0, 2), "swin": (1, 4), "swin_hf": (1, 4),
-    "sam_timm": (1, 2), "sam_hf": (1, 2), "opt": (1, 2), "llama": (1, 1), "mistral": (1, 1), "qwen2": (1, 1), "qwen3": (1, 1), "gpt2": (1, 2),
-    "bert": (0, 2), "bert_masked": (0, 2), "clip": (1, 4), "vit_hf": (1, 2), "yolos": (1, 2), "dinov2_hf": (0, 2),
+    "vit": (1, 2),
+    "deit_distilled": (1, 2),
+    "beit": (1, 2),
+    "dinov2_registers": (1, 2),
+    "vit_layer_scale": (1, 2),
+    "vit_average": (1, 2),
+    "vit_average_late": (1, 2),
+    "vit_no_affine": (1, 2),
+    "vit_qk_norm": (1, 1),
+    "clip_image_timm": (0, 2),
+    "swin": (1, 4),
+    "swin_hf": (1, 4),
+    "sam_timm": (1, 2),
+    "sam_hf": (1, 2),
+    "opt": (1, 2),
+    "llama": (1, 1),
+    "mistral": (1, 1),
+    "qwen2": (1, 1),
+    "qwen3": (1, 1),
+    "gpt2": (1, 2),
+    "bert": (0, 2),
+    "bert_masked": (0, 2),
+    "clip": (1, 4),
+    "vit_hf": (1, 2),
+    "yolos": (1, 2),
+    "dinov2_hf": (0, 2),
 }
 
 
 def captured(family: Family) -> tuple[GraphModule, list[torch.Tensor]]:
     inputs = family.inputs(2, 12, 0)
     names = [n for n in inputs if n != "x"] or None
-    found = capture(family.model(), tuple(inputs.values()), input_names=names, dynamic_axes=family.free(list(inputs)), outputs=family.outputs)
+    found = capture(
+        family.model(),
+        tuple(inputs.values()),
+        input_names=names,
+        dynamic_axes=family.free(list(inputs)),
+        outputs=family.outputs,
+    )
     graph_module = normalize(found.graph_module)
     other = family.inputs(3, 12, 1)
     return graph_module, [other[n] for n in found.input_names] if names else list(other.values())
@@ -56,7 +86,9 @@ def test_rotations_are_identities_that_add_no_operator(name: str) -> None:
     assert Counter(n.target for n in rotated.graph.nodes if n.op == "call_function") == operators
     changed = [c.path for c in possible]
     if changed:  # something was really rotated
-        assert any(not torch.equal(p, q) for p, q in zip(_constants(graph_module), _constants(rotated)) if p.shape == q.shape)
+        assert any(
+            not torch.equal(p, q) for p, q in zip(_constants(graph_module), _constants(rotated)) if p.shape == q.shape
+        )
 
 
 def _constants(graph_module: GraphModule) -> list[torch.Tensor]:

@@ -13,11 +13,18 @@ from repquant_fx.frontends import architectures as arch
 
 
 def test_specification_is_parsed() -> None:
-    found = arch.parse_architecture("timm:swin_tiny,depths=(2,4),num_heads=[1, 2],drop_rate=.5,global_pool=avg,act='a,b',qk=None,"
-                                    "pretrained")
+    found = arch.parse_architecture(
+        "timm:swin_tiny,depths=(2,4),num_heads=[1, 2],drop_rate=.5,global_pool=avg,act='a,b',qk=None,pretrained"
+    )
     assert (found.library, found.name, found.pretrained) == ("timm", "swin_tiny", True)
-    assert found.options == {"depths": (2, 4), "num_heads": [1, 2], "drop_rate": 0.5, "global_pool": "avg", "act": "a,b",
-                             "qk": None}
+    assert found.options == {
+        "depths": (2, 4),
+        "num_heads": [1, 2],
+        "drop_rate": 0.5,
+        "global_pool": "avg",
+        "act": "a,b",
+        "qk": None,
+    }
     assert arch.parse_architecture("timm:vit_tiny_patch16_224.augreg_in21k").name == "vit_tiny_patch16_224.augreg_in21k"
     assert not arch.parse_architecture("timm:x,pretrained=False").pretrained
 

@@ -18,8 +18,11 @@ from repquant_fx.passes.normal_form import normalize
 aten = torch.ops.aten
 
 
-@pytest.mark.parametrize("make, data", [(vit, images), (swin, images), (lambda: redraw(Encoder(causal=True)), sequences)],
-                         ids=["vit", "swin", "causal"])
+@pytest.mark.parametrize(
+    "make, data",
+    [(vit, images), (swin, images), (lambda: redraw(Encoder(causal=True)), sequences)],
+    ids=["vit", "swin", "causal"],
+)
 def test_equals_eager_and_takes_other_batch_sizes(make, data) -> None:
     model, x = make(), data(7)
     captured = capture(model, [x[:2]])
@@ -44,7 +47,7 @@ class MaskedAttention(nn.Module):
 
 def qkv(heads: int = 2, kv_heads: int = 2) -> tuple[Tensor, Tensor, Tensor]:
     g = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(3, h, 5, 4, generator=g) for h in (heads, kv_heads, kv_heads))  # type: ignore[return-value]
+    return tuple(torch.randn(3, h, 5, 4, generator=g) for h in (heads, kv_heads, kv_heads))
 
 
 @pytest.mark.parametrize("kind", ["boolean", "float"])
@@ -56,7 +59,8 @@ def test_masks(kind: str) -> None:
     inputs = (*qkv(), mask)
     captured = capture(MaskedAttention(), inputs)
     assert captured.eager_difference < 1e-5
-    flipped = (*qkv(), mask.flip(-1) if kind == "float" else mask | mask.flip(-2))  # the mask is an input, not a constant
+    # the mask is an input, not a constant
+    flipped = (*qkv(), mask.flip(-1) if kind == "float" else mask | mask.flip(-2))
     assert relative(output(captured.graph_module, *flipped), MaskedAttention()(*flipped)) < 1e-5
 
 
@@ -71,7 +75,9 @@ def test_boolean_mask_hides_exactly() -> None:
     assert bool(torch.isfinite(decompose_attention(q, k, v, mask)).all())
 
 
-@pytest.mark.parametrize("options", [{"is_causal": True}, {"scale": 0.3}, {"enable_gqa": True}, {"enable_gqa": True, "is_causal": True}])
+@pytest.mark.parametrize(
+    "options", [{"is_causal": True}, {"scale": 0.3}, {"enable_gqa": True}, {"enable_gqa": True, "is_causal": True}]
+)
 def test_attention_options(options: dict[str, object]) -> None:
     q, k, v = qkv(4, 2) if "enable_gqa" in options else qkv()
     expected = nn.functional.scaled_dot_product_attention(q, k, v, **options)  # type: ignore[arg-type]
@@ -133,7 +139,8 @@ def test_the_model_is_left_alone() -> None:
     before = {k: v.clone() for k, v in model.state_dict().items()}
     graph_module = capture(model, [sequences(2)]).graph_module
     normalize(graph_module)
-    assert {p.data_ptr() for p in graph_module.parameters()} <= {p.data_ptr() for p in model.parameters()}  # no copy is made
+    # no copy is made
+    assert {p.data_ptr() for p in graph_module.parameters()} <= {p.data_ptr() for p in model.parameters()}
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.requires_grad for p in model.parameters())
     assert not any(p.requires_grad for p in graph_module.parameters())
@@ -184,7 +191,11 @@ AXES_OF_NAMED = ({0: "batch", 1: "sequence"}, {0: "batch"}, {0: "batch", 1: "seq
 def test_inputs_by_name() -> None:
     model, example = redraw(Named()), named(2, 5)
     captured = capture(model, list(example.values()), input_names=list(example), dynamic_axes=AXES_OF_NAMED)
-    assert captured.input_names == ["mask", "extra", "ids"] and captured.output_names == ["logits", "hidden.0", "hidden.1"]
+    assert captured.input_names == ["mask", "extra", "ids"] and captured.output_names == [
+        "logits",
+        "hidden.0",
+        "hidden.1",
+    ]
     placeholders = captured.graph_module.graph.find_nodes(op="placeholder")
     assert [node.target for node in placeholders] == captured.input_names
     assert tuple(node.meta[AXES] for node in placeholders) == AXES_OF_NAMED

@@ -49,7 +49,9 @@ def program_bytes() -> bytes:
 def rewritten(change: Callable[[dict[str, bytes]], None]) -> bytes:
     """The program's archive after `change` to its records."""
     reader = torch._C.PyTorchFileReader(io.BytesIO(program_bytes()))
-    records = {name: bytes(reader.get_record(name)) for name in reader.get_all_records() if not name.startswith(".data")}
+    records = {
+        name: bytes(reader.get_record(name)) for name in reader.get_all_records() if not name.startswith(".data")
+    }
     change(records)
     buffer = io.BytesIO()
     writer = torch._C.PyTorchFileWriter(buffer)
@@ -127,7 +129,11 @@ def hostile(kind: str, sentinel: Path) -> bytes:
 
     def rename(document: Any, new: str = f"x=({code})") -> None:
         quoted = json.dumps(new)
-        text = json.dumps(document).replace('"name": "x"', f'"name": {quoted}').replace('"x": {"dtype"', f'{quoted}: {{"dtype"')
+        text = (
+            json.dumps(document)
+            .replace('"name": "x"', f'"name": {quoted}')
+            .replace('"x": {"dtype"', f'{quoted}: {{"dtype"')
+        )
         document.clear()
         document.update(json.loads(text))
 
@@ -178,16 +184,33 @@ def hostile(kind: str, sentinel: Path) -> bytes:
     def library(records: dict[str, bytes]) -> None:
         records["data/aotinductor/model/x.so"] = b"\x7fELF"
 
-    return rewritten({"samples": samples, "pickled weight": pickled_weight, "legacy weights": legacy_weights, "library": library,
-                      "custom object": constants("custom_obj_0"), "opaque object": constants("opaque_obj_0")}[kind])
+    return rewritten(
+        {
+            "samples": samples,
+            "pickled weight": pickled_weight,
+            "legacy weights": legacy_weights,
+            "library": library,
+            "custom object": constants("custom_obj_0"),
+            "opaque object": constants("opaque_obj_0"),
+        }[kind]
+    )
 
 
 HOSTILE = {
-    "expression": "expr_str", "expression hidden as metadata": "expr_str", "target": "target", "placeholder name": "name",
-    "attribute name": "is not a name", "tree spec": "out_spec", "argument names": "forward_arg_names",
+    "expression": "expr_str",
+    "expression hidden as metadata": "expr_str",
+    "target": "target",
+    "placeholder name": "name",
+    "attribute name": "is not a name",
+    "tree spec": "out_spec",
+    "argument names": "forward_arg_names",
     "counting": "u99999999999",
-    "samples": SAMPLES, "pickled weight": "fc.weight", "legacy weights": "data/weights/model.pt", "library": "aotinductor",
-    "custom object": "custom_obj_0", "opaque object": "opaque_obj_0",
+    "samples": SAMPLES,
+    "pickled weight": "fc.weight",
+    "legacy weights": "data/weights/model.pt",
+    "library": "aotinductor",
+    "custom object": "custom_obj_0",
+    "opaque object": "opaque_obj_0",
 }
 
 
@@ -211,27 +234,65 @@ def test_the_attacks_are_real(kind: str, tmp_path: Path) -> None:
     assert sentinel.exists()
 
 
-@pytest.mark.parametrize("text", [
-    "Symbol('s77', positive=True, integer=True)", "Mul(Integer(2), Symbol('s0', integer=True))", "s0", "FloorDiv(s0, 2)",
-    "Equality(Symbol('u0'), Integer(-1))", "Pow(Symbol('s0'), Integer(2))", "Float('0.5', precision=53)", "Max(Integer(1), s3)"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Symbol('s77', positive=True, integer=True)",
+        "Mul(Integer(2), Symbol('s0', integer=True))",
+        "s0",
+        "FloorDiv(s0, 2)",
+        "Equality(Symbol('u0'), Integer(-1))",
+        "Pow(Symbol('s0'), Integer(2))",
+        "Float('0.5', precision=53)",
+        "Max(Integer(1), s3)",
+    ],
+)
 def test_expressions_of_torch_pass(text: str) -> None:
     assert is_safe_expression(text)
 
 
-@pytest.mark.parametrize("text", [
-    "__import__('os').system('x')", "Symbol('__import__')", "Add('1+1', 2)", "Integer('1')", "s0.__class__", "[s0 for s0 in x]",
-    "lambda: 0", "S('1')", "sympify('x')", "Symbol('s0')(1)", "Pow(Integer(9), Integer(999999999))", "eval", "9**9",
-    "Pow(Integer(9), Pow(Integer(9), Integer(9)))", "Symbol(name='s0')",
-    "Symbol('s0', commutative='x')", "(", "Add(*x)", "f's0'"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "__import__('os').system('x')",
+        "Symbol('__import__')",
+        "Add('1+1', 2)",
+        "Integer('1')",
+        "s0.__class__",
+        "[s0 for s0 in x]",
+        "lambda: 0",
+        "S('1')",
+        "sympify('x')",
+        "Symbol('s0')(1)",
+        "Pow(Integer(9), Integer(999999999))",
+        "eval",
+        "9**9",
+        "Pow(Integer(9), Pow(Integer(9), Integer(9)))",
+        "Symbol(name='s0')",
+        "Symbol('s0', commutative='x')",
+        "(",
+        "Add(*x)",
+        "f's0'",
+    ],
+)
 def test_other_expressions_do_not(text: str) -> None:
     assert not is_safe_expression(text)
 
 
 def test_targets() -> None:
     good = ["torch.ops.aten.linear.default", "torch.ops.aten.sym_size.int", "_operator.mul", "torch.sym_max"]
-    bad = ["torch.os.system", "torch.hub.load", "torch.ops.aten.from_file.default", "torch.ops.aten.nothing.default",
-           "_operator.call", "torch.ops.load_library", "torch.ops.aten.linear.default.__class__", "_operator.attrgetter",
-           "math.os", "#x:y"]
+    bad = [
+        "torch.os.system",
+        "torch.hub.load",
+        "torch.ops.aten.from_file.default",
+        "torch.ops.aten.nothing.default",
+        "_operator.call",
+        "torch.ops.load_library",
+        "torch.ops.aten.linear.default.__class__",
+        "_operator.attrgetter",
+        "math.os",
+        "#x:y",
+    ]
     assert [target for target in good if not is_safe_target(target)] == []
     assert [target for target in bad if is_safe_target(target)] == []
 

@@ -1,4 +1,5 @@
-"""transformers models: directories, tasks, what a model takes and gives, image processors, and the whole way to ONNX."""
+"""transformers models: directories, tasks, what a model takes and gives, image processors, and the whole way to ONNX.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +22,25 @@ from repquant_fx.frontends.memory import from_memory
 from repquant_fx.frontends.processor import load_preprocessing
 from repquant_fx.frontends.tasks import TASKS, task_of
 
-FAST = Recipe(gptq=False, correction=False, clipping="none", activations="minmax", weights="minmax", softmax_scale="percentile")
-TASK = {"opt": "causal-lm", "llama": "causal-lm", "bert": "text-classification", "clip": "zero-shot-image-classification",
-        "vit": "image-classification", "sam": "mask-generation"}
-NAMES = {"opt": ("input_ids", "attention_mask"), "llama": ("input_ids", "attention_mask"), "bert": ("input_ids", "attention_mask"),
-         "clip": ("input_ids", "attention_mask", "pixel_values"), "vit": ("pixel_values",), "sam": ("pixel_values", "input_points")}
+FAST = Recipe(
+    gptq=False, correction=False, clipping="none", activations="minmax", weights="minmax", softmax_scale="percentile"
+)
+TASK = {
+    "opt": "causal-lm",
+    "llama": "causal-lm",
+    "bert": "text-classification",
+    "clip": "zero-shot-image-classification",
+    "vit": "image-classification",
+    "sam": "mask-generation",
+}
+NAMES = {
+    "opt": ("input_ids", "attention_mask"),
+    "llama": ("input_ids", "attention_mask"),
+    "bert": ("input_ids", "attention_mask"),
+    "clip": ("input_ids", "attention_mask", "pixel_values"),
+    "vit": ("pixel_values",),
+    "sam": ("pixel_values", "input_points"),
+}
 SEQUENCE = {0: "batch", 1: "sequence"}
 
 
@@ -45,12 +60,14 @@ def edit(folder: Path, **changes: Any) -> Path:
 
 def rename(folder: Path, *, drop: str = "", add: dict[str, Tensor] | None = None) -> Path:
     """Take weights out of, or put weights into, `model.safetensors`."""
-    weights = {name: tensor for name, tensor in load_file(folder / "model.safetensors").items() if not drop or drop not in name}
+    weights = {
+        name: tensor for name, tensor in load_file(folder / "model.safetensors").items() if not drop or drop not in name
+    }
     save_file({**weights, **(add or {})}, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 
-# ---- what a model takes and gives ------------------------------------------------------------------------------------------------
+# ---- what a model takes and gives ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -77,7 +94,8 @@ def test_a_model_in_memory_is_described_like_its_directory_and_left_as_it_is(nam
     assert all(torch.equal(a, b) for a, b in zip(stored.example_inputs, held.example_inputs))
     assert model.config.to_dict() == before
     assert held.module is not None and held.module is not model
-    assert {t.data_ptr() for t in held.module.parameters()} == {t.data_ptr() for t in model.parameters()}  # no second copy of the weights
+    # no second copy of the weights
+    assert {t.data_ptr() for t in held.module.parameters()} == {t.data_ptr() for t in model.parameters()}
 
 
 def test_examples_of_text_are_in_the_vocabulary_padded_and_no_longer_than_the_model_takes() -> None:
@@ -90,15 +108,23 @@ def test_examples_of_text_are_in_the_vocabulary_padded_and_no_longer_than_the_mo
 
 
 def test_a_table_of_positions_that_counts_from_behind_its_padding_takes_fewer_tokens() -> None:
-    config = transformers.RobertaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8,
-                                        max_position_embeddings=20)
+    config = transformers.RobertaConfig(
+        vocab_size=9,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=8,
+        max_position_embeddings=20,
+    )
     assert from_memory(transformers.RobertaForMaskedLM(config).eval()).example_inputs[0].shape == (2, 18)
 
 
 def test_outputs_by_task_have_no_cache_among_them() -> None:
     model = make("llama")
     assert model.config.use_cache is True
-    assert set(run(from_memory(model))) == {"logits"} and "past_key_values" in model(torch.zeros(1, 3, dtype=torch.int64))
+    assert set(run(from_memory(model))) == {"logits"} and "past_key_values" in model(
+        torch.zeros(1, 3, dtype=torch.int64)
+    )
 
 
 def test_texts_and_images_of_two_towers_are_counted_apart() -> None:
@@ -112,12 +138,19 @@ def test_texts_and_images_of_two_towers_are_counted_apart() -> None:
 def test_only_the_image_encoder_of_a_promptable_model_is_quantized() -> None:
     model = make("sam")
     globs = from_memory(model).float_modules
-    assert {glob for glob in globs if not glob.endswith(".*")} == {name for name, _ in model.named_children()} - {"vision_encoder"}
-    rule = {"layers": [{"match": "mask_decoder.iou_prediction_head.*", "skip": False}]}  # the user's rules come later and win
-    report = compile(model, recipe=Recipe.from_dict({**FAST.to_dict(), **rule}), samples=8, batch_size=4, check=False).report
+    assert {glob for glob in globs if not glob.endswith(".*")} == {name for name, _ in model.named_children()} - {
+        "vision_encoder"
+    }
+    # the user's rules come later and win
+    rule = {"layers": [{"match": "mask_decoder.iou_prediction_head.*", "skip": False}]}
+    report = compile(
+        model, recipe=Recipe.from_dict({**FAST.to_dict(), **rule}), samples=8, batch_size=4, check=False
+    ).report
     paths = [layer["path"] for layer in report["layers"]]
     assert {path.split(".")[0] for path in paths} == {"vision_encoder", "mask_decoder"}
-    assert all(path.startswith("mask_decoder.iou_prediction_head") for path in paths if not path.startswith("vision_encoder"))
+    assert all(
+        path.startswith("mask_decoder.iou_prediction_head") for path in paths if not path.startswith("vision_encoder")
+    )
 
 
 def test_input_shape_and_inputs_by_name() -> None:
@@ -128,17 +161,30 @@ def test_input_shape_and_inputs_by_name() -> None:
         from_memory(make("vit"), input_shape=(3, 9, 9))
     ids = torch.arange(10).reshape(2, 5)
     loaded = from_memory(make("llama"), example_inputs={"input_ids": ids})
-    assert loaded.input_names == ("input_ids",) and loaded.dynamic_axes == (SEQUENCE,) and torch.equal(loaded.example_inputs[0], ids)
+    assert (
+        loaded.input_names == ("input_ids",)
+        and loaded.dynamic_axes == (SEQUENCE,)
+        and torch.equal(loaded.example_inputs[0], ids)
+    )
 
 
 def test_a_model_of_sound_is_told_what_to_do() -> None:
-    config = transformers.Wav2Vec2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, conv_dim=(8,),
-                                         conv_stride=(2,), conv_kernel=(2,), num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2)
+    config = transformers.Wav2Vec2Config(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        conv_dim=(8,),
+        conv_stride=(2,),
+        conv_kernel=(2,),
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+    )
     with pytest.raises(InputError, match=r"takes input_values.*\.pt2"):
         from_memory(transformers.Wav2Vec2Model(config).eval())
 
 
-# ---- directories -----------------------------------------------------------------------------------------------------------------
+# ---- directories -----------------------------------------------------------------------------------------------------
 
 
 def test_tasks_are_deduced_from_the_class() -> None:
@@ -184,7 +230,9 @@ def test_a_trunk_without_the_pooler_it_was_never_trained_with(tmp_path: Path) ->
     save("vit", tmp_path)
     with pytest.warns(RepQuantWarning, match="classifier"):
         loaded = load_model(tmp_path, task="feature-extraction")
-    assert loaded.outputs == ("last_hidden_state",) and not any("pooler" in name for name, _ in loaded.module.named_parameters())  # type: ignore[union-attr]
+    assert loaded.outputs == ("last_hidden_state",) and not any(
+        "pooler" in name for name, _ in loaded.module.named_parameters()
+    )
 
 
 def test_a_configuration_without_architectures_gives_features(tmp_path: Path) -> None:
@@ -199,11 +247,15 @@ def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
     assert loaded.tokenizer("the fox")["input_ids"] == tokenizer()("the fox")["input_ids"]  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("name, task, words", [
-    ("llama", "translation", ["no task 'translation'", *TASKS]), ("vit", "causal-lm", ["cannot do causal-lm", "image-classification"]),
-    ("llama", "text-classification", ["lacks 1 weights", "score.weight", "choose the task"]),
-    ("bert", "masked-lm", ["cls.predictions", "choose the task"]),
-])
+@pytest.mark.parametrize(
+    "name, task, words",
+    [
+        ("llama", "translation", ["no task 'translation'", *TASKS]),
+        ("vit", "causal-lm", ["cannot do causal-lm", "image-classification"]),
+        ("llama", "text-classification", ["lacks 1 weights", "score.weight", "choose the task"]),
+        ("bert", "masked-lm", ["cls.predictions", "choose the task"]),
+    ],
+)
 def test_tasks_that_a_model_cannot_do(name: str, task: str, words: list[str], tmp_path: Path) -> None:
     save(name, tmp_path)
     with pytest.raises(InputError) as caught:
@@ -211,19 +263,32 @@ def test_tasks_that_a_model_cannot_do(name: str, task: str, words: list[str], tm
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
-@pytest.mark.parametrize("spoil, words", [
-    (lambda d: edit(d, auto_map={"AutoModel": "modeling_x.X"}), ["code of its own", "modeling_x.X"]),
-    (lambda d: edit(d, model_type="no_such_model"), ["does not describe a model", "no_such_model"]),
-    (lambda d: edit(d, quantization_config={"quant_method": "gptq"}), ["already quantized"]),
-    (lambda d: edit(d, num_hidden_layers=2), ["lacks", "layers.1."]), (lambda d: edit(d, hidden_size=8), ["cannot be loaded"]),
-    (lambda d: (d / "config.json").write_text("{"), ["not valid JSON"]), (lambda d: (d / "config.json").write_text("[]"), ["object"]),
-    (lambda d: (d / "config.json").unlink(), ["without config.json"]), (lambda d: (d / "model.safetensors").unlink(), ["no weights"]),
-    (lambda d: (d / "model.safetensors").write_bytes(b"x" * 100), ["cannot be loaded"]), (lambda d: rename(d, drop="lm_head"), ["lm_head.weight"]),
-    (lambda d: rename(d, add={"model.layers.1.mlp.up_proj.weight": torch.zeros(2)}), ["no place for", "layers.1"]),
-    (lambda d: rename(d, add={"model.layers.0.self_attn.q_proj.bias": torch.zeros(2)}), ["no place for", "q_proj.bias"]),
-    (lambda d: rename(d, drop="lm_head", add={"lm_head.weight": torch.full((VOCABULARY, 16), torch.nan)}), ["NaN", "lm_head.weight"]),
-    (lambda d: (d / "tokenizer.json").write_text("{"), ["tokenizer", "cannot be read"]),
-])
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (lambda d: edit(d, auto_map={"AutoModel": "modeling_x.X"}), ["code of its own", "modeling_x.X"]),
+        (lambda d: edit(d, model_type="no_such_model"), ["does not describe a model", "no_such_model"]),
+        (lambda d: edit(d, quantization_config={"quant_method": "gptq"}), ["already quantized"]),
+        (lambda d: edit(d, num_hidden_layers=2), ["lacks", "layers.1."]),
+        (lambda d: edit(d, hidden_size=8), ["cannot be loaded"]),
+        (lambda d: (d / "config.json").write_text("{"), ["not valid JSON"]),
+        (lambda d: (d / "config.json").write_text("[]"), ["object"]),
+        (lambda d: (d / "config.json").unlink(), ["without config.json"]),
+        (lambda d: (d / "model.safetensors").unlink(), ["no weights"]),
+        (lambda d: (d / "model.safetensors").write_bytes(b"x" * 100), ["cannot be loaded"]),
+        (lambda d: rename(d, drop="lm_head"), ["lm_head.weight"]),
+        (lambda d: rename(d, add={"model.layers.1.mlp.up_proj.weight": torch.zeros(2)}), ["no place for", "layers.1"]),
+        (
+            lambda d: rename(d, add={"model.layers.0.self_attn.q_proj.bias": torch.zeros(2)}),
+            ["no place for", "q_proj.bias"],
+        ),
+        (
+            lambda d: rename(d, drop="lm_head", add={"lm_head.weight": torch.full((VOCABULARY, 16), torch.nan)}),
+            ["NaN", "lm_head.weight"],
+        ),
+        (lambda d: (d / "tokenizer.json").write_text("{"), ["tokenizer", "cannot be read"]),
+    ],
+)
 def test_directories_that_are_refused(spoil: Any, words: list[str], tmp_path: Path) -> None:
     save("llama", tmp_path)
     spoil(tmp_path)
@@ -264,20 +329,33 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, tmp_path:
         load_model("hf:nobody/no-such-model")
 
 
-# ---- image processors ------------------------------------------------------------------------------------------------------------
+# ---- image processors ------------------------------------------------------------------------------------------------
 
 
 def processed(folder: Path, image: Any) -> Tensor:
-    tensor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)(image, return_tensors="pt")["pixel_values"]
+    tensor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)(image, return_tensors="pt")[
+        "pixel_values"
+    ]
     return tensor[0] if isinstance(tensor, Tensor) else torch.as_tensor(np.asarray(tensor[0]))
 
 
-@pytest.mark.parametrize("kind, settings", [
-    ("ViTImageProcessor", {"size": {"height": 16, "width": 16}, "resample": 3, "image_mean": [0.2, 0.3, 0.4], "image_std": [0.5, 0.6, 0.7]}),
-    ("CLIPImageProcessor", {"size": {"shortest_edge": 20}, "crop_size": {"height": 16, "width": 16}}),
-    ("ViTImageProcessor", {"size": {"height": 16, "width": 16}, "do_normalize": False}),
-    ("ViTImageProcessor", {"size": {"height": 16, "width": 16}, "rescale_factor": 1 / 127.5}),
-])
+@pytest.mark.parametrize(
+    "kind, settings",
+    [
+        (
+            "ViTImageProcessor",
+            {
+                "size": {"height": 16, "width": 16},
+                "resample": 3,
+                "image_mean": [0.2, 0.3, 0.4],
+                "image_std": [0.5, 0.6, 0.7],
+            },
+        ),
+        ("CLIPImageProcessor", {"size": {"shortest_edge": 20}, "crop_size": {"height": 16, "width": 16}}),
+        ("ViTImageProcessor", {"size": {"height": 16, "width": 16}, "do_normalize": False}),
+        ("ViTImageProcessor", {"size": {"height": 16, "width": 16}, "rescale_factor": 1 / 127.5}),
+    ],
+)
 def test_image_folders_are_prepared_as_the_processor_does(kind: str, settings: dict[str, Any], tmp_path: Path) -> None:
     from PIL import Image
 
@@ -289,18 +367,30 @@ def test_image_folders_are_prepared_as_the_processor_does(kind: str, settings: d
     image = Image.fromarray(np.stack([3 * x + y, 2 * x + 4 * y, 5 * x], -1).astype(np.uint8) // 2)
     image.save(tmp_path / "x.png")
     preprocessing = load_model(tmp_path).preprocessing
-    assert preprocessing is not None and preprocessing["input_size"] == [3, 16, 16] and json.loads(json.dumps(preprocessing)) == preprocessing
+    assert (
+        preprocessing is not None
+        and preprocessing["input_size"] == [3, 16, 16]
+        and json.loads(json.dumps(preprocessing)) == preprocessing
+    )
     ours, theirs = ImageReader(preprocessing, (3, 16, 16))(tmp_path / "x.png"), processed(tmp_path, image)
     assert isinstance(ours, Tensor) and ours.shape == theirs.shape
-    assert float((ours - theirs).abs().max()) < 0.05 * float(theirs.max() - theirs.min())  # their filters round differently
+    # their filters round differently
+    assert float((ours - theirs).abs().max()) < 0.05 * float(theirs.max() - theirs.min())
 
 
 def test_a_processor_that_leads_to_no_one_size_says_so(tmp_path: Path) -> None:
     save("sam", tmp_path)
-    transformers.SamImageProcessor(size={"longest_edge": 32}, pad_size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    transformers.SamImageProcessor(size={"longest_edge": 32}, pad_size={"height": 32, "width": 32}).save_pretrained(
+        tmp_path
+    )
     with pytest.warns(RepQuantWarning, match="32x32 as a whole"):
         found = load_model(tmp_path).preprocessing
-    assert found is not None and found["input_size"] == [3, 32, 32] and found["crop_mode"] == "squash" and found["mean"][0] == pytest.approx(0.485)
+    assert (
+        found is not None
+        and found["input_size"] == [3, 32, 32]
+        and found["crop_mode"] == "squash"
+        and found["mean"][0] == pytest.approx(0.485)
+    )
 
 
 def test_a_processor_that_cannot_be_read_is_no_obstacle(tmp_path: Path) -> None:
@@ -311,7 +401,7 @@ def test_a_processor_that_cannot_be_read_is_no_obstacle(tmp_path: Path) -> None:
     assert load_preprocessing(tmp_path / "nowhere", None) is None
 
 
-# ---- the whole way ---------------------------------------------------------------------------------------------------------------
+# ---- the whole way ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -324,9 +414,14 @@ def test_models_in_memory_become_files_that_take_any_size(name: str) -> None:
     assert loaded.outputs == tuple(o.name for o in session.get_outputs())
     for texts, length, images in ((1, 7, 1), (3, 20, 5)):
         ids = torch.randint(0, VOCABULARY, (texts, length), generator=torch.Generator().manual_seed(length))
-        made = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(images, *loaded.example_inputs[-1].shape[1:])
-                if "pixel_values" == loaded.input_names[-1] else torch.randn(images, 3, 32, 32),  # type: ignore[index]
-                "input_points": torch.rand(images, 1, 2, 2) * 32}
+        made = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "pixel_values": torch.randn(images, *loaded.example_inputs[-1].shape[1:])
+            if "pixel_values" == loaded.input_names[-1]
+            else torch.randn(images, 3, 32, 32),  # type: ignore[index]
+            "input_points": torch.rand(images, 1, 2, 2) * 32,
+        }
         feed = {key: made[key] for key in NAMES[name]}
         found = session.run(None, {key: value.numpy() for key, value in feed.items()})
         assert loaded.module is not None

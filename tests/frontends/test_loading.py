@@ -33,7 +33,12 @@ def same(found: nn.Module | None, expected: nn.Module) -> bool:
 
 def test_named_architecture() -> None:
     loaded = load_model(SPEC)
-    assert loaded.module is not None and loaded.exported is None and not loaded.module.training and not loaded.inputs_are_data
+    assert (
+        loaded.module is not None
+        and loaded.exported is None
+        and not loaded.module.training
+        and not loaded.inputs_are_data
+    )
     assert loaded.example_inputs[0].shape == (2, 3, 32, 32) and loaded.preprocessing is not None
     assert "vit_tiny" in loaded.source
 
@@ -42,7 +47,11 @@ def test_named_architecture() -> None:
 def test_pickled_module_whatever_its_suffix(name: str, tmp_path: Path) -> None:
     torch.save(nn.DataParallel(model()), tmp_path / name)
     loaded = load_model(tmp_path / name)
-    assert same(loaded.module, model()) and loaded.preprocessing is not None and loaded.preprocessing["input_size"] == [3, 32, 32]
+    assert (
+        same(loaded.module, model())
+        and loaded.preprocessing is not None
+        and loaded.preprocessing["input_size"] == [3, 32, 32]
+    )
 
 
 @pytest.mark.parametrize("key", [None, "state_dict", "model", "module", "model_state_dict", "model_ema"])

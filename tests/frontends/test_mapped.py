@@ -18,7 +18,16 @@ from repquant_fx.errors import ModelFileError
 from repquant_fx.frontends.huggingface import load_directory
 from repquant_fx.frontends.mapped import map_file
 
-FAST = Recipe(wbits=4, abits=8, gptq=False, correction=False, clipping="none", activations="minmax", weights="minmax", softmax_scale="percentile")
+FAST = Recipe(
+    wbits=4,
+    abits=8,
+    gptq=False,
+    correction=False,
+    clipping="none",
+    activations="minmax",
+    weights="minmax",
+    softmax_scale="percentile",
+)
 
 
 def on_disk(model: nn.Module) -> set[bool]:
@@ -55,8 +64,10 @@ def test_the_same_file(tmp_path: Path) -> None:
     save("llama", tmp_path / "model", with_tokenizer=True)
     (tmp_path / "text.txt").write_text("\n".join(LINES))
     before = (tmp_path / "model" / "model.safetensors").read_bytes()
-    plain, mapped = (compile(str(tmp_path / "model"), str(tmp_path / "text.txt"), FAST, samples=20, check=False, offload_dir=folder)
-                     for folder in (None, tmp_path / "scratch"))
+    plain, mapped = (
+        compile(str(tmp_path / "model"), str(tmp_path / "text.txt"), FAST, samples=20, check=False, offload_dir=folder)
+        for folder in (None, tmp_path / "scratch")
+    )
     assert plain.to_bytes() == mapped.to_bytes()
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
 
@@ -102,7 +113,9 @@ def test_takes_no_memory(tmp_path: Path) -> None:
     """100 MB of weights: what the process holds besides pages of files grows by less than a third of that."""
     import transformers
 
-    config = transformers.LlamaConfig(hidden_size=1024, intermediate_size=2048, num_hidden_layers=2, num_attention_heads=8, vocab_size=2048)
+    config = transformers.LlamaConfig(
+        hidden_size=1024, intermediate_size=2048, num_hidden_layers=2, num_attention_heads=8, vocab_size=2048
+    )
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     script = f"""
 import re

@@ -1,4 +1,5 @@
-"""Files of torch.save: the models people save load without consent, and nothing that a hostile file says is executed."""
+"""Files of torch.save: the models people save load without consent, and nothing that a hostile file says is executed.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +45,9 @@ def image_models() -> dict[str, Callable[[], nn.Module]]:
     return {
         "vit": lambda: timm.create_model("vit_tiny_patch16_224", depth=1, num_heads=3, **small),
         "deit": lambda: timm.create_model("deit_tiny_distilled_patch16_224", depth=1, num_heads=3, **small),
-        "swin": lambda: timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1), num_heads=(1, 1), window_size=4,
-                                          **small),
+        "swin": lambda: timm.create_model(
+            "swin_tiny_patch4_window7_224", depths=(1, 1), num_heads=(1, 1), window_size=4, **small
+        ),
         "torchvision": lambda: torchvision.models.VisionTransformer(32, 16, 1, 2, 8, 8),
         "convolutions": lambda: nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.BatchNorm2d(4), nn.GELU(), nn.Flatten()),
     }
@@ -80,7 +82,10 @@ def hub_models() -> dict[str, Callable[[], tuple[nn.Module, tuple[torch.Tensor, 
     text = {**width, "intermediate_size": 16, "vocab_size": 32, "eos_token_id": 2, "bos_token_id": 1}
     return {
         "vit": lambda: (t.ViTForImageClassification(t.ViTConfig(**vision)), (images,)),
-        "opt": lambda: (t.OPTForCausalLM(t.OPTConfig(**width, ffn_dim=16, vocab_size=32, word_embed_proj_dim=16)), (ids,)),
+        "opt": lambda: (
+            t.OPTForCausalLM(t.OPTConfig(**width, ffn_dim=16, vocab_size=32, word_embed_proj_dim=16)),
+            (ids,),
+        ),
         "llama": lambda: (t.LlamaForCausalLM(t.LlamaConfig(**text)), (ids,)),
         "clip": lambda: (t.CLIPModel(t.CLIPConfig(text_config=text, vision_config=vision)), (ids, images)),
     }
@@ -128,8 +133,18 @@ def hostile_values(sentinel: Path) -> dict[str, tuple[Any, str]]:
     }
 
 
-HOSTILE = ["os.system", "in a module", "in a state dict", "behind partial", "eval", "exec", "getattr", "graph module", "hub",
-           "import of another package"]
+HOSTILE = [
+    "os.system",
+    "in a module",
+    "in a state dict",
+    "behind partial",
+    "eval",
+    "exec",
+    "getattr",
+    "graph module",
+    "hub",
+    "import of another package",
+]
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -171,8 +186,16 @@ def _reduce_to(module: str, name: str) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("path", ["timm.models.vision_transformer.partial", "timm.models._helpers.load_state_dict",
-                                  "torchvision.models.get_model", "torch.nn.modules.module._WrappedHook", "timm.layers.os"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "timm.models.vision_transformer.partial",
+        "timm.models._helpers.load_state_dict",
+        "torchvision.models.get_model",
+        "torch.nn.modules.module._WrappedHook",
+        "timm.layers.os",
+    ],
+)
 def test_admitted_packages_do_not_admit_their_functions_and_imports(path: str) -> None:
     module, _, name = path.rpartition(".")
     with pytest.raises(ModelFileError, match="not known to be harmless"):

@@ -225,7 +225,7 @@ def test_an_output_of_a_type_that_no_array_has_is_refused(kind: torch.dtype) -> 
 
 @pytest.mark.parametrize("value", [0.0, 1e-20])
 def test_a_bias_far_above_the_steps_of_its_product(value: float) -> None:
-    """Activations that are constant on the calibration data, or a weight of tiny numbers: ONNX Runtime makes an int32 of
+    """Activations constant on the calibration data, or a weight of tiny numbers: ONNX Runtime makes an int32 of
     a bias in float, too, and lets it saturate.
     """
     x = torch.full((8, 4), value)

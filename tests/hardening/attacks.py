@@ -88,7 +88,10 @@ def zipped(members: Mapping[str, bytes]) -> bytes:
 def bomb(name: str, mebibytes: int = 32) -> bytes:
     """A small zip archive with one member of zeros."""
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive, archive.open(name, "w", force_zip64=True) as file:
+    with (
+        zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open(name, "w", force_zip64=True) as file,
+    ):
         zeros = bytes(1 << 24)
         for _ in range(mebibytes // 16 + 1):
             file.write(zeros)
@@ -102,7 +105,9 @@ def safetensors_header(header: bytes, length: int | None = None) -> bytes:
 
 @st.composite
 def damages(draw: st.DrawFn) -> Any:
-    """A function that damages bytes: cut short, cut out, or some bytes changed, at places drawn in shares of the length."""
+    """A function that damages bytes: cut short, cut out, or some bytes changed, at places drawn in shares of the
+    length.
+    """
     share = st.floats(0, 1, exclude_max=True)
     kind = draw(st.sampled_from(["truncate", "cut", "change"]))
     start, length = draw(share), draw(st.integers(1, 64))

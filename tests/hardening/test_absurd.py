@@ -57,11 +57,20 @@ def _cheap() -> Any:
     assert peak() - before < 1.5e9
 
 
-# ---- models ---------------------------------------------------------------------------------------------------------------
+# ---- models ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", ["embed_dim=1200000", "img_size=10000000", "num_classes=1000000000000", "in_chans=100000000", "mlp_ratio=1e9",
-                                     "depth=1000000"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        "embed_dim=1200000",
+        "img_size=10000000",
+        "num_classes=1000000000000",
+        "in_chans=100000000",
+        "mlp_ratio=1e9",
+        "depth=1000000",
+    ],
+)
 def test_architectures_beyond_the_memory(options: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "_MOST_MODULES", 1000)  # as it is, it takes seconds to count so far
     with pytest.raises(InputError, match="is too large"):
@@ -72,7 +81,9 @@ def test_the_architecture_that_a_file_names(tmp_path: Path) -> None:
     import safetensors.torch
 
     path = tmp_path / "m.safetensors"
-    path.write_bytes(safetensors.torch.save({"a": torch.ones(1)}, {"arch": "timm:vit_tiny_patch16_224,embed_dim=1200000"}))
+    path.write_bytes(
+        safetensors.torch.save({"a": torch.ones(1)}, {"arch": "timm:vit_tiny_patch16_224,embed_dim=1200000"})
+    )
     with pytest.raises(InputError, match="is too large"):
         load_model(path)
 
@@ -93,7 +104,9 @@ def test_input_shapes(shape: tuple[int, ...]) -> None:
         load_model(ARCH, input_shape=shape)
 
 
-@pytest.mark.parametrize("layer", [torch.nn.Upsample(scale_factor=1e5), torch.nn.ConstantPad2d(1 << 20, 0.0)], ids=["resized", "padded"])
+@pytest.mark.parametrize(
+    "layer", [torch.nn.Upsample(scale_factor=1e5), torch.nn.ConstantPad2d(1 << 20, 0.0)], ids=["resized", "padded"]
+)
 def test_results_beyond_the_memory(layer: torch.nn.Module) -> None:
     """What a pickled layer of torch may ask for is known before anything runs."""
     from repquant_fx.frontends.capture import capture
@@ -105,17 +118,33 @@ def test_results_beyond_the_memory(layer: torch.nn.Module) -> None:
 def bert(folder: Path, **changes: Any) -> Path:
     import transformers
 
-    config = transformers.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=40,
-                                     max_position_embeddings=32)
+    config = transformers.BertConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        vocab_size=40,
+        max_position_embeddings=32,
+    )
     transformers.BertForSequenceClassification(config).save_pretrained(folder)
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     return folder
 
 
-@pytest.mark.parametrize("changes", [{"hidden_size": 10**9}, {"vocab_size": 10**13}, {"intermediate_size": 10**12},
-                                     {"max_position_embeddings": 10**12}, {"num_hidden_layers": 10**9}, {"num_labels": 10**9},
-                                     {"text_config": {"num_hidden_layers": 10**9}}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": 10**9},
+        {"vocab_size": 10**13},
+        {"intermediate_size": 10**12},
+        {"max_position_embeddings": 10**12},
+        {"num_hidden_layers": 10**9},
+        {"num_labels": 10**9},
+        {"text_config": {"num_hidden_layers": 10**9}},
+    ],
+    ids=str,
+)
 def test_configurations(changes: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"is too large|asks for num_"):
         load_directory(bert(tmp_path, **changes))
@@ -125,9 +154,19 @@ def test_configurations(changes: dict[str, Any], tmp_path: Path) -> None:
 def test_sizes_of_an_image_processor(size: Any, tmp_path: Path) -> None:
     import transformers
 
-    transformers.ViTForImageClassification(transformers.ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-                                                                  image_size=32, patch_size=16)).save_pretrained(tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "ViTImageProcessor", "size": size}))
+    transformers.ViTForImageClassification(
+        transformers.ViTConfig(
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            image_size=32,
+            patch_size=16,
+        )
+    ).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({"image_processor_type": "ViTImageProcessor", "size": size})
+    )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -138,12 +177,19 @@ def test_sizes_of_an_image_processor(size: Any, tmp_path: Path) -> None:
             assert any("image processor" in str(warning.message) for warning in caught)
 
 
-# ---- archives and pickles -------------------------------------------------------------------------------------------------
+# ---- archives and pickles --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pickled, message", [
-    (as_key(doubling()), "nests tuples"), (as_key(deep()), "nests tuples"), (b"\x80\x05\x96" + (1 << 60).to_bytes(8, "little") + b".", "damaged"),
-    (b"\x80\x02" + b"]" * (17 << 20) + b".", "16 MiB")], ids=["doubling", "deep", "bytearray", "long"])
+@pytest.mark.parametrize(
+    "pickled, message",
+    [
+        (as_key(doubling()), "nests tuples"),
+        (as_key(deep()), "nests tuples"),
+        (b"\x80\x05\x96" + (1 << 60).to_bytes(8, "little") + b".", "damaged"),
+        (b"\x80\x02" + b"]" * (17 << 20) + b".", "16 MiB"),
+    ],
+    ids=["doubling", "deep", "bytearray", "long"],
+)
 def test_pickles_that_do_not_end(pickled: bytes, message: str, tmp_path: Path) -> None:
     for name, read in (("m.pt", load_model), ("a.pt", read_arrays)):
         (tmp_path / name).write_bytes(torch_zip(pickled))
@@ -158,12 +204,18 @@ def test_pickles_that_name_classes_without_end(tmp_path: Path) -> None:
         load_model(tmp_path / "m.pt")
 
 
-LISTS = b"]q\x00" + b"".join(b"](h" + bytes([level]) + b"h" + bytes([level]) + b"eq" + bytes([level + 1]) for level in range(60))
+LISTS = b"]q\x00" + b"".join(
+    b"](h" + bytes([level]) + b"h" + bytes([level]) + b"eq" + bytes([level + 1]) for level in range(60)
+)
 
 
-@pytest.mark.parametrize("pickled", [doubling(), LISTS, b"]q\0h\0a", as_key(deep())[2:-1]], ids=["tuples", "lists", "itself", "deep"])
+@pytest.mark.parametrize(
+    "pickled", [doubling(), LISTS, b"]q\0h\0a", as_key(deep())[2:-1]], ids=["tuples", "lists", "itself", "deep"]
+)
 def test_inputs_of_a_program_that_do_not_end(pickled: bytes, tmp_path: Path) -> None:
-    (tmp_path / "m.pt2").write_bytes(archive_of({**records_of(whole("pt2")), "data/sample_inputs/model.pt": torch_zip(b"\x80\x02" + pickled + b".")}))
+    (tmp_path / "m.pt2").write_bytes(
+        archive_of({**records_of(whole("pt2")), "data/sample_inputs/model.pt": torch_zip(b"\x80\x02" + pickled + b".")})
+    )
     with pytest.raises(ModelFileError, match="refused before loading"):
         load_model(tmp_path / "m.pt2")
 
@@ -175,7 +227,14 @@ def lying(size: tuple[int, ...], stride: tuple[int, ...], numel: int) -> bytes:
 
     class Lie:
         def __reduce__(self) -> Any:
-            return torch._utils._rebuild_tensor_v2, (Storage(), 0, size, stride, False, __import__("collections").OrderedDict())
+            return torch._utils._rebuild_tensor_v2, (
+                Storage(),
+                0,
+                size,
+                stride,
+                False,
+                __import__("collections").OrderedDict(),
+            )
 
     class Storage:
         pass
@@ -189,7 +248,9 @@ def lying(size: tuple[int, ...], stride: tuple[int, ...], numel: int) -> bytes:
     return torch_zip(buffer.getvalue(), {"data/0": bytes(16)})
 
 
-@pytest.mark.parametrize("size, stride, numel", [((10**12,), (1,), 4), ((10**12,), (1,), 10**12), ((10**13,), (0,), 4), ((4,), (-1,), 4)])
+@pytest.mark.parametrize(
+    "size, stride, numel", [((10**12,), (1,), 4), ((10**12,), (1,), 10**12), ((10**13,), (0,), 4), ((4,), (-1,), 4)]
+)
 def test_tensors_that_claim_more_than_the_file_has(size: Any, stride: Any, numel: int, tmp_path: Path) -> None:
     (tmp_path / "m.pt").write_bytes(lying(size, stride, numel))
     with pytest.raises(InputError):
@@ -214,9 +275,15 @@ def test_headers_of_arrays(shape: tuple[int, ...], tmp_path: Path) -> None:
             arrays(tmp_path / name)
 
 
-@pytest.mark.parametrize("data", [
-    safetensors_header(b"{}", 2**62), safetensors_header(b"{}", 99_000_000), safetensors_header(b'{"a":{"dtype":"F32","shape":[1000000000000],'
-    b'"data_offsets":[0,4000000000000]}}'), safetensors_header(b"{" * 100_000)])
+@pytest.mark.parametrize(
+    "data",
+    [
+        safetensors_header(b"{}", 2**62),
+        safetensors_header(b"{}", 99_000_000),
+        safetensors_header(b'{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]}}'),
+        safetensors_header(b"{" * 100_000),
+    ],
+)
 def test_headers_of_safetensors(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "m.safetensors").write_bytes(data)
     with pytest.raises(ModelFileError):
@@ -225,9 +292,14 @@ def test_headers_of_safetensors(data: bytes, tmp_path: Path) -> None:
         read_arrays(tmp_path / "m.safetensors")
 
 
-@pytest.mark.parametrize("text", [
-    "Mul(" + ",".join(f"Add(s{i},Integer(1))" for i in range(40)) + ")", f"Pow(Add({','.join(f's{i}' for i in range(10))}), Integer(64))",
-    "Pow(Pow(Pow(Integer(4611686018427387904),Integer(64)),Integer(64)),Integer(64))"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Mul(" + ",".join(f"Add(s{i},Integer(1))" for i in range(40)) + ")",
+        f"Pow(Add({','.join(f's{i}' for i in range(10))}), Integer(64))",
+        "Pow(Pow(Pow(Integer(4611686018427387904),Integer(64)),Integer(64)),Integer(64))",
+    ],
+)
 def test_expressions_that_grow_when_expanded(text: str) -> None:
     assert not is_safe_expression(text)
 
@@ -242,7 +314,7 @@ def test_samples_without_end() -> None:
         load_calibration(None, [InputSpec("x", (None, 3, 8, 8), torch.float32)], preprocessing=None, samples=10**12)
 
 
-# ---- images, recipes, paths -----------------------------------------------------------------------------------------------
+# ---- images, recipes, paths ------------------------------------------------------------------------------------------
 
 
 def test_images_that_are_thin_vast_or_programs(tmp_path: Path) -> None:
@@ -250,24 +322,44 @@ def test_images_that_are_thin_vast_or_programs(tmp_path: Path) -> None:
 
     Image.new("L", (1, 60_000)).save(tmp_path / "thin.png")
     (tmp_path / "vast.ppm").write_bytes(b"P6 99999 99999 255\n")
-    (tmp_path / "script.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+    (tmp_path / "script.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+    )
     os.mkfifo(tmp_path / "pipe.png")
     reader = ImageReader(None, (3, 8, 8))
     reasons = {path.name: reader(path) for path in tmp_path.iterdir()}
     assert all(isinstance(reason, Unreadable) for reason in reasons.values())
-    assert "long and thin" in reasons["thin.png"].reason and "pipe" in reasons["pipe.png"].reason and "bomb" in reasons["vast.ppm"].reason
+    assert (
+        "long and thin" in reasons["thin.png"].reason
+        and "pipe" in reasons["pipe.png"].reason
+        and "bomb" in reasons["vast.ppm"].reason
+    )
     assert "cannot identify" in reasons["script.png"].reason
 
 
-LOL = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi"))
-MERGE = "a: &a {k: 1, l: 2}\n" + "".join(f"{b}: &{b} {{<<: [{','.join([f'*{a}'] * 9)}]}}\n" for a, b in zip("abcdefgh", "bcdefghi"))
+LOL = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi")
+)
+MERGE = "a: &a {k: 1, l: 2}\n" + "".join(
+    f"{b}: &{b} {{<<: [{','.join([f'*{a}'] * 9)}]}}\n" for a, b in zip("abcdefgh", "bcdefghi")
+)
 
 
-@pytest.mark.parametrize("suffix, text, message", [
-    (".yaml", LOL, "aliases"), (".yaml", MERGE, "aliases"), (".yaml", "wbits: &a [*a]", "aliases"), (".yaml", "[" * 50_000, "levels deep"),
-    (".yaml", "wbits: " + "1" * 5000, "not valid YAML"), (".yaml", "x" * 300_000, "larger than"), (".toml", "a=" + "[" * 50_000, "not valid TOML"),
-    (".toml", ".".join(["a"] * 20_000) + "=1", "parts"), (".yaml", "!!python/object/apply:os.system [touch RAN]", "not valid YAML")],
-    ids=["aliases", "merges", "itself", "depth", "digits", "size", "toml depth", "dots", "tag"])
+@pytest.mark.parametrize(
+    "suffix, text, message",
+    [
+        (".yaml", LOL, "aliases"),
+        (".yaml", MERGE, "aliases"),
+        (".yaml", "wbits: &a [*a]", "aliases"),
+        (".yaml", "[" * 50_000, "levels deep"),
+        (".yaml", "wbits: " + "1" * 5000, "not valid YAML"),
+        (".yaml", "x" * 300_000, "larger than"),
+        (".toml", "a=" + "[" * 50_000, "not valid TOML"),
+        (".toml", ".".join(["a"] * 20_000) + "=1", "parts"),
+        (".yaml", "!!python/object/apply:os.system [touch RAN]", "not valid YAML"),
+    ],
+    ids=["aliases", "merges", "itself", "depth", "digits", "size", "toml depth", "dots", "tag"],
+)
 def test_recipes(suffix: str, text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     path = tmp_path / f"r{suffix}"
@@ -278,7 +370,9 @@ def test_recipes(suffix: str, text: str, message: str, tmp_path: Path, monkeypat
 
 
 def test_recipes_with_dots_in_names_are_read(tmp_path: Path) -> None:
-    (tmp_path / "r.toml").write_text('wbits = 4\nlayers = [{match = "a.b.c.d.e.f.g.h.i.j.k"}, {match = \'l.m.n.o.p.q.r.s.t.u.v\'}]\n')
+    (tmp_path / "r.toml").write_text(
+        "wbits = 4\nlayers = [{match = \"a.b.c.d.e.f.g.h.i.j.k\"}, {match = 'l.m.n.o.p.q.r.s.t.u.v'}]\n"
+    )
     assert [rule.match[-1] for rule in Recipe.from_file(tmp_path / "r.toml").layers] == ["k", "v"]
 
 
@@ -303,7 +397,9 @@ def test_paths_that_are_none(source: str) -> None:
 
 
 def test_with_little_memory(tmp_path: Path) -> None:
-    """The command line in a process that may take 2 GiB more: the limit is respected, and what still does not fit is no internal error."""
+    """The command line in a process that may take 2 GiB more: the limit is respected, and what still does not fit is no
+    internal error.
+    """
     (tmp_path / "m.pt").write_bytes(torch_file({"a": torch.ones(1)}))
     script = textwrap.dedent("""
         import resource, sys, warnings
@@ -322,7 +418,9 @@ def test_with_little_memory(tmp_path: Path) -> None:
         pytest.skip("needs /proc")
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == ["2"] * 4, done.stdout + done.stderr
-    assert "internal error" not in done.stderr and "Traceback" not in done.stderr and "llocate memory" in done.stderr, done.stderr
+    assert "internal error" not in done.stderr and "Traceback" not in done.stderr and "llocate memory" in done.stderr, (
+        done.stderr
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["m.pt"]
 
 

@@ -34,9 +34,20 @@ def test_counts(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert option.partition("=")[0] in said and said.count("\n") == 1 and len(said) < 300
 
 
-@pytest.mark.parametrize("option", [
-    "--mean-abits=nan", "--mean-abits=inf", "--mean-abits=1e9", "--probes=1000000000", "--trials=-1", "--target-sqnr=nan",
-    "--max-drop=-inf", "--max-drop=nan", "--limit=0"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--mean-abits=nan",
+        "--mean-abits=inf",
+        "--mean-abits=1e9",
+        "--probes=1000000000",
+        "--trials=-1",
+        "--target-sqnr=nan",
+        "--max-drop=-inf",
+        "--max-drop=nan",
+        "--limit=0",
+    ],
+)
 def test_numbers_of_a_search(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["search", "none.pt", "--out", str(tmp_path / "r.yaml"), "--target-size", "3b", option]) == 2
     said = capsys.readouterr().err
@@ -61,7 +72,9 @@ def test_values_whose_squares_overflow() -> None:
 
 def test_values_just_below_the_limit(tmp_path: Path) -> None:
     """Sums of their squares are near the largest float32."""
-    np.save(tmp_path / "x.npy", 9e17 * np.sign(np.random.default_rng(0).standard_normal((16, 3, 32, 32))).astype(np.float32))
+    np.save(
+        tmp_path / "x.npy", 9e17 * np.sign(np.random.default_rng(0).standard_normal((16, 3, 32, 32))).astype(np.float32)
+    )
     options = ["--quiet", "--calib", str(tmp_path / "x.npy"), "--out", str(tmp_path / "m.onnx")]
     assert main(["compile", "timm:vit_tiny_patch16_224,img_size=32,depth=1,embed_dim=24", *options]) == 0
 

@@ -329,7 +329,12 @@ def charsmap(text: bytes) -> str:
         ({"padding": {"strategy": {"Fixed": 10**12}}}, "length"),
         ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTES] * 60}}, "times as long"),
         (
-            {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Sequence", "pretokenizers": [BYTES] * 8}] * 8}},
+            {
+                "pre_tokenizer": {
+                    "type": "Sequence",
+                    "pretokenizers": [{"type": "Sequence", "pretokenizers": [BYTES] * 8}] * 8,
+                }
+            },
             "times as long",
         ),
         (

@@ -30,7 +30,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-# ---- disks ----------------------------------------------------------------------------------------------------------------
+# ---- disks -----------------------------------------------------------------------------------------------------------
 
 
 def test_two_files_are_both_there_or_neither(tmp_path: Path) -> None:
@@ -65,8 +65,12 @@ def test_names_that_no_file_has(name: str) -> None:
 def test_writers_of_one_name_do_not_mix(tmp_path: Path) -> None:
     """Two compiles at once: the file is that of one of them, whole."""
     contents = [bytes([number]) * 50_000 for number in range(4)]
-    threads = [threading.Thread(target=lambda data=data: [write_together({tmp_path / "m": data, tmp_path / "r": data}) for _ in range(10)])
-               for data in contents]
+    threads = [
+        threading.Thread(
+            target=lambda data=data: [write_together({tmp_path / "m": data, tmp_path / "r": data}) for _ in range(10)]
+        )
+        for data in contents
+    ]
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
@@ -142,11 +146,13 @@ def test_a_reader_that_is_gone_ends_quietly(tmp_path: Path) -> None:
     assert done.returncode == 141 and done.stderr == ""
 
 
-# ---- signals --------------------------------------------------------------------------------------------------------------
+# ---- signals ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_while_writing_leaves_nothing(number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_while_writing_leaves_nothing(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(files.os, "fsync", lambda _: os.kill(os.getpid(), number))
     with pytest.raises(Terminated) as caught, terminated():
         write_together({tmp_path / "a": b"data", tmp_path / "b": b"data"})
@@ -181,7 +187,9 @@ def test_killed_while_writing(tmp_path: Path) -> None:
 ARCH = "timm:vit_tiny_patch16_224,img_size=16,patch_size=8,embed_dim=12,num_heads=3,depth=1,num_classes=2"
 
 
-@pytest.mark.parametrize("number, code, word", [(signal.SIGTERM, 143, "terminated by SIGTERM"), (signal.SIGKILL, -9, "")])
+@pytest.mark.parametrize(
+    "number, code, word", [(signal.SIGTERM, 143, "terminated by SIGTERM"), (signal.SIGKILL, -9, "")]
+)
 def test_ended_while_compiling(number: signal.Signals, code: int, word: str, tmp_path: Path) -> None:
     (tmp_path / "slow_data.py").write_text(textwrap.dedent("""
         import pathlib, time
@@ -189,8 +197,26 @@ def test_ended_while_compiling(number: signal.Signals, code: int, word: str, tmp
             pathlib.Path("started").touch()
             time.sleep(120)
     """))
-    process = subprocess.Popen([sys.executable, "-m", "repquant_fx", "compile", ARCH, "--calib", "slow_data:batches", "--out", "m.onnx", "--report",
-                                "r.json"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "repquant_fx",
+            "compile",
+            ARCH,
+            "--calib",
+            "slow_data:batches",
+            "--out",
+            "m.onnx",
+            "--report",
+            "r.json",
+        ],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
     try:
         while not (tmp_path / "started").exists() and process.poll() is None:
             time.sleep(0.05)
@@ -202,7 +228,9 @@ def test_ended_while_compiling(number: signal.Signals, code: int, word: str, tmp
     assert names(tmp_path) == ["slow_data.py", "started"]
 
 
-def test_out_of_memory_is_no_internal_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_out_of_memory_is_no_internal_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     import repquant_fx.compiler
 
     def fail(*_: object, **__: object) -> None:
@@ -213,7 +241,9 @@ def test_out_of_memory_is_no_internal_error(monkeypatch: pytest.MonkeyPatch, cap
     assert "not enough memory" in capsys.readouterr().err and not names(tmp_path)
 
 
-@pytest.mark.parametrize("argv", [["--seed", "9" * 30], ["--seed", "-1"], ["--input-shape", "9" * 6000], ["--calib-samples", "x"]])
+@pytest.mark.parametrize(
+    "argv", [["--seed", "9" * 30], ["--seed", "-1"], ["--input-shape", "9" * 6000], ["--calib-samples", "x"]]
+)
 def test_numbers_that_are_none(argv: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["compile", ARCH, "--out", str(tmp_path / "m.onnx"), *argv]) == 2
     assert "internal" not in capsys.readouterr().err

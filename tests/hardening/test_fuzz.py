@@ -1,4 +1,5 @@
-"""Properties: whatever the bytes, a loader gives a value or one InputError. Never another exception, and nothing runs."""
+"""Properties: whatever the bytes, a loader gives a value or one InputError. Never another exception, and nothing runs.
+"""
 
 from __future__ import annotations
 
@@ -62,16 +63,24 @@ def whole(kind: str) -> bytes:
     """A sound model file."""
     if kind == "pt2":
         buffer = io.BytesIO()
-        torch.export.save(torch.export.export(Tiny().eval(), (torch.randn(2, 6, 4),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)),
-                          buffer)
+        torch.export.save(
+            torch.export.export(
+                Tiny().eval(), (torch.randn(2, 6, 4),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
+            ),
+            buffer,
+        )
         return buffer.getvalue()
     import safetensors.torch
     import timm
 
-    model = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=12, num_heads=3, depth=1, num_classes=2)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=12, num_heads=3, depth=1, num_classes=2
+    )
     if kind == "safetensors":
         return bytes(safetensors.torch.save(model.state_dict(), {"arch": ARCH}))
-    return torch_file(model if kind == "module" else model.state_dict(), _use_new_zipfile_serialization=kind != "legacy")
+    return torch_file(
+        model if kind == "module" else model.state_dict(), _use_new_zipfile_serialization=kind != "legacy"
+    )
 
 
 def arch_for(kind: str) -> str | None:
@@ -93,18 +102,31 @@ def test_a_damaged_model_file_loads_or_is_refused(kind: str, damage: Callable[[b
     refused(lambda: load_model(tmp_path / "m", arch=arch_for(kind)))
 
 
-@pytest.mark.parametrize("kind, record", [("module", "data.pkl"), ("weights", "data.pkl"), ("pt2", "models/model.json"),
-                                          ("pt2", "data/weights/model_weights_config.json"), ("pt2", "data/sample_inputs/model.pt")])
+@pytest.mark.parametrize(
+    "kind, record",
+    [
+        ("module", "data.pkl"),
+        ("weights", "data.pkl"),
+        ("pt2", "models/model.json"),
+        ("pt2", "data/weights/model_weights_config.json"),
+        ("pt2", "data/sample_inputs/model.pt"),
+    ],
+)
 @few(15)
 @given(damage=damages())
-def test_a_damaged_record_in_a_sound_archive(kind: str, record: str, damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
+def test_a_damaged_record_in_a_sound_archive(
+    kind: str, record: str, damage: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
     records = records_of(whole(kind))
     (tmp_path / "m").write_bytes(archive_of({**records, record: damage(records[record])}))
     refused(lambda: load_model(tmp_path / "m", arch=arch_for(kind)))
 
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers(-2**70, 2**70) | st.floats() | st.text(max_size=8),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3), max_leaves=6)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
+)
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -182,7 +204,9 @@ def test_any_text(suffix: str, data: bytes, tmp_path: Path) -> None:
 
 
 SETTINGS = st.sampled_from([*Recipe.__dataclass_fields__, "wbit", "", "match"])
-VALUES = JSON | st.sampled_from([4, 8, "log2", "search", True, ["values"], [{"match": "a*", "wbits": 4}], [{"match": "a", "wbits": "x"}]])
+VALUES = JSON | st.sampled_from(
+    [4, 8, "log2", "search", True, ["values"], [{"match": "a*", "wbits": 4}], [{"match": "a", "wbits": "x"}]]
+)
 
 
 @few(150)

@@ -117,7 +117,8 @@ def hostile(kind: str) -> bytes:
         "mode": lambda: edited(samples, _set("interpolation_mode", {"as_int": 77})),
         "scale of other sizes": lambda: edited(resizes, _set("scales_h", {"as_float": 0.01})),
         "scale of an antialiased resize": lambda: program(
-            lambda x, z: x.sum() + aten._upsample_bilinear2d_aa(z, [64, 64], False, 0.001, 0.001), torch.ones(1, 1, 4, 4)
+            lambda x, z: x.sum() + aten._upsample_bilinear2d_aa(z, [64, 64], False, 0.001, 0.001),
+            torch.ones(1, 1, 4, 4),
         ),
         "scale": lambda: edited(resizes, _set("scales_h", {"as_float": 1e-300})),
         "full": lambda: edited(

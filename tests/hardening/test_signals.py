@@ -16,7 +16,11 @@ import pytest
 
 ARCH = "timm:vit_tiny_patch16_224,img_size=16,patch_size=8,embed_dim=12,num_heads=3,depth=1,num_classes=2"
 ROUNDS = int(os.environ.get("SIGNAL_ROUNDS", "20"))
-EXITS = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated by SIGTERM"), signal.SIGHUP: (129, "terminated by SIGHUP")}
+EXITS = {
+    signal.SIGINT: (130, "interrupted"),
+    signal.SIGTERM: (143, "terminated by SIGTERM"),
+    signal.SIGHUP: (129, "terminated by SIGHUP"),
+}
 
 
 def events(stream: IO[str] | None, count: int) -> list[dict[str, str]]:
@@ -32,7 +36,9 @@ def events(stream: IO[str] | None, count: int) -> list[dict[str, str]]:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no supervisor")
 @pytest.mark.parametrize("seed", range(ROUNDS))
 def test_a_signal_after_some_event(seed: int, tmp_path: Path) -> None:
-    """After a random log line (there are about fifteen), and a random number of turns of a loop, so that it falls between two lines."""
+    """After a random log line (there are about fifteen), and a random number of turns of a loop, so that it falls
+    between two lines.
+    """
     draw = random.Random(seed)
     number = draw.choice(list(EXITS))
     code, words = EXITS[number]
@@ -40,9 +46,29 @@ def test_a_signal_after_some_event(seed: int, tmp_path: Path) -> None:
     out = draw.choice(["m.onnx", "out"])
     (tmp_path / "temporary").mkdir()
     process = subprocess.Popen(
-        [sys.executable, "-m", "repquant_fx", "compile", ARCH, "--out", out, "--report", "r.json", "--work-dir", "work", "--calib-samples", "64",
-         "--log-json"], cwd=tmp_path, text=True, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**os.environ, "TMPDIR": str(tmp_path / "temporary"), "OMP_NUM_THREADS": "1"})
+        [
+            sys.executable,
+            "-m",
+            "repquant_fx",
+            "compile",
+            ARCH,
+            "--out",
+            out,
+            "--report",
+            "r.json",
+            "--work-dir",
+            "work",
+            "--calib-samples",
+            "64",
+            "--log-json",
+        ],
+        cwd=tmp_path,
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "TMPDIR": str(tmp_path / "temporary"), "OMP_NUM_THREADS": "1"},
+    )
     try:
         said = events(process.stderr, draw.randrange(1, 16))
         for _ in range(draw.randrange(200_000)):

@@ -413,7 +413,9 @@ def test_a_configuration_that_asks_for_much_is_refused_before_it_is_built(key: s
     from transformers import GPTNeoConfig, GPTNeoModel
 
     sizes = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 32, "max_position_embeddings": 16}
-    model = GPTNeoModel(GPTNeoConfig(**sizes, attention_types=[[["global", "local"], 1]], bos_token_id=1, eos_token_id=2))
+    model = GPTNeoModel(
+        GPTNeoConfig(**sizes, attention_types=[[["global", "local"], 1]], bos_token_id=1, eos_token_id=2)
+    )
     vars(model.config)[key] = value
     with pytest.raises(InputError, match=message):
         load_pickled(torch_file(model), "m.pt")

@@ -78,11 +78,18 @@ def indirect() -> bytes:
 
 HARMLESS = b"\x80\x02}."
 FILES = {
-    "a pickle": PICKLE, "an archive": torch_zip(PICKLE), "in a state dict": torch_file({"a": Runs()}),
+    "a pickle": PICKLE,
+    "an archive": torch_zip(PICKLE),
+    "in a state dict": torch_file({"a": Runs()}),
     "in the format before 1.6": torch_file({"a": torch.ones(1), "b": Runs()}, _use_new_zipfile_serialization=False),
-    "twice, last": twice(HARMLESS, PICKLE), "twice, first": twice(PICKLE, HARMLESS),
-    "in capitals": torch_zip(HARMLESS, {"DATA.PKL": PICKLE}), "beside": torch_zip(HARMLESS, {"constants.pkl": PICKLE}),
-    "behind prefix": b"PK" + PICKLE, "appended": torch_zip(HARMLESS) + PICKLE, "prepended": PICKLE + torch_zip(HARMLESS)}
+    "twice, last": twice(HARMLESS, PICKLE),
+    "twice, first": twice(PICKLE, HARMLESS),
+    "in capitals": torch_zip(HARMLESS, {"DATA.PKL": PICKLE}),
+    "beside": torch_zip(HARMLESS, {"constants.pkl": PICKLE}),
+    "behind prefix": b"PK" + PICKLE,
+    "appended": torch_zip(HARMLESS) + PICKLE,
+    "prepended": PICKLE + torch_zip(HARMLESS),
+}
 
 
 @pytest.mark.parametrize("kind", list(FILES))
@@ -132,8 +139,18 @@ def test_torchscript_is_not_loaded(tmp_path: Path) -> None:
         load_model(tmp_path / "m.pt")
 
 
-@pytest.mark.parametrize("record", ["data/sample_inputs/model.pt", "data/weights/weight_0", "data/constants/custom_obj_0", "extra/x.py",
-                                    "data/weights/model.pt", "data/aotinductor/model/x.so", "models/other.json"])
+@pytest.mark.parametrize(
+    "record",
+    [
+        "data/sample_inputs/model.pt",
+        "data/weights/weight_0",
+        "data/constants/custom_obj_0",
+        "extra/x.py",
+        "data/weights/model.pt",
+        "data/aotinductor/model/x.so",
+        "models/other.json",
+    ],
+)
 def test_pickles_in_a_program(record: str, tmp_path: Path) -> None:
     for content in (PICKLE, torch_zip(PICKLE)):
         (tmp_path / "m.pt2").write_bytes(archive_of({**records_of(whole("pt2")), record: content}))
@@ -145,13 +162,15 @@ def test_pickles_in_a_program(record: str, tmp_path: Path) -> None:
             assert record in ("data/weights/weight_0", "extra/x.py")
 
 
-# ---- modules that are data until they are called --------------------------------------------------------------------------
+# ---- modules that are data until they are called ---------------------------------------------------------------------
 
 
 def hub_module(**attributes: Any) -> nn.Module:
     import transformers
 
-    config = transformers.ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32, patch_size=16)
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32, patch_size=16
+    )
     model: nn.Module = transformers.ViTModel(config).eval()
     vars(model).update(attributes)
     return model
@@ -197,27 +216,48 @@ def test_methods_that_a_file_replaces(attribute: str) -> None:
         load_pickled(torch_file(module), "m.pt")
 
 
-# ---- transformers directories ---------------------------------------------------------------------------------------------
+# ---- transformers directories ----------------------------------------------------------------------------------------
 
 
 def with_code(folder: Path) -> Path:
-    for name in ("modeling_own.py", "configuration_own.py", "tokenization_own.py", "processing_own.py", "__init__.py", "sitecustomize.py"):
+    for name in (
+        "modeling_own.py",
+        "configuration_own.py",
+        "tokenization_own.py",
+        "processing_own.py",
+        "__init__.py",
+        "sitecustomize.py",
+    ):
         (folder / name).write_text(SCRIPT)
     return folder
 
 
-@pytest.mark.parametrize("changes", [
-    {"auto_map": {"AutoConfig": "configuration_own.C", "AutoModel": "modeling_own.M"}}, {"model_type": "own"}, {"architectures": ["modeling_own.M"]},
-    {"text_config": {"auto_map": {"AutoConfig": "configuration_own.C"}, "model_type": "own"}}, {"_attn_implementation": "someone/kernels"},
-    {"attn_implementation": "someone/kernels", "use_kernels": True}, {"hidden_act": "os.system"}, {"dtype": "os.system"},
-    {"quantization_config": {"quant_method": "own", "auto_map": {"x": "modeling_own.M"}}}, {"trust_remote_code": True, "auto_map": {}}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"auto_map": {"AutoConfig": "configuration_own.C", "AutoModel": "modeling_own.M"}},
+        {"model_type": "own"},
+        {"architectures": ["modeling_own.M"]},
+        {"text_config": {"auto_map": {"AutoConfig": "configuration_own.C"}, "model_type": "own"}},
+        {"_attn_implementation": "someone/kernels"},
+        {"attn_implementation": "someone/kernels", "use_kernels": True},
+        {"hidden_act": "os.system"},
+        {"dtype": "os.system"},
+        {"quantization_config": {"quant_method": "own", "auto_map": {"x": "modeling_own.M"}}},
+        {"trust_remote_code": True, "auto_map": {}},
+    ],
+    ids=str,
+)
 def test_code_that_a_configuration_names(changes: dict[str, Any], tmp_path: Path) -> None:
     folder = with_code(bert(tmp_path / "hub", **changes))
     try:
         model, _ = load_directory(folder)
     except InputError:
         return
-    assert type(model).__module__.startswith("transformers.models.bert") and model.config._attn_implementation in ("sdpa", "eager")
+    assert type(model).__module__.startswith("transformers.models.bert") and model.config._attn_implementation in (
+        "sdpa",
+        "eager",
+    )
 
 
 def test_code_that_a_tokenizer_or_a_processor_names(tmp_path: Path) -> None:
@@ -234,15 +274,32 @@ def test_code_that_a_tokenizer_or_a_processor_names(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_that_panics(tmp_path: Path) -> None:
-    """Its library is written in Rust, whose panics are no Exception; a pattern that backtracks without end ends in one."""
+    """Its library is written in Rust, whose panics are no Exception; a pattern that backtracks without end ends in one.
+    """
     from repquant_fx.calibration.text import Tokenization, encode
     from repquant_fx.errors import CalibrationError
 
     folder = bert(tmp_path / "hub")
-    (folder / "tokenizer.json").write_text(json.dumps({
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None, "post_processor": None, "decoder": None,
-        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False},
-        "model": {"type": "WordLevel", "vocab": {"[UNK]": 0, "a": 1}, "unk_token": "[UNK]"}}))
+    (folder / "tokenizer.json").write_text(
+        json.dumps(
+            {
+                "version": "1.0",
+                "truncation": None,
+                "padding": None,
+                "added_tokens": [],
+                "normalizer": None,
+                "post_processor": None,
+                "decoder": None,
+                "pre_tokenizer": {
+                    "type": "Split",
+                    "pattern": {"Regex": "(a+)+$"},
+                    "behavior": "Isolated",
+                    "invert": False,
+                },
+                "model": {"type": "WordLevel", "vocab": {"[UNK]": 0, "a": 1}, "unk_token": "[UNK]"},
+            }
+        )
+    )
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     (tmp_path / "t.txt").write_text("a" * 40 + "b\n")
     with pytest.raises(CalibrationError, match="the tokenizer fails"):

@@ -37,8 +37,10 @@ def result() -> CompiledModel:
 def folder(result: CompiledModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("html")
     result.save(folder / "model.onnx", html=folder / "page.html", report=folder / "report.json")
-    torch.export.save(torch.export.export(vit(depth=1), (inputs("vit", 2),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)),
-                      folder / "model.pt2")
+    torch.export.save(
+        torch.export.export(vit(depth=1), (inputs("vit", 2),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)),
+        folder / "model.pt2",
+    )
     np.save(folder / "calib.npy", inputs("vit", 24).numpy())
     return folder
 
@@ -77,7 +79,10 @@ def test_everything_is_in_the_page(folder: Path, result: CompiledModel) -> None:
     data, fetched = parsed(text)
     assert not [f for f in fetched if not f.startswith("data:")]
     ours = text[text.rindex("<script"):]
-    assert not re.search(r"fetch\(|XMLHttpRequest|import\(|https?://", ours) and "@import" not in text[: text.index("<script")]
+    assert (
+        not re.search(r"fetch\(|XMLHttpRequest|import\(|https?://", ours)
+        and "@import" not in text[: text.index("<script")]
+    )
     assert len(data["layers"]) == len(result.report["layers"])
     kinds = {entry.get("kind") for entry in data["statistics"]["activations"].values()}
     assert {"channels", "probabilities", "values"} <= kinds
@@ -127,15 +132,33 @@ def test_names_people_tell_apart(folder: Path) -> None:
     labels = [layer["label"] for layer in data["layers"]]
     assert len(set(labels)) == len(labels) and "blocks.0.attn (query × key)" in labels
     assert data["title"] == "VisionTransformer in memory"
-    for source, title in (("timm:vit_tiny_patch16_224,depth=1 with the weights of /a/b/w.safetensors", "w.safetensors"),
-                          ("LlamaForCausalLM of models/llama/", "llama"), ("timm:deit_small,num_classes=3", "timm:deit_small"),
-                          ("BertModel of hf:owner/name", "hf:owner/name")):
+    for source, title in (
+        ("timm:vit_tiny_patch16_224,depth=1 with the weights of /a/b/w.safetensors", "w.safetensors"),
+        ("LlamaForCausalLM of models/llama/", "llama"),
+        ("timm:deit_small,num_classes=3", "timm:deit_small"),
+        ("BertModel of hf:owner/name", "hf:owner/name"),
+    ):
         assert pages._headline(source) == title
 
 
 def test_command_line(folder: Path) -> None:
-    command = [sys.executable, "-m", "repquant_fx", "compile", str(folder / "model.pt2"), "--out", str(folder / "cli.onnx"), "--html",
-               str(folder / "cli.html"), "--calib", str(folder / "calib.npy"), "--wbits", "4", "--no-correction", "--quiet"]
+    command = [
+        sys.executable,
+        "-m",
+        "repquant_fx",
+        "compile",
+        str(folder / "model.pt2"),
+        "--out",
+        str(folder / "cli.onnx"),
+        "--html",
+        str(folder / "cli.html"),
+        "--calib",
+        str(folder / "calib.npy"),
+        "--wbits",
+        "4",
+        "--no-correction",
+        "--quiet",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     data, _ = parsed((folder / "cli.html").read_text())
@@ -146,8 +169,17 @@ def test_command_line(folder: Path) -> None:
 
 @pytest.mark.parametrize("out, page", [("same.html", "same.html"), ("model.onnx", "report.json")])
 def test_two_outputs_of_one_name(folder: Path, out: str, page: str, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["compile", str(folder / "model.pt2"), "--out", str(folder / "new.onnx"), "--html", str(folder / page), "--report",
-                 str(folder / page), "--force"]
+    arguments = [
+        "compile",
+        str(folder / "model.pt2"),
+        "--out",
+        str(folder / "new.onnx"),
+        "--html",
+        str(folder / page),
+        "--report",
+        str(folder / page),
+        "--force",
+    ]
     assert main(arguments) == 2 and "same file" in capsys.readouterr().err
 
 
@@ -186,13 +218,22 @@ def test_in_a_browser(folder: Path, width: int, height: int) -> None:
         screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
         driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
         driver.get(f"file://{folder / 'page.html'}")
-        driver.execute_script("const s = document.querySelector('select'); s.selectedIndex = [...s.options].findIndex(o => "
-                              "o.text.includes('matrix')); s.dispatchEvent(new Event('change'))")
-        drawn = driver.execute_script("return [document.querySelectorAll('.js-plotly-plot').length, document.documentElement.scrollWidth, "
-                                      "document.querySelectorAll('.problem').length]")
-        widths = driver.execute_script("return [...document.querySelector('.js-plotly-plot').querySelectorAll('.bars .point path')]"
-                                       ".map(p => p.getBoundingClientRect().width)")
-        assert len(widths) == len(json.loads((folder / "report.json").read_text())["layers"]) and max(widths) - min(widths) < 1
+        driver.execute_script(
+            "const s = document.querySelector('select'); s.selectedIndex = [...s.options].findIndex(o => "
+            "o.text.includes('matrix')); s.dispatchEvent(new Event('change'))"
+        )
+        drawn = driver.execute_script(
+            "return [document.querySelectorAll('.js-plotly-plot').length, document.documentElement.scrollWidth, "
+            "document.querySelectorAll('.problem').length]"
+        )
+        widths = driver.execute_script(
+            "return [...document.querySelector('.js-plotly-plot').querySelectorAll('.bars .point path')]"
+            ".map(p => p.getBoundingClientRect().width)"
+        )
+        assert (
+            len(widths) == len(json.loads((folder / "report.json").read_text())["layers"])
+            and max(widths) - min(widths) < 1
+        )
         assert drawn[0] >= 3 and drawn[1] <= width and drawn[2] == 0
         assert [e for e in driver.get_log("browser") if e["level"] == "SEVERE"] == []
         requests = [m for m in (json.loads(e["message"])["message"] for e in driver.get_log("performance"))

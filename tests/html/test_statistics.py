@@ -16,11 +16,16 @@ from repquant_fx.quantizers.uniform import parameters_from_range
 
 def sample(channels: int = 6, count: int = 500) -> Tensor:
     g = torch.Generator().manual_seed(0)
-    return torch.randn(channels, count, generator=g) * torch.logspace(-1, 1, channels)[:, None] + torch.linspace(-1, 1, channels)[:, None]
+    return (
+        torch.randn(channels, count, generator=g) * torch.logspace(-1, 1, channels)[:, None]
+        + torch.linspace(-1, 1, channels)[:, None]
+    )
 
 
 def test_before_and_after_relate_by_the_reparameterization() -> None:
-    """Channel j goes from x to (x + s_j r2_j) / r1_j: quantiles and bounds go the same way, and one pair of bounds is left."""
+    """Channel j goes from x to (x + s_j r2_j) / r1_j: quantiles and bounds go the same way, and one pair of bounds is
+    left.
+    """
     x, bits = sample(), 4
     quantizer = UniformQuantizer(*parameters_from_range(x.amin(1), x.amax(1), bits, include_zero=False), bits)
     affine = reparameterize(*quantizer.exact, bits)
@@ -31,7 +36,9 @@ def test_before_and_after_relate_by_the_reparameterization() -> None:
         exact = np.quantile(x[j].double().numpy(), statistics.QUANTILES)
         np.testing.assert_allclose(before["quantiles"][j], exact, rtol=1e-4, atol=1e-6)
         moved = affine.apply(x.T.double()).T[j]
-        np.testing.assert_allclose(after["quantiles"][j], np.quantile(moved.numpy(), statistics.QUANTILES), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(
+            after["quantiles"][j], np.quantile(moved.numpy(), statistics.QUANTILES), rtol=1e-4, atol=1e-6
+        )
         assert sum(found["histograms"][j]["counts"]) == 500
     assert isinstance(after["low"], float) and isinstance(after["up"], float)
     assert before["span"] > 30 > 2 > after["span"]  # what Figs. 4 and 6 show
@@ -52,7 +59,9 @@ def test_errors_of_rounding_are_those_of_the_definition() -> None:
         assert found[name]["output"] == pytest.approx(float(exact), rel=1e-3)
         share = (rounded - weight).double().square().sum() / weight.double().square().sum()
         assert found[name]["weight"] == pytest.approx(float(share), rel=1e-3)
-    assert found["nearest"]["channels"] == sorted(found["nearest"]["channels"]) and len(found["chosen"]["channels"]) == 5
+    assert (
+        found["nearest"]["channels"] == sorted(found["nearest"]["channels"]) and len(found["chosen"]["channels"]) == 5
+    )
     without = statistics.rounding(weight, lost, None, None, gptq=False)
     assert without["chosen"]["output"] is None and without["chosen"]["weight"] == found["chosen"]["weight"]
 

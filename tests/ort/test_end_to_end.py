@@ -1,4 +1,6 @@
-"""From a model in memory to a checked file, the whole method: unequal bits, reduced methods, the report. test_parity.py looks into the file."""
+"""From a model in memory to a checked file, the whole method: unequal bits, reduced methods, the report. test_parity.py
+looks into the file.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def data(count: int = 40, seed: int = 0) -> torch.Tensor:
 
 @cache
 def compiled(wbits: int = 4, abits: int = 4) -> CompiledModel:
-    return compile(vit(), recipe=Recipe(wbits=wbits, abits=abits), calibration=data(), samples=40, example_inputs=(data(2),))
+    return compile(
+        vit(), recipe=Recipe(wbits=wbits, abits=abits), calibration=data(), samples=40, example_inputs=(data(2),)
+    )
 
 
 def initializers(proto: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
@@ -63,9 +67,21 @@ def test_an_exported_program_compiles_alike() -> None:
 
 
 def test_every_reduced_method_exports_and_agrees() -> None:
-    for change in ({"norm": "channelwise"}, {"norm": "layerwise"}, {"softmax": "log2"}, {"softmax": "uniform"}, {"gptq": False},
-                   {"correction": False, "clipping": "adam", "softmax": "log_sqrt2"}):
-        result = compile(vit(depth=1), recipe=Recipe(wbits=4, abits=6, **change), calibration=data(), samples=40, example_inputs=(data(2),))
+    for change in (
+        {"norm": "channelwise"},
+        {"norm": "layerwise"},
+        {"softmax": "log2"},
+        {"softmax": "uniform"},
+        {"gptq": False},
+        {"correction": False, "clipping": "adam", "softmax": "log_sqrt2"},
+    ):
+        result = compile(
+            vit(depth=1),
+            recipe=Recipe(wbits=4, abits=6, **change),
+            calibration=data(),
+            samples=40,
+            example_inputs=(data(2),),
+        )
         assert result.parity is not None and not result.parity.problems(), change
 
 

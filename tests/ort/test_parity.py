@@ -53,14 +53,20 @@ def case(request: pytest.FixtureRequest) -> tuple[str, int, CompiledModel]:
 
 
 def end_to_end(result: CompiledModel, x: Tensor) -> None:
-    """Without the product's own comparison: its codes in ONNX Runtime and in FX, each running the whole model by itself."""
+    """Without the product's own comparison: its codes in ONNX Runtime and in FX, each running the whole model by
+    itself.
+    """
     sites = {name.replace("/", "."): node for name, node in result.quantizers.items()}
     uniform = {f"{n}_quantized": node for n, node in sites.items() if node.target is not LOG2_SOFTMAX}
     logarithmic = {f"{n}_dequantized": node for n, node in sites.items() if node.target is LOG2_SOFTMAX}
-    output, values = run_with(result.proto, {**dict.fromkeys(uniform, TensorProto.UINT8), **dict.fromkeys(logarithmic, TensorProto.FLOAT)}, x)
+    output, values = run_with(
+        result.proto, {**dict.fromkeys(uniform, TensorProto.UINT8), **dict.fromkeys(logarithmic, TensorProto.FLOAT)}, x
+    )
     nodes = list({**uniform, **logarithmic}.values())
     expected = dict(zip([*uniform, *logarithmic], values_at(result.graph_module, nodes, x)))
-    bits = {site["name"].replace("/", "."): site["bits"] for layer in result.report["layers"] for site in layer["inputs"]}
+    bits = {
+        site["name"].replace("/", "."): site["bits"] for layer in result.report["layers"] for site in layer["inputs"]
+    }
     assert sorted(bits) == sorted(sites)
     flipped = 0.0
     for name in uniform:
@@ -94,7 +100,9 @@ def test_codes_equal_end_to_end_with_the_whole_method(name: str, bits: int) -> N
     assert result.parity is not None and not result.parity.problems()
 
 
-@pytest.mark.parametrize("changes", [{"softmax": "uniform", "equalize": ()}, {"softmax": "log2"}, {"norm": "channelwise"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"softmax": "uniform", "equalize": ()}, {"softmax": "log2"}, {"norm": "channelwise"}], ids=str
+)
 def test_codes_equal_with_other_quantizers(changes: dict[str, Any]) -> None:
     end_to_end(compiled("vit", 4, **changes), inputs("vit", 5, seed=97))
 
@@ -119,7 +127,11 @@ def test_activations_have_one_scale(case: tuple[str, int, CompiledModel]) -> Non
     _, bits, result = case
     tensors, seen = initializers(result.proto), set()
     for node in result.proto.graph.node:
-        if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or tensors[node.input[1]].dims or "_int8" in node.input[0]:
+        if (
+            node.op_type not in ("QuantizeLinear", "DequantizeLinear")
+            or tensors[node.input[1]].dims
+            or "_int8" in node.input[0]
+        ):
             continue
         scale, zero = tensors[node.input[1]], tensors[node.input[2]]
         assert list(scale.dims) == [] and list(zero.dims) == [] and float(array(scale)) > 0
@@ -206,7 +218,9 @@ def test_weights_and_biases(case: tuple[str, int, CompiledModel]) -> None:
         assert int((codes.max(1) - codes.min(1)).max()) <= 2**bits - 1 and codes.min() <= 0 <= codes.max()
         assert int((codes.max(1) - codes.min(1)).max()) > 2 ** (bits - 1), "a bit is not used"
         assert weight.data_type == (TensorProto.INT4 if bits <= 4 else TensorProto.INT8)
-        assert not weight.int32_data and len(weight.raw_data) == (math.ceil(codes.size / 2) if bits <= 4 else codes.size)
+        assert not weight.int32_data and len(weight.raw_data) == (
+            math.ceil(codes.size / 2) if bits <= 4 else codes.size
+        )
         bias, bias_scale, x_scale = tensors[b.input[0]], array(tensors[b.input[1]]), array(tensors[x.input[1]])
         assert bias.data_type == TensorProto.INT32 and len(b.input) == 2
         assert np.array_equal(bias_scale, x_scale * array(scale))
@@ -241,15 +255,28 @@ def test_names_are_module_paths() -> None:
     result = compiled("vit", 4)
     names = [n.name for n in result.proto.graph.node]
     assert len(set(names)) == len(names) and all(names)
-    assert {"blocks.0.attn.qkv/Gemm", "blocks.1.mlp.fc2/Gemm", "blocks.0.attn/Log2Softmax", "head/Gemm", "patch_embed.proj/Gemm",
-            "blocks.1.norm1/LayerNormalization", "blocks.0.attn.qkv/QuantizeLinear"} <= set(names)
+    assert {
+        "blocks.0.attn.qkv/Gemm",
+        "blocks.1.mlp.fc2/Gemm",
+        "blocks.0.attn/Log2Softmax",
+        "head/Gemm",
+        "patch_embed.proj/Gemm",
+        "blocks.1.norm1/LayerNormalization",
+        "blocks.0.attn.qkv/QuantizeLinear",
+    } <= set(names)
     assert {"blocks.0.attn.qkv.weight_quantized", "blocks.0.attn.qkv.weight_scale", "blocks.0.attn.qkv.bias_quantized",
             "blocks.0.attn.qkv.input_scale", "blocks.0.attn.qkv.input_zero_point", "blocks.1.attn.probabilities_scale",
             "blocks.0.norm1.weight", "pos_embed"} <= set(initializers(result.proto))
     values = {name for n in result.proto.graph.node for name in n.output}
-    assert {"blocks.0.attn.qkv.input_quantized", "blocks.0.attn.qkv.input_dequantized", "blocks.0.attn.probabilities_dequantized",
-            "blocks.0.attn.qkv.weight_dequantized"} <= values
-    assert [i.name for i in result.proto.graph.input] == ["x"] and [o.name for o in result.proto.graph.output] == ["output"]
+    assert {
+        "blocks.0.attn.qkv.input_quantized",
+        "blocks.0.attn.qkv.input_dequantized",
+        "blocks.0.attn.probabilities_dequantized",
+        "blocks.0.attn.qkv.weight_dequantized",
+    } <= values
+    assert [i.name for i in result.proto.graph.input] == ["x"] and [o.name for o in result.proto.graph.output] == [
+        "output"
+    ]
 
 
 def test_swin_names_are_module_paths() -> None:
@@ -267,8 +294,12 @@ def test_every_operator_of_a_layer_is_named_after_it(case: tuple[str, int, Compi
 def test_metadata(case: tuple[str, int, CompiledModel]) -> None:
     name, bits, result = case
     entries = {e.key: e.value for e in result.proto.metadata_props}
-    assert set(entries) == {f"repquant_fx.{k}" for k in ("version", "method", "bits", "recipe", "preprocessing", "layers")}
-    assert entries["repquant_fx.version"] == repquant_fx.__version__ and entries["repquant_fx.bits"] == f"W{bits}A{bits}"
+    assert set(entries) == {
+        f"repquant_fx.{k}" for k in ("version", "method", "bits", "recipe", "preprocessing", "layers")
+    }
+    assert (
+        entries["repquant_fx.version"] == repquant_fx.__version__ and entries["repquant_fx.bits"] == f"W{bits}A{bits}"
+    )
     assert Recipe.from_dict(json.loads(entries["repquant_fx.recipe"])) == Recipe.from_dict(result.report["recipe"])
     assert json.loads(entries["repquant_fx.preprocessing"])["input_size"] == list(inputs(name).shape[1:])
 
@@ -287,7 +318,7 @@ def test_same_seed_same_bytes() -> None:
         {k: v for k, v in compiled("vit", 4, method="repquant").report.items() if k not in measured}
 
 
-# ---- a file that is wrong is caught -----------------------------------------------------------------------------------------
+# ---- a file that is wrong is caught ----------------------------------------------------------------------------------
 
 
 def compared(change: Callable[[onnx.ModelProto], None], bits: int = 4) -> Parity:
@@ -350,7 +381,8 @@ def test_an_untouched_copy_passes() -> None:
     ("blocks.1.attn.query_scale", multiply(1.1)),
     ("blocks.0.attn.probabilities_scale", multiply(1.5)),
     ("blocks.1.mlp.fc1.weight_scale", multiply(1.2)),
-    ("blocks.0.mlp.fc2.bias_quantized", add(40)),  # not its scale: integer kernels take that to be input's times weight's
+    # not its scale: integer kernels take that to be input's times weight's
+    ("blocks.0.mlp.fc2.bias_quantized", add(40)),
     ("blocks.1.norm2.bias", add(1)),
     ("head/Min.top", first(7)),
     ("patch_embed.proj.weight_patches_quantized", far),
@@ -371,7 +403,9 @@ def test_a_changed_scale_is_caught_where_it_is() -> None:
     found = compared(lambda proto: store(proto, "blocks.1.mlp.fc1.input_scale", multiply(1.3)))
     wrong = [problem.partition(":")[0] for problem in found.problems()]
     assert wrong[0] == "blocks.1.mlp.fc1/input"
-    assert not [w for w in wrong if w.startswith("blocks.0") or w.startswith("patch_embed")], "what comes before is not at fault"
+    assert not [w for w in wrong if w.startswith("blocks.0") or w.startswith("patch_embed")], (
+        "what comes before is not at fault"
+    )
 
 
 def test_changed_bits_of_the_softmax_are_caught() -> None:

@@ -39,8 +39,19 @@ def calibrated(graph_module: GraphModule, recipe: Recipe, x: Tensor) -> tuple[Pl
     return plan, samples
 
 
-RECIPES = [{}, {"clipping": "adam"}, {"clipping": "none"}, {"norm": "layerwise"}, {"norm": "channelwise"}, {"softmax": "log2"},
-           {"softmax": "uniform"}, {"softmax_scale": "percentile"}, {"activations": "percentile"}, {"activations": "minmax"}, {"norm": "smooth"}]
+RECIPES = [
+    {},
+    {"clipping": "adam"},
+    {"clipping": "none"},
+    {"norm": "layerwise"},
+    {"norm": "channelwise"},
+    {"softmax": "log2"},
+    {"softmax": "uniform"},
+    {"softmax_scale": "percentile"},
+    {"activations": "percentile"},
+    {"activations": "minmax"},
+    {"norm": "smooth"},
+]
 
 
 @pytest.mark.parametrize("changes", RECIPES, ids=str)
@@ -94,7 +105,9 @@ def test_minmax_covers_and_mse_beats_it(encoder_graph) -> None:
         graph_module = encoder_graph()
         plan, samples = calibrated(graph_module, Recipe(abits=4, activations=name, percentile=99.0), sequences())
         sites = [s for g in plan.groups for s in g.sites if s.role == "plain"]
-        errors[name] = [float((slot_module(graph_module, s)(samples[s.name]) - samples[s.name]).square().mean()) for s in sites]
+        errors[name] = [
+            float((slot_module(graph_module, s)(samples[s.name]) - samples[s.name]).square().mean()) for s in sites
+        ]
         ranges = [float(slot_module(graph_module, s).scale) for s in sites]
         if name == "minmax":
             widest = ranges

@@ -37,7 +37,9 @@ def test_vision_transformers(make) -> None:
     assert count(graph_module, *IDENTITIES, *VIEWS, aten.conv2d.default, aten.addmm.default, aten.mm.default) == 0
     for node in graph_module.graph.nodes:
         if node.target is aten.reshape.default:
-            assert -1 in node.args[1] or sum(isinstance(size, Node) for size in node.args[1]) != 1, "one symbolic size must be inferred"
+            assert -1 in node.args[1] or sum(isinstance(size, Node) for size in node.args[1]) != 1, (
+                "one symbolic size must be inferred"
+            )
 
 
 @pytest.mark.parametrize("make", [vit, swin])
@@ -59,7 +61,7 @@ def test_metadata_is_complete() -> None:
 class Patches(nn.Module):
     def __init__(self, bias: bool = True, **options: object) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 6, **{"kernel_size": (4, 2), "stride": (4, 2), "bias": bias, **options})  # type: ignore[arg-type]
+        self.conv = nn.Conv2d(3, 6, **{"kernel_size": (4, 2), "stride": (4, 2), "bias": bias, **options})
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x)
@@ -71,10 +73,17 @@ def test_patch_embedding_becomes_a_linear(bias: bool) -> None:
     assert count(graph_module, aten.conv2d.default) == 0 and count(graph_module, aten.linear.default) == 1
 
 
-@pytest.mark.parametrize("options", [
-    {"kernel_size": 3, "stride": 1, "padding": 1}, {"kernel_size": 4, "stride": 2}, {"kernel_size": 4, "stride": 4, "padding": 4},
-    {"kernel_size": 2, "stride": 2, "dilation": 2}, {"kernel_size": 4, "stride": 4, "groups": 3},
-    {"kernel_size": 5, "stride": 5}])  # 16 is no multiple of 5
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 3, "stride": 1, "padding": 1},
+        {"kernel_size": 4, "stride": 2},
+        {"kernel_size": 4, "stride": 4, "padding": 4},
+        {"kernel_size": 2, "stride": 2, "dilation": 2},
+        {"kernel_size": 4, "stride": 4, "groups": 3},
+        {"kernel_size": 5, "stride": 5},
+    ],
+)  # 16 is no multiple of 5
 def test_other_convolutions_stay(options: dict[str, object]) -> None:
     assert count(canonicalized(Patches(**options), images(2)), aten.conv2d.default) == 1
 
@@ -146,7 +155,9 @@ def test_a_parameter_on_the_left_is_no_linear() -> None:
     lambda x: torch.roll(x, (0, 0), (1, 2)) * 2, lambda x: nn.functional.pad(x, (0, 0, 0, 0)) * 2,
     lambda x: x.clone().detach().contiguous().to(torch.float32) * 2])
 def test_identities_disappear(function) -> None:
-    assert [n.target for n in canonicalized(Function(function), tokens()).graph.nodes if n.op == "call_function"] == [aten.mul.Tensor]
+    assert [n.target for n in canonicalized(Function(function), tokens()).graph.nodes if n.op == "call_function"] == [
+        aten.mul.Tensor
+    ]
 
 
 @pytest.mark.parametrize("function", [
@@ -163,7 +174,9 @@ def test_a_model_that_is_an_identity() -> None:
 
 
 def test_reshapes_become_static() -> None:
-    graph_module = canonicalized(Function(lambda x: x.view(x.shape[0], 2, 2, 8).permute(0, 2, 1, 3).reshape(x.shape[0], 4, 8)), tokens())
+    graph_module = canonicalized(
+        Function(lambda x: x.view(x.shape[0], 2, 2, 8).permute(0, 2, 1, 3).reshape(x.shape[0], 4, 8)), tokens()
+    )
     reshapes = [n for n in graph_module.graph.nodes if n.target is aten.reshape.default]
     assert reshapes and all(n.args[1].count(-1) == 1 and all(isinstance(s, int) for s in n.args[1]) for n in reshapes)
     assert count(graph_module, aten.sym_size.int) == 0
@@ -185,16 +198,36 @@ class Einsum(nn.Module):
         return torch.einsum(self.equation, x.reshape(-1, 4, 2, 4), self.table)
 
 
-@pytest.mark.parametrize("equation, sizes", [
-    ("bhwc,hkc->bhwk", (4, 3, 4)), ("bhwc,wkc->bhwk", (2, 3, 4)), ("bhwc,kc->bkhw", (3, 4)), ("bhwc,bhkc->bhwk", (1, 4, 3, 4)),
-    ("bhwc, cd -> bhdw", (4, 5)), ("bhwc,hdwc->bhwd", (4, 5, 2, 4)), ("bwhc,kch->wkbc", (3, 4, 2))])
+@pytest.mark.parametrize(
+    "equation, sizes",
+    [
+        ("bhwc,hkc->bhwk", (4, 3, 4)),
+        ("bhwc,wkc->bhwk", (2, 3, 4)),
+        ("bhwc,kc->bkhw", (3, 4)),
+        ("bhwc,bhkc->bhwk", (1, 4, 3, 4)),
+        ("bhwc, cd -> bhdw", (4, 5)),
+        ("bhwc,hdwc->bhwd", (4, 5, 2, 4)),
+        ("bwhc,kch->wkbc", (3, 4, 2)),
+    ],
+)
 def test_einsum_becomes_a_product(equation: str, sizes: tuple[int, ...]) -> None:
     graph_module = canonicalized(Einsum(equation, *sizes), tokens())
-    assert count(graph_module, aten.einsum.default) == 0 and count(graph_module, aten.matmul.default, aten.linear.default) == 1
+    assert (
+        count(graph_module, aten.einsum.default) == 0
+        and count(graph_module, aten.matmul.default, aten.linear.default) == 1
+    )
 
 
-@pytest.mark.parametrize("equation, sizes", [
-    ("bhwc,hc->bhw", (4, 4)), ("bhwc,kd->bhwckd", (3, 2)), ("bhwc,kwc->bhk", (3, 2, 4)), ("...c,kc->...k", (3, 4)), ("bhwc,hkd->bk", (4, 3, 2))])
+@pytest.mark.parametrize(
+    "equation, sizes",
+    [
+        ("bhwc,hc->bhw", (4, 4)),
+        ("bhwc,kd->bhwckd", (3, 2)),
+        ("bhwc,kwc->bhk", (3, 2, 4)),
+        ("...c,kc->...k", (3, 4)),
+        ("bhwc,hkd->bk", (4, 3, 2)),
+    ],
+)
 def test_other_einsums_stay(equation: str, sizes: tuple[int, ...]) -> None:
     assert count(canonicalized(Einsum(equation, *sizes), tokens()), aten.einsum.default) == 1
 
@@ -214,6 +247,9 @@ def test_pooling_to_one_value_is_a_mean() -> None:
         return nn.functional.adaptive_avg_pool1d(x, 1) + nn.functional.adaptive_avg_pool2d(x[:, None], 1)[:, 0]
 
     graph_module = canonicalized(Function(pool), tokens())
-    assert count(graph_module, aten.mean.dim) == 2 and count(graph_module, aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default) == 0
+    assert (
+        count(graph_module, aten.mean.dim) == 2
+        and count(graph_module, aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default) == 0
+    )
     partly = canonicalized(Function(lambda x: nn.functional.adaptive_avg_pool1d(x, 2)), tokens())
     assert count(partly, aten.mean.dim) == 0

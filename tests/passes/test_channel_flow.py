@@ -69,7 +69,9 @@ AFFINE = {
     "concatenation": lambda x: torch.cat([x[:, :2], x[:, 3:]], 1),
     "repeat": lambda x: x.repeat(1, 2, 1, 1),
     "repeat interleave": lambda x: x.repeat_interleave(2, 1),
-    "attention": lambda x: torch.softmax(torch.arange(36.0, dtype=torch.float64).reshape(6, 6).sin(), -1) @ x.transpose(1, 2),
+    "attention": lambda x: (
+        torch.softmax(torch.arange(36.0, dtype=torch.float64).reshape(6, 6).sin(), -1) @ x.transpose(1, 2)
+    ),
     "max pool": lambda x: nn.functional.max_pool2d(x.permute(0, 3, 1, 2), 2, padding=1),
     "adaptive pool": lambda x: nn.functional.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), 2),
     "padding": lambda x: nn.functional.pad(x, (0, 0, 0, 1, 0, 2)),
@@ -86,14 +88,23 @@ SCALE = {
     "residual of itself": lambda x: x + x.flip(1),
     "rotary": lambda x: x * COS.double() + torch.cat([-x[..., 2:4], x[..., :2], x[..., 4:]], -1) * SIN.double(),
     "average pool": lambda x: nn.functional.avg_pool2d(x.permute(0, 3, 1, 2), 2, padding=1),
-    **{f"{name} of padding": lambda x, pool=pool: pool(nn.functional.pad(x, (0, 0, 0, 1, 2, 0))) for name, pool in {
-        "mean": lambda x: x.mean(1), "largest": lambda x: x.amax((1, 2)), "mean of a slice": lambda x: x[:, 1:].mean(1),
-        "mean of rolled": lambda x: torch.roll(x, 1, 1).mean(1), "sum": lambda x: x.sum(1),
-        "adaptive pool": lambda x: nn.functional.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), 2),
-        "max pool": lambda x: nn.functional.max_pool2d(x.permute(0, 3, 1, 2), 2, padding=1),
-        "average pool": lambda x: nn.functional.avg_pool2d(x.permute(0, 3, 1, 2), 2, count_include_pad=False),
-        "attention": lambda x: torch.softmax(torch.arange(40.0, dtype=torch.float64).reshape(5, 8).sin(), -1) @ x.transpose(1, 2),
-        "sum with unpadded": lambda x: x[:, 2:] + x[:, :6]}.items()},
+    **{
+        f"{name} of padding": lambda x, pool=pool: pool(nn.functional.pad(x, (0, 0, 0, 1, 2, 0)))
+        for name, pool in {
+            "mean": lambda x: x.mean(1),
+            "largest": lambda x: x.amax((1, 2)),
+            "mean of a slice": lambda x: x[:, 1:].mean(1),
+            "mean of rolled": lambda x: torch.roll(x, 1, 1).mean(1),
+            "sum": lambda x: x.sum(1),
+            "adaptive pool": lambda x: nn.functional.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), 2),
+            "max pool": lambda x: nn.functional.max_pool2d(x.permute(0, 3, 1, 2), 2, padding=1),
+            "average pool": lambda x: nn.functional.avg_pool2d(x.permute(0, 3, 1, 2), 2, count_include_pad=False),
+            "attention": lambda x: (
+                torch.softmax(torch.arange(40.0, dtype=torch.float64).reshape(5, 8).sin(), -1) @ x.transpose(1, 2)
+            ),
+            "sum with unpadded": lambda x: x[:, 2:] + x[:, :6],
+        }.items()
+    },
 }
 STOPS = {
     "mean of channels": lambda x: x.mean(-1),
@@ -108,7 +119,9 @@ STOPS = {
     "layer norm": lambda x: nn.functional.layer_norm(x, (5,)),
     "product over channels": lambda x: x @ torch.ones(5, 2, dtype=torch.float64),
     "computed index of padding": lambda x: nn.functional.pad(x, (0, 0, 0, 0, 0, 1))[:, x[0, :3, 0, 0].argsort()],
-    "enlarged padding": lambda x: nn.functional.interpolate(nn.functional.pad(x, (0, 0, 0, 1)).permute(0, 3, 1, 2), scale_factor=2.0),
+    "enlarged padding": lambda x: nn.functional.interpolate(
+        nn.functional.pad(x, (0, 0, 0, 1)).permute(0, 3, 1, 2), scale_factor=2.0
+    ),
     "padding where masked": lambda x: nn.functional.pad(x, (0, 0, 0, 1)).masked_fill(torch.ones(6, 5, 1).bool(), 1.0),
     "computed channel": lambda x: x[:, 0, 0][torch.arange(x.shape[0]), x[:, 0, 0].argmax(1)],
 }
@@ -128,7 +141,9 @@ def flow_of(function, affine: bool) -> tuple[ChannelFlow, GraphModule, Node]:
 
 
 def check(function, *, shifted: bool) -> None:
-    """f(x / factor) is f(x) / factor[labels], and with a shift where that passes; elements without a label do not change."""
+    """f(x / factor) is f(x) / factor[labels], and with a shift where that passes; elements without a label do not
+    change.
+    """
     flow, _, last = flow_of(function, affine=shifted)
     labels = flow.labels(last)
     assert labels is not None, "stopped at an operator that commutes"
@@ -209,14 +224,26 @@ def test_a_row_sum_that_is_not_a_softmax_carries_no_shift() -> None:
     assert [r.node.target in MATMULS for r in flow.readers] == [True]
 
 
-@pytest.mark.parametrize(("logits", "expected"), [
-    (lambda p: p, True), (lambda p: p * 0.5 + torch.ones(3, 6, 6).cumsum(1), True), (lambda p: p.reshape(-1, 3, 6, 6), True),
-    (lambda p: p.masked_fill(torch.ones(6, 6).triu(1).bool(), -1e9), True), (lambda p: p * torch.ones(3, 1, 1).cumsum(0), True),
-    (lambda p: p.masked_fill(torch.ones(6, 6).triu(1).bool(), 0.0), False), (lambda p: torch.where(p > 0, p, torch.ones(6, 6)), False),
-    (lambda p: torch.where(torch.ones(6, 6).tril().bool(), p, torch.full((6, 6), -math.inf)), True),
-    (lambda p: p * torch.arange(6.0), False), (lambda p: p.transpose(-1, -2), False), (lambda p: p.relu(), False)])
+@pytest.mark.parametrize(
+    ("logits", "expected"),
+    [
+        (lambda p: p, True),
+        (lambda p: p * 0.5 + torch.ones(3, 6, 6).cumsum(1), True),
+        (lambda p: p.reshape(-1, 3, 6, 6), True),
+        (lambda p: p.masked_fill(torch.ones(6, 6).triu(1).bool(), -1e9), True),
+        (lambda p: p * torch.ones(3, 1, 1).cumsum(0), True),
+        (lambda p: p.masked_fill(torch.ones(6, 6).triu(1).bool(), 0.0), False),
+        (lambda p: torch.where(p > 0, p, torch.ones(6, 6)), False),
+        (lambda p: torch.where(torch.ones(6, 6).tril().bool(), p, torch.full((6, 6), -math.inf)), True),
+        (lambda p: p * torch.arange(6.0), False),
+        (lambda p: p.transpose(-1, -2), False),
+        (lambda p: p.relu(), False),
+    ],
+)
 def test_logits_of_a_softmax(logits, expected: bool) -> None:
-    graph_module = canonical(Function(lambda x: torch.softmax(logits(x @ x.transpose(-1, -2)), -1)), torch.randn(2, 3, 6, 4))
+    graph_module = canonical(
+        Function(lambda x: torch.softmax(logits(x @ x.transpose(-1, -2)), -1)), torch.randn(2, 3, 6, 4)
+    )
     product = next(n for n in graph_module.graph.nodes if n.target in MATMULS)
     assert leads_to_softmax(graph_module, product) is expected
 
@@ -231,8 +258,10 @@ def test_logits_that_are_an_output_too() -> None:
 
 
 def test_softmax_behind() -> None:
-    graph_module = canonical(Function(lambda x: torch.softmax(x, -1).reshape(-1, 6, 6) @ torch.softmax(x, 1).reshape(-1, 6, 6)),
-                             torch.randn(2, 2, 6, 6))
+    graph_module = canonical(
+        Function(lambda x: torch.softmax(x, -1).reshape(-1, 6, 6) @ torch.softmax(x, 1).reshape(-1, 6, 6)),
+        torch.randn(2, 2, 6, 6),
+    )
     product = next(n for n in graph_module.graph.nodes if n.target in MATMULS)
     assert softmax_behind(product.args[0]) is not None and softmax_behind(product.args[1]) is None
 
@@ -258,7 +287,9 @@ def test_readers_of_branches_are_in_order_and_named() -> None:
 
 
 def test_sizes_are_no_readers() -> None:
-    graph_module = canonical(Function(lambda x: torch.relu(nn.functional.layer_norm(x, (5,))).reshape(x.shape[0], x.shape[1] * 4, 5)), data())
+    graph_module = canonical(
+        Function(lambda x: torch.relu(nn.functional.layer_norm(x, (5,))).reshape(x.shape[0], x.shape[1] * 4, 5)), data()
+    )
     norm = next(n for n in graph_module.graph.nodes if n.target is aten.layer_norm.default)
     flow = ChannelFlow(graph_module, {norm: torch.arange(1, 6)}, affine=True)
     assert [r.node.target for r in flow.readers] == [aten.relu.default]

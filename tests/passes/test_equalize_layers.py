@@ -1,4 +1,5 @@
-"""Cross-layer equalization: an identity in float, level channels afterwards, and only where every reader can undo it."""
+"""Cross-layer equalization: an identity in float, level channels afterwards, and only where every reader can undo it.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +22,19 @@ from repquant_fx.recipe import EQUALIZE, Recipe
 class Decoder(nn.Module):
     """Rotary, grouped-query attention with norms on q and k where asked for; a gated MLP without biases."""
 
-    def __init__(self, *, rotary: bool = True, qk_norm: bool = False, width: int = 8, heads: int = 4, groups: int = 2) -> None:
+    def __init__(
+        self, *, rotary: bool = True, qk_norm: bool = False, width: int = 8, heads: int = 4, groups: int = 2
+    ) -> None:
         super().__init__()
         size = 4
         self.q, self.k, self.v = (nn.Linear(width, n * size) for n in (heads, groups, groups))
         self.o = nn.Linear(heads * size, width, bias=False)
         self.q_norm, self.k_norm = (nn.RMSNorm(size) if qk_norm else nn.Identity() for _ in range(2))
-        self.gate, self.up, self.down = nn.Linear(width, 16, bias=False), nn.Linear(width, 16, bias=False), nn.Linear(16, width, bias=False)
+        self.gate, self.up, self.down = (
+            nn.Linear(width, 16, bias=False),
+            nn.Linear(width, 16, bias=False),
+            nn.Linear(16, width, bias=False),
+        )
         angles = torch.arange(6.0)[:, None] * torch.tensor([1.0, 0.1]).repeat(2)
         self.rotary = rotary
         self.register_buffer("cos", angles.cos())
@@ -64,12 +71,27 @@ def spread_rows(model: nn.Module, *names: str, ratio: float = 100.0) -> nn.Modul
 
 
 MODELS = {
-    "attention": (lambda: spread_rows(redraw(Encoder()), "blocks.0.q", "blocks.0.v"), {"values": 2, "query_key": 2, "linear": 0}),
-    "without biases": (lambda: spread_rows(redraw(Encoder(bias=False)), "blocks.0.v"), {"values": 2, "query_key": 2, "linear": 0}),
-    "causal": (lambda: spread_rows(redraw(Encoder(causal=True)), "blocks.0.v"), {"values": 2, "query_key": 2, "linear": 0}),
+    "attention": (
+        lambda: spread_rows(redraw(Encoder()), "blocks.0.q", "blocks.0.v"),
+        {"values": 2, "query_key": 2, "linear": 0},
+    ),
+    "without biases": (
+        lambda: spread_rows(redraw(Encoder(bias=False)), "blocks.0.v"),
+        {"values": 2, "query_key": 2, "linear": 0},
+    ),
+    "causal": (
+        lambda: spread_rows(redraw(Encoder(causal=True)), "blocks.0.v"),
+        {"values": 2, "query_key": 2, "linear": 0},
+    ),
     "decoder": (lambda: spread_rows(redraw(Decoder()), "k", "v", "up"), {"values": 2, "query_key": 2, "linear": 1}),
-    "no rotary": (lambda: spread_rows(redraw(Decoder(rotary=False)), "k", "v", "up"), {"values": 2, "query_key": 2, "linear": 1}),
-    "norms on q and k": (lambda: spread_rows(redraw(Decoder(qk_norm=True)), "k_norm", "v"), {"values": 2, "query_key": 2, "linear": 1}),
+    "no rotary": (
+        lambda: spread_rows(redraw(Decoder(rotary=False)), "k", "v", "up"),
+        {"values": 2, "query_key": 2, "linear": 1},
+    ),
+    "norms on q and k": (
+        lambda: spread_rows(redraw(Decoder(qk_norm=True)), "k_norm", "v"),
+        {"values": 2, "query_key": 2, "linear": 1},
+    ),
     "norms without rotary": (
         lambda: spread_rows(redraw(Decoder(qk_norm=True, rotary=False)), "k_norm", "v"),
         {"values": 2, "query_key": 2, "linear": 1},

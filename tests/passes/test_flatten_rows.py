@@ -28,7 +28,8 @@ from repquant_fx.recipe import Recipe
 
 
 def flattened(graph_module: GraphModule, x: Tensor, **changes: object) -> tuple[GraphModule, int, int]:
-    """The graph after the pass, and how many reshapes it had and has. Every value is compared, up to its leading axes."""
+    """The graph after the pass, and how many reshapes it had and has. Every value is compared, up to its leading axes.
+    """
     run = quantized(graph_module, Recipe(**changes), [x])  # type: ignore[arg-type]
     graph_module = run.graph_module
     quantizers = list(run_pass(graph_module, LowerToQDQ(run.plan, run.result.weights)).quantizers.values())
@@ -50,7 +51,8 @@ def rank(graph_module: GraphModule, target: object) -> list[int]:
 
 def test_vit(vit_graph) -> None:
     result, before, after = flattened(vit_graph(), images(16))
-    # 4 around patches, 2 per block around attention, 2 where the stream of tokens becomes flat, 1 before the head takes one token
+    # 4 around patches, 2 per block around attention, 2 where the stream of tokens becomes flat, 1 before the head takes
+    # one token
     assert (before, after) == (20, 11)
     assert set(rank(result, aten.gelu.default)) == {2}
     assert rank(result, aten.layer_norm.default).count(2) >= 4
@@ -61,7 +63,9 @@ def test_swin(swin_graph) -> None:
     assert after < before
 
 
-@pytest.mark.parametrize("make", [lambda: Encoder(norm="rms", bias=False), lambda: Encoder(depth=2, causal=True), PostNorm])
+@pytest.mark.parametrize(
+    "make", [lambda: Encoder(norm="rms", bias=False), lambda: Encoder(depth=2, causal=True), PostNorm]
+)
 def test_sequences(make) -> None:
     result, before, after = flattened(canonical(redraw(make()), sequences()), sequences())
     assert after < before

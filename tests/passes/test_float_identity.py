@@ -116,14 +116,17 @@ STEPS: dict[str, Callable[[Builder, Node], Node]] = {
     "adaptive pool": lambda b, x: b.channels_first(x, aten.adaptive_avg_pool2d.default, [2, 2]),
     "max pool": lambda b, x: b.channels_first(x, aten.max_pool2d.default, [2, 2], [1, 1], [1, 1]),
     "average pool": lambda b, x: b.channels_first(x, aten.avg_pool2d.default, [2, 2], [1, 1], [1, 1]),
-    "average pool without padding":
-        lambda b, x: b.channels_first(x, aten.avg_pool2d.default, [2, 2], [2, 1], [1, 1], False, False),
+    "average pool without padding": lambda b, x: b.channels_first(
+        x, aten.avg_pool2d.default, [2, 2], [2, 1], [1, 1], False, False
+    ),
     "enlarge": lambda b, x: b.channels_first(x, aten.upsample_nearest2d.vec, None, [2.0, 2.0]),
     "concat": lambda b, x: b.call(aten.cat.default, [x, b.call(aten.roll.default, x, [1], [1])], 2),
     "concat padded": lambda b, x: b.call(aten.cat.default, [x, b.call(aten.pad.default, x, [0, 0, 0, 1])], 2),
     "concat zeros": lambda b, x: b.call(aten.cat.default, [x, b.constant(torch.zeros(shape(x)))], 1),
     "add": lambda b, x: b.call(aten.add.Tensor, x, b.call(aten.flip.default, x, [2])),
-    "add padded": lambda b, x: b.call(aten.add.Tensor, *(b.call(aten.pad.default, x, [0, 0, *by]) for by in ([0, 1], [1, 0]))),
+    "add padded": lambda b, x: b.call(
+        aten.add.Tensor, *(b.call(aten.pad.default, x, [0, 0, *by]) for by in ([0, 1], [1, 0]))
+    ),
     "add constant": lambda b, x: b.call(aten.add.Tensor, x, 1.0),
     "mask": masked,
     "scale": lambda b, x: b.call(aten.mul.Tensor, x, 0.5),
@@ -183,7 +186,10 @@ def equalized(before: GraphModule) -> tuple[GraphModule, set[int]]:
     generator = torch.Generator().manual_seed(2)
     bounds = {}
     for name, pattern in equalizable.sites.items():
-        low, size = torch.randn(pattern.numel(), generator=generator), torch.rand(pattern.numel(), generator=generator) * 9
+        low, size = (
+            torch.randn(pattern.numel(), generator=generator),
+            torch.rand(pattern.numel(), generator=generator) * 9,
+        )
         bounds[name] = pattern.reshape(-1), Bounds(low, low + size + 0.1, size)
     equalization = equalize(bounds, equalizable.signed, equalizable.shiftable)
     return run_passes(after, [EqualizeLayers(equalizable, equalization)]), equalizable.shiftable

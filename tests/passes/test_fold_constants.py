@@ -20,7 +20,11 @@ class Parts(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight, self.q, self.v = nn.Parameter(torch.randn(12, 8)), nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4))
+        self.weight, self.q, self.v = (
+            nn.Parameter(torch.randn(12, 8)),
+            nn.Parameter(torch.randn(4)),
+            nn.Parameter(torch.randn(4)),
+        )
         self.gain, self.table = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(11, 12))
         self.register_buffer("index", torch.arange(6)[:, None] - torch.arange(6)[None, :] + 5)
 
@@ -51,7 +55,9 @@ def test_only_the_data_flows_afterwards() -> None:
 
 def test_several_results() -> None:
     table = torch.arange(12.0).reshape(6, 2)
-    graph_module, modified = fold(Function(lambda x: x * table.sin().split(1, -1)[0] + table.cos().unbind(-1)[1][:, None]))
+    graph_module, modified = fold(
+        Function(lambda x: x * table.sin().split(1, -1)[0] + table.cos().unbind(-1)[1][:, None])
+    )
     assert modified and count(graph_module, aten.split.Tensor, aten.unbind.int) == 0
     first, second = table.sin()[:, :1], table.cos()[:, 1:]
     torch.testing.assert_close(output(graph_module, X), X * first + second)
@@ -64,7 +70,9 @@ def test_what_the_data_reaches_is_not_touched() -> None:
 
 
 def test_no_random_numbers_and_no_large_tensors_are_folded() -> None:
-    graph_module, _ = fold(Function(lambda x: x + torch.zeros(1).expand(300, 300, 6, 8).sum((0, 1)) * torch.arange(8.0)))
+    graph_module, _ = fold(
+        Function(lambda x: x + torch.zeros(1).expand(300, 300, 6, 8).sum((0, 1)) * torch.arange(8.0))
+    )
     assert torch.equal(output(graph_module, X), X)
     big = torch.ones(8)
     graph_module, _ = fold(Function(lambda x: x[..., None, None] + big[:, None].expand(8, 100000)[:, :1, None]))
@@ -103,8 +111,11 @@ def test_biases_of_real_architectures_become_constants(name: str) -> None:
 
     from repquant_fx.passes.normal_form import normalize
 
-    small = {"embed_dim": 16, "depths": (1,), "num_heads": (1,), "window_size": 4, "patch_size": 2} if "swin" in name else \
-        {"embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": 4}
+    small = (
+        {"embed_dim": 16, "depths": (1,), "num_heads": (1,), "window_size": 4, "patch_size": 2}
+        if "swin" in name
+        else {"embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": 4}
+    )
     model = redraw(timm.create_model(name, img_size=16, num_classes=5, **small))
     x = torch.randn(2, 3, 16, 16)
     graph_module = normalize(capture(model, [x]).graph_module)

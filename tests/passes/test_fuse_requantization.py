@@ -58,7 +58,8 @@ def test_one_linear_for_query_key_and_value(vit_graph) -> None:
     after, fused = check(vit_graph(), images(16))
     assert fused == 2  # one qkv a block
     assert count(after, QUANTIZE) < count(lowered(vit_graph(), images(16))[0], QUANTIZE)
-    assert not [n for n in after.graph.nodes if n.target is aten.mul.Tensor and isinstance(n.args[1], float)]  # 1/sqrt(d) is in the scales
+    # 1/sqrt(d) is in the scales
+    assert not [n for n in after.graph.nodes if n.target is aten.mul.Tensor and isinstance(n.args[1], float)]
 
 
 def test_windows(swin_graph) -> None:
@@ -75,7 +76,9 @@ def test_separate_linears_with_and_without_bias(bias: bool) -> None:
 
 
 def test_scales_are_in_the_weights(encoder_graph) -> None:
-    """Row r of the fused weight's scale is the old one over the operand's scale (times 1/sqrt(d) where the query has it)."""
+    """Row r of the fused weight's scale is the old one over the operand's scale (times 1/sqrt(d) where the query has
+    it).
+    """
     x = sequences()
     before, quantizers = lowered(encoder_graph(), x)
 
@@ -84,7 +87,11 @@ def test_scales_are_in_the_weights(encoder_graph) -> None:
                 for n in graph_module.graph.find_nodes(op="call_function", target=aten.linear.default)}
 
     old = linear_scales(before)
-    operand = {name.rsplit("/", 1)[1]: float(attribute(before, node.args[1])) for name, node in quantizers.items() if node.target is QUANTIZE}
+    operand = {
+        name.rsplit("/", 1)[1]: float(attribute(before, node.args[1]))
+        for name, node in quantizers.items()
+        if node.target is QUANTIZE
+    }
     new = linear_scales(run_passes(before, [FuseRequantization(quantizers)]))
     assert set(old) == set(new)
     ratios = {name: old[name] / new[name] for name in old}
@@ -122,7 +129,9 @@ def test_float_operands_stay(encoder_graph) -> None:
 
 
 def test_four_bits(vit_graph) -> None:
-    """Codes saturate at the operands' top code; bias and zero point are whole steps of the accumulator, which is coarse here."""
+    """Codes saturate at the operands' top code; bias and zero point are whole steps of the accumulator, which is coarse
+    here.
+    """
     after, fused = check(vit_graph(), images(16), wbits=4, abits=4, floor=20)
     assert fused == 2 and {n.args[3] for n in fused_outputs(after)} == {4}
 

@@ -78,7 +78,11 @@ def test_a_written_out_norm_is_matched_with_its_linears() -> None:
     class Written(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.weight, self.a, self.b = nn.Parameter(torch.ones(8)), nn.Linear(8, 4, bias=False), nn.Linear(8, 4, bias=False)
+            self.weight, self.a, self.b = (
+                nn.Parameter(torch.ones(8)),
+                nn.Linear(8, 4, bias=False),
+                nn.Linear(8, 4, bias=False),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             h = self.weight * (x * root(x))

@@ -67,16 +67,27 @@ def test_equals_the_fake_quantized_graph(name: str, bits: int, request: pytest.F
     check(request.getfixturevalue(name)(), x, Recipe(wbits=bits, abits=bits), floor=30 if bits == 8 else 18)
 
 
-@pytest.mark.parametrize("changes", [
-    {"norm": "layerwise"}, {"norm": "channelwise"}, {"softmax": "log2"}, {"softmax": "uniform"}, {"gptq": False}, {"clipping": "none"}],
-    ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"norm": "layerwise"},
+        {"norm": "channelwise"},
+        {"softmax": "log2"},
+        {"softmax": "uniform"},
+        {"gptq": False},
+        {"clipping": "none"},
+    ],
+    ids=str,
+)
 def test_switches(encoder_graph, changes: dict[str, object]) -> None:
     graph_module = check(encoder_graph(), sequences(), Recipe(**changes))  # type: ignore[arg-type]
     assert count(graph_module, LOG2_SOFTMAX) == (changes.get("softmax") != "uniform")
     assert count(graph_module, aten.softmax.int) == (changes.get("softmax") == "uniform")
 
 
-@pytest.mark.parametrize("make", [lambda: Encoder(norm="rms", bias=False), lambda: Encoder(norm="plain", causal=True), PostNorm])
+@pytest.mark.parametrize(
+    "make", [lambda: Encoder(norm="rms", bias=False), lambda: Encoder(norm="plain", causal=True), PostNorm]
+)
 def test_other_models(make) -> None:
     check(canonical(redraw(make()), sequences()), sequences(), Recipe())
 
@@ -177,7 +188,8 @@ def test_a_whole_layer_of_zeros() -> None:
 
 def test_linears_that_read_each_other_directly() -> None:
     model = redraw(nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 5), nn.Linear(5, 4)))
-    assert count(check(canonical(model, sequences()), sequences(), Recipe()), aten.reshape.default) == 4  # one each and one more
+    # one each and one more
+    assert count(check(canonical(model, sequences()), sequences(), Recipe()), aten.reshape.default) == 4
 
 
 def test_convolutions() -> None:

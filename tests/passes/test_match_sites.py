@@ -17,9 +17,13 @@ from repquant_fx.recipe import LayerRule, Recipe
 def assert_complete(graph_module: GraphModule, plan: Plan) -> None:
     """Every norm and softmax is in exactly one group or has a reason; no product with a parameter is in two groups."""
     reasons = [item for item in plan.left_alone if "norm" in item.operator or item.operator == "softmax"]
-    in_groups = [g.norm for g in plan.groups if g.norm is not None] + [g.softmax for g in plan.groups if g.softmax is not None]
+    in_groups = [g.norm for g in plan.groups if g.norm is not None] + [
+        g.softmax for g in plan.groups if g.softmax is not None
+    ]
     assert len(in_groups) == len(set(in_groups))
-    nodes = [n for n in graph_module.graph.nodes if n.op == "call_function" and n.target in NORMS | OTHER_NORMS | SOFTMAX]
+    nodes = [
+        n for n in graph_module.graph.nodes if n.op == "call_function" and n.target in NORMS | OTHER_NORMS | SOFTMAX
+    ]
     assert len(in_groups) + len(reasons) == len(nodes)
     assert all(len(item.reason) > 10 for item in plan.left_alone)
     consumers = [c for g in plan.groups for c in g.consumers]
@@ -60,12 +64,23 @@ def test_swin(swin_graph) -> None:
 def test_swin_whose_windows_pad_after_the_norm() -> None:
     import timm
 
-    model = redraw(timm.create_model("swin_tiny_patch4_window7_224", img_size=12, patch_size=2, window_size=4, embed_dim=16,
-                                     depths=(1, 1), num_heads=(1, 2), num_classes=5))
+    model = redraw(
+        timm.create_model(
+            "swin_tiny_patch4_window7_224",
+            img_size=12,
+            patch_size=2,
+            window_size=4,
+            embed_dim=16,
+            depths=(1, 1),
+            num_heads=(1, 2),
+            num_classes=5,
+        )
+    )
     graph_module = canonical(model, torch.randn(2, 3, 12, 12))
     plan = match(graph_module)
     assert_complete(graph_module, plan)
-    assert [item.path for item in plan.left_alone] == ["patch_embed.norm"]  # the residual stream and another norm read it, no Linear
+    # the residual stream and another norm read it, no Linear
+    assert [item.path for item in plan.left_alone] == ["patch_embed.norm"]
     padded = [group for group in plan.groups if group.padded]
     assert padded and all(group.path.endswith("norm1") for group in padded)
 
@@ -134,7 +149,9 @@ def test_a_softmax_that_is_an_output() -> None:
 
     plan = match(canonical(redraw(Classifier()), sequences()))
     assert kinds(plan) == ["linear"]
-    assert [(i.operator, i.reason) for i in plan.left_alone] == [("softmax", "its result is not an operand of a matrix product")]
+    assert [(i.operator, i.reason) for i in plan.left_alone] == [
+        ("softmax", "its result is not an operand of a matrix product")
+    ]
 
 
 def test_attention_from_the_right() -> None:
@@ -143,7 +160,10 @@ def test_attention_from_the_right() -> None:
             return x.transpose(1, 2) @ (x @ x.transpose(1, 2)).softmax(-1).transpose(1, 2)
 
     plan = match(canonical(Right(), sequences()))
-    assert [[s.name.split("/")[1] for s in g.sites] for g in plan.groups] == [["query", "key"], ["value", "probabilities"]]
+    assert [[s.name.split("/")[1] for s in g.sites] for g in plan.groups] == [
+        ["query", "key"],
+        ["value", "probabilities"],
+    ]
     assert [s.role for s in plan.groups[1].sites] == ["plain", "softmax"]
 
 
@@ -160,7 +180,9 @@ def test_skips(encoder_graph) -> None:
     plan = match(graph_module, Recipe(layers=rules))
     assert_complete(graph_module, plan)
     assert len(plan.groups) == len(everything.groups) - 3
-    assert {i.path: i.reason for i in plan.left_alone} == dict.fromkeys(["blocks.0.norm1", "norm"], "the recipe skips every Linear that reads it")
+    assert {i.path: i.reason for i in plan.left_alone} == dict.fromkeys(
+        ["blocks.0.norm1", "norm"], "the recipe skips every Linear that reads it"
+    )
     plan = match(graph_module, Recipe(layers=(LayerRule("blocks.0", skip=True),)))
     assert [(i.path, i.reason) for i in plan.left_alone] == [("blocks.0", "the recipe skips the product that reads it")]
     plan = match(graph_module, Recipe(layers=(LayerRule("*", skip=True),)))

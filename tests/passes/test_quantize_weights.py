@@ -53,7 +53,9 @@ def test_gptq_is_never_worse_than_nearest(vit_graph) -> None:
 
 
 def test_without_gptq_the_codes_are_the_nearest(encoder_graph) -> None:
-    run = quantized(encoder_graph(), Recipe(wbits=4, abits=8, gptq=False, norm="layerwise", **PLAIN), list(sequences().split(8)))
+    run = quantized(
+        encoder_graph(), Recipe(wbits=4, abits=8, gptq=False, norm="layerwise", **PLAIN), list(sequences().split(8))
+    )
     for consumer, weight in run.result.weights.items():
         name = name_of(consumer)
         original = run.reference.get_parameter(name).detach()
@@ -63,7 +65,11 @@ def test_without_gptq_the_codes_are_the_nearest(encoder_graph) -> None:
 
 
 def test_rules_by_layer(encoder_graph) -> None:
-    rules = (LayerRule("blocks.0.fc1", wbits=2), LayerRule("blocks.0.k", wbits=8), LayerRule("blocks.0.fc2", gptq=False))
+    rules = (
+        LayerRule("blocks.0.fc1", wbits=2),
+        LayerRule("blocks.0.k", wbits=8),
+        LayerRule("blocks.0.fc2", gptq=False),
+    )
     run = quantized(encoder_graph(), Recipe(wbits=4, abits=8, layers=rules, **PLAIN), list(sequences().split(8)))
     spans, same = {}, {}
     for consumer, weight in run.result.weights.items():
@@ -77,7 +83,9 @@ def test_rules_by_layer(encoder_graph) -> None:
 
 def test_a_skipped_layer_keeps_its_weight(encoder_graph) -> None:
     run = quantized(encoder_graph(), Recipe(wbits=3, layers=(LayerRule("blocks.0.fc2", skip=True),)), [sequences()])
-    assert torch.equal(run.graph_module.get_parameter("blocks.0.fc2.weight"), run.reference.get_parameter("blocks.0.fc2.weight"))
+    assert torch.equal(
+        run.graph_module.get_parameter("blocks.0.fc2.weight"), run.reference.get_parameter("blocks.0.fc2.weight")
+    )
     assert "blocks.0.fc2.weight" not in {name_of(c) for c in run.result.weights}
 
 
@@ -85,7 +93,11 @@ def test_convolutions() -> None:
     class Stem(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.stem, self.depthwise, self.head = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1, groups=8), nn.Linear(8, 3)
+            self.stem, self.depthwise, self.head = (
+                nn.Conv2d(3, 8, 3, 2, 1),
+                nn.Conv2d(8, 8, 3, 1, 1, groups=8),
+                nn.Linear(8, 3),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             return self.head(self.depthwise(torch.relu(self.stem(x))).mean((2, 3)))
@@ -120,7 +132,9 @@ def test_a_weight_read_twice_is_quantized_for_each_reader() -> None:
     run = quantized(canonical(redraw(Tied()), sequences()), Recipe(), list(sequences().split(8)))
     assert len(run.result.weights) == 2
     with torch.no_grad():
-        noise = (run.graph_module(sequences()) - run.reference(sequences())).square().mean() / run.reference(sequences()).square().mean()
+        noise = (run.graph_module(sequences()) - run.reference(sequences())).square().mean() / run.reference(
+            sequences()
+        ).square().mean()
     assert float(noise) < 1e-3
 
 
@@ -158,4 +172,7 @@ def test_no_float_copy_of_a_quantized_weight_is_kept(encoder_graph) -> None:
     with pytest.raises(AttributeError):
         run.graph_module.get_parameter("blocks.0.fc1.weight")
     shared = shared_copy(run.reference)
-    assert all(a is b for a, b in zip(shared.parameters(), run.reference.parameters())) and shared.graph is not run.reference.graph
+    assert (
+        all(a is b for a, b in zip(shared.parameters(), run.reference.parameters()))
+        and shared.graph is not run.reference.graph
+    )

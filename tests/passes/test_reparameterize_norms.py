@@ -1,4 +1,5 @@
-"""Reparameterize norms: the same codes before and after, the same float outputs, and no other reader sees a difference."""
+"""Reparameterize norms: the same codes before and after, the same float outputs, and no other reader sees a difference.
+"""
 
 from __future__ import annotations
 
@@ -67,8 +68,18 @@ class Padded(nn.Module):
 def padded_swin() -> nn.Module:
     import timm
 
-    return redraw(timm.create_model("swin_tiny_patch4_window7_224", img_size=12, patch_size=2, window_size=4, embed_dim=16,
-                                    depths=(1, 1), num_heads=(1, 2), num_classes=5))
+    return redraw(
+        timm.create_model(
+            "swin_tiny_patch4_window7_224",
+            img_size=12,
+            patch_size=2,
+            window_size=4,
+            embed_dim=16,
+            depths=(1, 1),
+            num_heads=(1, 2),
+            num_classes=5,
+        )
+    )
 
 
 class Shared(nn.Module):
@@ -123,14 +134,20 @@ def check(graph_module: GraphModule, x: Tensor, bits: int = 4, clipping: str = "
 
 
 MODELS = {
-    "vit": (vit, images), "swin": (swin, images), "post-norm": (lambda: redraw(PostNorm()), sequences),
-    "separate qkv": (lambda: redraw(Encoder()), sequences), "rms": (lambda: redraw(Encoder(norm="rms")), sequences),
-    "no bias": (lambda: redraw(Encoder(bias=False)), sequences), "no affine": (lambda: redraw(Encoder(norm="plain")), sequences),
+    "vit": (vit, images),
+    "swin": (swin, images),
+    "post-norm": (lambda: redraw(PostNorm()), sequences),
+    "separate qkv": (lambda: redraw(Encoder()), sequences),
+    "rms": (lambda: redraw(Encoder(norm="rms")), sequences),
+    "no bias": (lambda: redraw(Encoder(bias=False)), sequences),
+    "no affine": (lambda: redraw(Encoder(norm="plain")), sequences),
     "rms, no affine, no bias": (lambda: redraw(Encoder(norm="rms_plain", bias=False)), sequences),
-    "padded": (lambda: redraw(Padded(nn.LayerNorm(8))), sequences), "padded, rms": (lambda: redraw(Padded(nn.RMSNorm(8))), sequences),
+    "padded": (lambda: redraw(Padded(nn.LayerNorm(8))), sequences),
+    "padded, rms": (lambda: redraw(Padded(nn.RMSNorm(8))), sequences),
     "padded, no affine": (lambda: redraw(Padded(nn.LayerNorm(8, elementwise_affine=False))), sequences),
     "padded windows": (padded_swin, lambda: images(size=12)),
-    "several sites": (lambda: redraw(Pooled()), sequences), "tied": (lambda: redraw(Shared()), sequences),
+    "several sites": (lambda: redraw(Pooled()), sequences),
+    "tied": (lambda: redraw(Shared()), sequences),
 }
 
 
@@ -181,7 +198,9 @@ def test_other_readers_of_a_norm_see_the_same_values() -> None:
     (group,) = check(graph_module, sequences())
     assert group.shared_norm and count(graph_module, aten.layer_norm.default) == 2
     assert torch.equal(graph_module(sequences())[2], before)
-    assert torch.equal(graph_module(sequences())[2], nn.functional.layer_norm(sequences(), (8,), model.norm.weight, model.norm.bias))
+    assert torch.equal(
+        graph_module(sequences())[2], nn.functional.layer_norm(sequences(), (8,), model.norm.weight, model.norm.bias)
+    )
 
 
 def test_a_skipped_linear_sees_the_same_values(encoder_graph) -> None:
@@ -208,7 +227,9 @@ def test_layerwise_and_other_groups_are_left_alone(encoder_graph) -> None:
 
 
 def test_float_output_of_a_whole_quantized_model(vit_graph) -> None:
-    """After the pipeline without weight rounding errors that matter: bypass the activation quantizers, the float model remains."""
+    """After the pipeline without weight rounding errors that matter: bypass the activation quantizers, the float model
+    remains.
+    """
     graph_module = vit_graph()
     recipe = Recipe(abits=4)
     plan = observed(graph_module, [images()], recipe)
@@ -257,7 +278,8 @@ def test_planted_variation_does_not_change_the_codes() -> None:
         run_passes(graph_module, [ReparameterizeNorms(group)])
         found.append(codes_of(graph_module, group, x))
     (plain_codes, ties), (codes, _) = found
-    # calibration in float32 moves a bound by rounding, so a value near a tie, or at the edge of a bin, may fall on its other side
+    # calibration in float32 moves a bound by rounding, so a value near a tie, or at the edge of a bin, may fall on its
+    # other side
     apart = plain_codes[0] != codes[0]
     assert float(apart.double().mean()) < 2e-3 and float(apart[ties[0] > 1e-2].double().sum()) == 0
 

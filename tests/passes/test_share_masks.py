@@ -46,7 +46,10 @@ def test_same_bits(form: str, low: float) -> None:
     assert torch.equal(output(result, scores()), expected)
 
 
-@given(st.floats(width=32, min_value=-2.0**70, max_value=2.0**70), st.floats(width=32, max_value=-2.0**100, allow_nan=False))
+@given(
+    st.floats(width=32, min_value=-(2.0**70), max_value=2.0**70),
+    st.floats(width=32, max_value=-(2.0**100), allow_nan=False),
+)
 def test_low_numbers_swallow_scores(score: float, low: float) -> None:
     assert SWALLOWS <= -2.0**99
     assert torch.equal(torch.tensor(score) + torch.tensor(low), torch.tensor(low))

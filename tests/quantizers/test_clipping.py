@@ -24,7 +24,10 @@ def sample(kind: str, d: int = D, n: int = N, dtype: torch.dtype = torch.float32
     """Channels of very different scales and offsets."""
     g = torch.Generator().manual_seed(11)
     x = torch.randn(d, n, generator=g, dtype=torch.float64)
-    scale, offset = torch.logspace(-3, 2, d, dtype=torch.float64)[:, None], torch.linspace(-3, 3, d, dtype=torch.float64)[:, None]
+    scale, offset = (
+        torch.logspace(-3, 2, d, dtype=torch.float64)[:, None],
+        torch.linspace(-3, 3, d, dtype=torch.float64)[:, None],
+    )
     if kind == "heavy":
         x = x / (torch.rand(d, n, generator=g, dtype=torch.float64) + 0.05)
     if kind == "outliers":
@@ -64,8 +67,12 @@ def test_no_channel_is_worse_than_at_its_extremes(kind: str, bits: int, include_
             assert values.shape == (D,) and bool(torch.isfinite(values).all())
         assert bool((bounds.error <= start.error).all())
         # the error reported is the error at the bounds returned
-        torch.testing.assert_close(clipping_error(x, bounds.low, bounds.up, bits, include_zero=include_zero), bounds.error)
-        assert bool((bounds.low >= start.low).all() and (bounds.up <= start.up).all() and (bounds.low <= bounds.up).all())
+        torch.testing.assert_close(
+            clipping_error(x, bounds.low, bounds.up, bits, include_zero=include_zero), bounds.error
+        )
+        assert bool(
+            (bounds.low >= start.low).all() and (bounds.up <= start.up).all() and (bounds.low <= bounds.up).all()
+        )
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "constant"])
@@ -78,12 +85,16 @@ def test_the_error_from_histograms_is_near(kind: str, bits: int, include_zero: b
     candidates = [(x.amin(1), x.amax(1)), (low, up), (low, x.amax(1)), (2 * low - up, up)]
     got = data.errors(*(torch.stack(c, dim=1) for c in zip(*candidates)), bits, include_zero)
     for k, (lo, hi) in enumerate(candidates):
-        torch.testing.assert_close(got[:, k], reference_error(x, lo, hi, bits, include_zero), rtol=0.1 if bits == 8 else 0.02, atol=0)
+        torch.testing.assert_close(
+            got[:, k], reference_error(x, lo, hi, bits, include_zero), rtol=0.1 if bits == 8 else 0.02, atol=0
+        )
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_the_error_from_histograms_is_exact_where_thresholds_are_edges(bits: int) -> None:
-    """More bins bring it as near as one likes: the values themselves are counted and summed, nothing is rounded to a bin."""
+    """More bins bring it as near as one likes: the values themselves are counted and summed, nothing is rounded to a
+    bin.
+    """
     x = sample("heavy", dtype=torch.float64)
     low, up = x.quantile(0.02, dim=1), x.quantile(0.98, dim=1)
     exact = reference_error(x, low, up, bits, False)
@@ -98,8 +109,13 @@ def test_the_error_from_histograms_is_exact_where_thresholds_are_edges(bits: int
 def test_the_median_to_a_bin(kind: str) -> None:
     x = sample(kind)
     data, median = _Histogram(x, 4096), x.median(1, keepdim=True).values
-    assert bool(((data.median - median).abs() <= 0.02 * (x.quantile(0.75, dim=1, keepdim=True) - x.quantile(0.25, dim=1, keepdim=True))
-                 + 1e-6 * x.abs().amax()).all())
+    assert bool(
+        (
+            (data.median - median).abs()
+            <= 0.02 * (x.quantile(0.75, dim=1, keepdim=True) - x.quantile(0.25, dim=1, keepdim=True))
+            + 1e-6 * x.abs().amax()
+        ).all()
+    )
 
 
 @pytest.mark.parametrize("far", [1e2, 1e4, 1e6])
@@ -109,7 +125,12 @@ def test_an_outlier_costs_the_others_no_resolution(far: float) -> None:
     x[:, :2] *= far
     t = torch.cat([torch.linspace(0, 0.98, 50), 1 - torch.logspace(-7, -2, 30)])
     median = x.median(1).values
-    scan = torch.stack([clipping_error(x, torch.lerp(x.amin(1), median, w), torch.lerp(x.amax(1), median, w), 4) for w in t.clamp(max=0.98)])
+    scan = torch.stack(
+        [
+            clipping_error(x, torch.lerp(x.amin(1), median, w), torch.lerp(x.amax(1), median, w), 4)
+            for w in t.clamp(max=0.98)
+        ]
+    )
     assert float((search_bounds(x, 4).error / scan.amin(0)).median()) <= 1.01
 
 
@@ -129,7 +150,13 @@ def test_the_search_is_near_the_best_of_a_dense_grid(bits: int) -> None:
     t = torch.linspace(0, 0.99, 80, dtype=x.dtype)
     a, b = torch.meshgrid(t, t, indexing="ij")
     pairs = zip(a.reshape(-1), b.reshape(-1))
-    errors = torch.stack([clipping_error(x, *(torch.lerp(end, median, w)[:, 0] for end, w in ((low, p), (up, q))), bits) for p, q in pairs], dim=1)
+    errors = torch.stack(
+        [
+            clipping_error(x, *(torch.lerp(end, median, w)[:, 0] for end, w in ((low, p), (up, q))), bits)
+            for p, q in pairs
+        ],
+        dim=1,
+    )
     assert bool((search_bounds(x, bits).error <= 1.05 * errors.amin(1)).all())
 
 

@@ -39,8 +39,11 @@ def weights(rows: int, n: int, seed: int = 1, dtype: torch.dtype = torch.float32
     return torch.randn(rows, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def reference(weight: Tensor, hessian: Tensor, grid: WeightGrid, damping: float, activation_order: bool) -> tuple[Tensor, Tensor]:
-    """Optimal brain surgeon, one column at a time, with the inverse of the remaining inputs' Hessian computed anew each time.
+def reference(
+    weight: Tensor, hessian: Tensor, grid: WeightGrid, damping: float, activation_order: bool
+) -> tuple[Tensor, Tensor]:
+    """Optimal brain surgeon, one column at a time, with the inverse of the remaining inputs' Hessian computed anew each
+    time.
 
     Returns codes, and how far each value stood from a rounding tie, in steps.
     """
@@ -134,7 +137,9 @@ def test_grids_hold_the_promised_codes(bits: int, symmetric: bool) -> None:
             low, high = (-127, 127) if bits == 8 else (-half, half - 1)
             assert bool((grid.low == low).all() and (grid.high == high).all())
         else:
-            assert bool((grid.high - grid.low == 2**bits - 1).all() and (grid.low <= 0).all() and (grid.high >= 0).all())
+            assert bool(
+                (grid.high - grid.low == 2**bits - 1).all() and (grid.low <= 0).all() and (grid.high >= 0).all()
+            )
             assert float(grid.low.min()) >= -128 and float(grid.high.max()) <= 127
         assert bool(torch.isfinite(grid.scale).all() and (grid.scale > 0).all())
         assert bool((quantized.codes[-1] == 0).all())  # a row of zeros
@@ -152,7 +157,9 @@ def test_the_grid_search_never_raises_the_error(bits: int) -> None:
             assert float(after.sum()) < 0.95 * float(before.sum())
     importance = torch.rand(64, generator=torch.Generator().manual_seed(0))
     weighted = weight_grid(w, bits, symmetric=True, importance=importance)
-    errors = [((g.values(w) - w).square() * importance).sum(1) for g in (weighted, weight_grid(w, bits, symmetric=True))]
+    errors = [
+        ((g.values(w) - w).square() * importance).sum(1) for g in (weighted, weight_grid(w, bits, symmetric=True))
+    ]
     assert bool((errors[0] <= errors[1] * (1 + 1e-5)).all())
 
 
@@ -178,7 +185,9 @@ def test_rows_do_not_interact() -> None:
     w, h = weights(9, 40), hessian_of(inputs("correlated", 40))
     grid = weight_grid(w, 4, symmetric=True)
     whole = gptq(w, h, grid)
-    parts = [gptq(w[r], h, WeightGrid(grid.scale[r], grid.low[r], grid.high[r])).codes for r in (slice(0, 4), slice(4, 9))]
+    parts = [
+        gptq(w[r], h, WeightGrid(grid.scale[r], grid.low[r], grid.high[r])).codes for r in (slice(0, 4), slice(4, 9))
+    ]
     assert torch.equal(whole.codes, torch.cat(parts))
 
 

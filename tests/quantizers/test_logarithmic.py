@@ -19,7 +19,9 @@ BITS = range(2, 9)
 @pytest.mark.parametrize("scale", [1.0, 0.37, 1e-3])
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 3e-7)])
-def test_the_shift_dequantizes_every_code_alike(bits: int, scale: float, steps: int, dtype: torch.dtype, tolerance: float) -> None:
+def test_the_shift_dequantizes_every_code_alike(
+    bits: int, scale: float, steps: int, dtype: torch.dtype, tolerance: float
+) -> None:
     codes = torch.arange(1 << bits, dtype=dtype)
     plain, shifted = log.dequantize(codes, scale, bits, steps), log.dequantize_shift(codes, scale, bits, steps)
     normal = plain >= torch.finfo(dtype).tiny  # below, float32 itself runs out of bits
@@ -45,7 +47,9 @@ def test_exact_zero_has_the_top_code_and_stays_zero(bits: int, steps: int) -> No
     assert codes[[0, 3]].tolist() == [log.zero_code(bits)] * 2 == [(1 << bits) - 1] * 2
     assert log.fake_quantize(a, 1.0, bits, steps)[[0, 3]].tolist() == [0.0, 0.0]
     assert log.fake_quantize(a, 1.0, bits, steps)[:2].tolist() == [0.0, 1.0]
-    assert log.level_table(1.0, bits, steps)[-1] == 0 and bool((log.level_table(0.1, min(bits, 6), steps)[:-1] > 0).all())
+    assert log.level_table(1.0, bits, steps)[-1] == 0 and bool(
+        (log.level_table(0.1, min(bits, 6), steps)[:-1] > 0).all()
+    )
 
 
 def test_masked_positions_do_not_leak_through_the_quantizers() -> None:
@@ -100,14 +104,17 @@ def test_scale_candidates_cover_the_largest_value_downwards() -> None:
     for bits in BITS:
         candidates = log.scale_candidates(0.5, bits)
         assert candidates == sorted(candidates, reverse=True)
-        assert candidates[0] >= min(0.5, candidates[0]) and any(c == pytest.approx(0.5) for c in candidates) == (bits < 8)
+        assert candidates[0] >= min(0.5, candidates[0]) and any(c == pytest.approx(0.5) for c in candidates) == (
+            bits < 8
+        )
         assert candidates[-1] < 0.5 or bits == 8, "8 bits leave the zero point no room: their scale is 1"
         assert all(log.snap(c, bits) == c for c in candidates)
 
 
 @given(scale=st.floats(1e-4, 1.0), bits=st.sampled_from(BITS), steps=st.sampled_from((1, 2, 4, 8)))
 def test_a_snapped_scale_is_a_zero_point_of_the_logarithm(scale: float, bits: int, steps: int) -> None:
-    """`s = 2^(m / steps)` and `2^b - 1 - m` fits uint8: the quantizer's codes are those of the zero point, one for one."""
+    """`s = 2^(m / steps)` and `2^b - 1 - m` fits uint8: the quantizer's codes are those of the zero point, one for one.
+    """
     snapped = log.snap(scale, bits, steps)
     m = round(steps * math.log2(snapped))
     assert snapped == pytest.approx(2 ** (m / steps), rel=1e-12) and 0 <= log.zero_code(bits) - m <= 255

@@ -44,7 +44,8 @@ def test_streaming_equals_one_shot_within_capacity(channels: bool) -> None:
 def test_extremes_are_exact_and_memory_bounded_beyond_capacity(channels: bool) -> None:
     x = data()
     sample = observed(Observer(channels, 100), list(x.split(50))).sample()
-    assert sample.shape == (5 if channels else 1, 12 * 9 + 2)  # 12 batches share 100: 9 each, rounded up; and the extremes
+    # 12 batches share 100: 9 each, rounded up; and the extremes
+    assert sample.shape == (5 if channels else 1, 12 * 9 + 2)
     everything = x.reshape(-1, 5) if channels else x.reshape(-1, 1)
     assert torch.equal(sample.amin(1), everything.amin(0)) and torch.equal(sample.amax(1), everything.amax(0))
     for row, column in zip(sample, everything.T):

@@ -42,7 +42,9 @@ def free(v: dict[str, Tensor], scale: float, zero_point: int) -> ChannelAffine:
 @pytest.mark.parametrize("bits", range(2, 9))
 @settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 10_000), scale=st.floats(1e-3, 1e2), zero_point=st.integers(-50, 300))
-def test_codes_and_output_do_not_change_for_any_scale_and_zero_point(bits: int, seed: int, scale: float, zero_point: int) -> None:
+def test_codes_and_output_do_not_change_for_any_scale_and_zero_point(
+    bits: int, seed: int, scale: float, zero_point: int
+) -> None:
     v = setting(seed, bits)
     for affine in (reparameterize(v["s"], v["z"], bits), free(v, scale, zero_point)):
         gamma, beta = affine.rewrite_norm(v["gamma"], v["beta"])
@@ -54,7 +56,8 @@ def test_codes_and_output_do_not_change_for_any_scale_and_zero_point(bits: int, 
         assert torch.equal(before[checked], after[checked]) and float(checked.double().mean()) > 0.999
         weight, bias = affine.rewrite_linear(v["w"], v["b"])
         exact = v["x"] @ v["w"].T + v["b"]
-        size = (v["x"].abs() + affine.shift.abs()) @ v["w"].abs().T + 1  # what is added up: the shift cancels against the bias
+        # what is added up: the shift cancels against the bias
+        size = (v["x"].abs() + affine.shift.abs()) @ v["w"].abs().T + 1
         assert float(((moved @ weight.T + bias - exact).abs() / size).max()) < 1e-12
         # and the quantized layers agree as well: the codes are one and the same integers
         dequantized = dequantize(before, v["s"], v["z"], -1) @ v["w"].T + v["b"]

@@ -23,7 +23,9 @@ finite = st.floats(-1e4, 1e4, allow_nan=False)
 @pytest.mark.parametrize("include_zero", [False, True])
 @settings(max_examples=20, deadline=None)
 @given(a=finite, b=finite)
-def test_error_is_at_most_one_step_and_half_a_step_away_from_the_ends(bits: int, include_zero: bool, a: float, b: float) -> None:
+def test_error_is_at_most_one_step_and_half_a_step_away_from_the_ends(
+    bits: int, include_zero: bool, a: float, b: float
+) -> None:
     low, up = torch.tensor(min(a, b), dtype=torch.float64), torch.tensor(max(a, b), dtype=torch.float64)
     scale, zero_point = parameters_from_range(low, up, bits, include_zero=include_zero)
     assert float(scale) > 0 and float(zero_point) == round(float(zero_point))
@@ -39,7 +41,10 @@ def test_error_is_at_most_one_step_and_half_a_step_away_from_the_ends(bits: int,
 
 @pytest.mark.parametrize("bits", BITS)
 def test_error_is_at_most_half_a_step_when_the_zero_point_is_exact(bits: int) -> None:
-    scale, zero_point = torch.tensor(0.25, dtype=torch.float64), torch.tensor(float(levels(bits) // 3), dtype=torch.float64)
+    scale, zero_point = (
+        torch.tensor(0.25, dtype=torch.float64),
+        torch.tensor(float(levels(bits) // 3), dtype=torch.float64),
+    )
     low, up = -scale * zero_point, scale * (levels(bits) - 1 - zero_point)
     assert torch.stack(parameters_from_range(low, up, bits, include_zero=True)).tolist() == [0.25, float(zero_point)]
     x = torch.rand(5000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * (up - low) + low
@@ -78,7 +83,9 @@ def test_codes_are_integers_in_range_and_stable(bits: int, scale: float, zero_po
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("value", [0.0, 1.0, -1.0, 1e-12, -3e4, 7.25])
 @pytest.mark.parametrize("include_zero", [False, True])
-def test_dead_channel_is_finite_and_keeps_its_value(bits: int, dtype: torch.dtype, value: float, include_zero: bool) -> None:
+def test_dead_channel_is_finite_and_keeps_its_value(
+    bits: int, dtype: torch.dtype, value: float, include_zero: bool
+) -> None:
     x = torch.full((3,), value, dtype=dtype)
     scale, zero_point = parameters_from_range(x[0], x[0], bits, include_zero=include_zero)
     result = fake_quantize(x, scale, zero_point, bits)

@@ -68,7 +68,10 @@ def test_seccomp(tmp_path: Path) -> None:
     assert all(found[name] == "PermissionError" for name in ("socket", "kill", "process")) and not found["own"]
 
 
-@pytest.mark.parametrize("argv", [["--allow-pickle"], ["--calib", "mine:batches"], ["--arch", "timm:vit,pretrained"], ["--tokenizer", "hf:a/b"]])
+@pytest.mark.parametrize(
+    "argv",
+    [["--allow-pickle"], ["--calib", "mine:batches"], ["--arch", "timm:vit,pretrained"], ["--tokenizer", "hf:a/b"]],
+)
 def test_what_is_not_confined(argv: list[str], tmp_path: Path) -> None:
     """The user's own code, and the hub."""
     found = tried(tmp_path, *argv)
@@ -82,7 +85,9 @@ def options(**given: Any) -> argparse.Namespace:
 def test_folders_that_may_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "reports").mkdir()
-    found = confinement._writable(options(out=Path("m.onnx"), report=Path("reports/r.json"), html=None, work_dir=tmp_path / "a" / "b" / "c"))
+    found = confinement._writable(
+        options(out=Path("m.onnx"), report=Path("reports/r.json"), html=None, work_dir=tmp_path / "a" / "b" / "c")
+    )
     assert set(found[1:]) == {tmp_path, tmp_path / "reports"}
     assert len(confinement._writable(options(out=Path("a\0b")))) >= 1
 

@@ -38,7 +38,10 @@ ATTEMPTS: dict[str, tuple[Callable[[], Any], str]] = {
     "os.popen": (lambda: os.popen("touch ran").read(), "start a process (subprocess.Popen"),
     "exec": (lambda: os.execv("/usr/bin/touch", ["touch", "ran"]), "start a process (os.exec"),
     "spawn": (lambda: os.posix_spawn("/usr/bin/touch", ["touch", "ran"], {}), "start a process (os.posix_spawn"),
-    "spawn of multiprocessing": (lambda: spawnv_passfds(b"/usr/bin/touch", [b"touch", b"ran"], ()), "start a process (_posixsubprocess.fork_exec"),
+    "spawn of multiprocessing": (
+        lambda: spawnv_passfds(b"/usr/bin/touch", [b"touch", b"ran"], ()),
+        "start a process (_posixsubprocess.fork_exec",
+    ),
     "fork": (os.fork, "start a process (os.fork"),
     "kill": (lambda: os.kill(os.getppid(), 0), "send a signal (os.kill"),
     "socket": (lambda: socket.create_connection(("127.0.0.1", 9)), "use the network (socket."),
@@ -62,7 +65,10 @@ ATTEMPTS: dict[str, tuple[Callable[[], Any], str]] = {
     "noisy module": (lambda: importlib.import_module("antigravity"), "run a file (exec"),
     "file": (lambda: runpy.run_path("evil.py"), "run a file (exec"),
     "library": (lambda: ExtensionFileLoader("evil", "evil.so").load_module("evil"), "load a library (import"),
-    "compiled": (lambda: SourcelessFileLoader("evil", "evil.pyc").load_module("evil"), "read compiled code (marshal.loads"),
+    "compiled": (
+        lambda: SourcelessFileLoader("evil", "evil.pyc").load_module("evil"),
+        "read compiled code (marshal.loads",
+    ),
     "compiled script": (lambda: runpy.run_path("evil.pyc"), "read compiled code (marshal.load"),
     "hook": (lambda: sys.addaudithook(lambda *_: None), "change this process (sys.addaudithook"),
     "chdir": (lambda: os.chdir("/"), "change this process (os.chdir"),
@@ -96,7 +102,13 @@ def test_what_is_refused(name: str, place: Path) -> None:
         attempt()
     assert str(caught.value).startswith("loading m.pt: it tried to ") and words in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
-    assert sorted(p.name for p in place.iterdir() if p.name != "__pycache__") == ["evil.py", "evil.pyc", "evil.so", "other.txt", "wicked.py"]
+    assert sorted(p.name for p in place.iterdir() if p.name != "__pycache__") == [
+        "evil.py",
+        "evil.pyc",
+        "evil.so",
+        "other.txt",
+        "wicked.py",
+    ]
     assert (place / "other.txt").read_text() == "theirs"
 
 
@@ -174,7 +186,9 @@ def test_bytecode_is_not_written(place: Path) -> None:
     assert sys.dont_write_bytecode == before
 
 
-def test_an_installed_module_may_do_what_it_likes_while_it_is_imported(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_installed_module_may_do_what_it_likes_while_it_is_imported(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """torchvision loads its library of C then, and huggingface_hub asks `ldconfig`."""
     (place / "installed.py").write_text("import os\nos.mkdir('made')\ndef later():\n    os.mkdir('later')\n")
     monkeypatch.setattr(guard, "_known_roots", {*guard._roots(), str(place)})

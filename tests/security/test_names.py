@@ -17,7 +17,9 @@ from repquant_fx.security.names import check_calls, check_module_names, check_na
 CODE = '"+str(getattr(__import__("os"),"system")("touch RAN"))+"'
 
 
-@pytest.mark.parametrize("name", ["blocks.0.attn.qkv.weight", "0", "größe", "_x", "__x", "p_layer_1", "class", "trunk.block1-0.f"])
+@pytest.mark.parametrize(
+    "name", ["blocks.0.attn.qkv.weight", "0", "größe", "_x", "__x", "p_layer_1", "class", "trunk.block1-0.f"]
+)
 def test_names_pass(name: str) -> None:
     check_names([name], "m.pt")
 

@@ -42,12 +42,21 @@ PRELUDE = """
 
 
 @contextmanager
-def command(folder: Path, work: str, *argv: str, confined: bool = False, **options: Any) -> Iterator[subprocess.Popen[str]]:
-    """A command line whose one command runs `work`. The temporary folder is `folder / "temporary"`. Confined where the packages are there."""
+def command(
+    folder: Path, work: str, *argv: str, confined: bool = False, **options: Any
+) -> Iterator[subprocess.Popen[str]]:
+    """A command line whose one command runs `work`. The temporary folder is `folder / "temporary"`. Confined where the
+    packages are there.
+    """
     without = "" if confined else "import sys; sys.modules['landlock'] = sys.modules['pyseccomp'] = None\n"
-    script = f"{without}{textwrap.dedent(PRELUDE)}\ndef work():\n{textwrap.indent(textwrap.dedent(work), '    ')}\n\nsys.exit(cli.main())\n"
+    body = textwrap.indent(textwrap.dedent(work), "    ")
+    script = f"{without}{textwrap.dedent(PRELUDE)}\ndef work():\n{body}\n\nsys.exit(cli.main())\n"
     (folder / "temporary").mkdir(exist_ok=True)
-    environment = {**os.environ, "TMPDIR": str(options.pop("temporary", folder / "temporary")), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {
+        **os.environ,
+        "TMPDIR": str(options.pop("temporary", folder / "temporary")),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     process = subprocess.Popen([sys.executable, "-c", script, *argv], cwd=folder, text=True, env=environment,
                                **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options})
     try:
@@ -72,7 +81,11 @@ def event(stream: IO[str] | None, name: str) -> dict[str, Any]:
 def end(process: subprocess.Popen[str]) -> tuple[int, str, list[dict[str, Any]]]:
     """(exit code, stdout, what was said after the stage began)."""
     out, error = process.communicate(timeout=60)
-    return process.returncode, out, [e for e in map(json.loads, error.splitlines()) if not e["event"].startswith("stage")]
+    return (
+        process.returncode,
+        out,
+        [e for e in map(json.loads, error.splitlines()) if not e["event"].startswith("stage")],
+    )
 
 
 def names(folder: Path) -> list[str]:
@@ -80,7 +93,11 @@ def names(folder: Path) -> list[str]:
     return sorted(p.name for p in (*folder.iterdir(), *(folder / "temporary").iterdir()) if p.name != "temporary")
 
 
-SIGNALS = [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated by SIGTERM"), (signal.SIGHUP, 129, "terminated by SIGHUP")]
+SIGNALS = [
+    (signal.SIGINT, 130, "interrupted"),
+    (signal.SIGTERM, 143, "terminated by SIGTERM"),
+    (signal.SIGHUP, 129, "terminated by SIGHUP"),
+]
 # what a library may be doing: swallowing everything, not letting Python run, importing, cleaning up
 BUSY = {
     "sleeping": "time.sleep(60)",
@@ -106,8 +123,12 @@ BUSY = {
 }
 
 
-@pytest.mark.parametrize("busy, number, code, words", [*(("swallowing", *each) for each in SIGNALS), *((busy, *SIGNALS[1]) for busy in BUSY)])
-def test_a_signal_ends_at_once_and_leaves_nothing(busy: str, number: signal.Signals, code: int, words: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "busy, number, code, words", [*(("swallowing", *each) for each in SIGNALS), *((busy, *SIGNALS[1]) for busy in BUSY)]
+)
+def test_a_signal_ends_at_once_and_leaves_nothing(
+    busy: str, number: signal.Signals, code: int, words: str, tmp_path: Path
+) -> None:
     with command(tmp_path, BUSY[busy]) as process:
         while event(process.stderr, "stage_started")["stage"] != ("fsync" if "with" in busy else "work"):
             pass
@@ -133,9 +154,16 @@ def test_a_signal_to_the_child_alone(tmp_path: Path) -> None:
     assert found[0] == 143 and [e["message"] for e in found[2]] == ["terminated by SIGTERM; nothing was written"]
 
 
-@pytest.mark.parametrize("write, outputs", [
-    ("files.write_together({'m.onnx': b'new', 'r.json': b'new'})", ["m.onnx", "r.json"]),
-    ("files.write_directory('out', {'config.json': b'new', 'model.onnx': b'new'})", ["out/config.json", "out/model.onnx"])])
+@pytest.mark.parametrize(
+    "write, outputs",
+    [
+        ("files.write_together({'m.onnx': b'new', 'r.json': b'new'})", ["m.onnx", "r.json"]),
+        (
+            "files.write_directory('out', {'config.json': b'new', 'model.onnx': b'new'})",
+            ["out/config.json", "out/model.onnx"],
+        ),
+    ],
+)
 def test_a_signal_between_two_renames_comes_after_both(write: str, outputs: list[str], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     work = f"""
@@ -178,7 +206,7 @@ def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
         assert end(process) == (0, "done\n", [])
 
 
-# ---- crashes ----------------------------------------------------------------------------------------------------------------
+# ---- crashes ---------------------------------------------------------------------------------------------------------
 
 CRASH = """
     import ctypes
@@ -204,7 +232,11 @@ def test_a_crash_is_one_line(name: str, untrusted: bool, tmp_path: Path) -> None
 def test_killed_for_memory(tmp_path: Path) -> None:
     with command(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)") as process:
         code, _, said = end(process)
-    assert code == 2 and "the process was killed (SIGKILL) in the stage work, most likely because the memory ran out" in said[0]["message"]
+    assert (
+        code == 2
+        and "the process was killed (SIGKILL) in the stage work, most likely because the memory ran out"
+        in said[0]["message"]
+    )
 
 
 def test_a_crash_when_all_is_done(tmp_path: Path) -> None:
@@ -225,8 +257,12 @@ def test_a_deadline(tmp_path: Path) -> None:
         """
     with command(tmp_path, work, "--load-timeout", "0.2") as process:
         code, _, said = end(process)
-    assert code == 2 and said[0]["message"].startswith("error: loading m.pt: it did not end within 0.2 s, in the stage load; nothing was written")
-    with command(tmp_path, "with guard.guarded('loading m.pt'): pass\ntime.sleep(2.5); print('slow')", "--load-timeout", "0.2") as process:
+    assert code == 2 and said[0]["message"].startswith(
+        "error: loading m.pt: it did not end within 0.2 s, in the stage load; nothing was written"
+    )
+    with command(
+        tmp_path, "with guard.guarded('loading m.pt'): pass\ntime.sleep(2.5); print('slow')", "--load-timeout", "0.2"
+    ) as process:
         assert end(process)[:2] == (0, "slow\n"), "what follows may take its time"
 
 
@@ -234,12 +270,16 @@ def test_a_file_that_ends_the_process_is_at_fault(tmp_path: Path) -> None:
     """`os._exit` is announced to nobody; an exit code of 0 would mean that the outputs are there."""
     with command(tmp_path, "with guard.guarded('loading m.pt'): os._exit(0)") as process:
         code, _, said = end(process)
-    assert code == 2 and "loading m.pt: the process ended by itself (exit code 0) in the stage work" in said[-1]["message"]
+    assert (
+        code == 2 and "loading m.pt: the process ended by itself (exit code 0) in the stage work" in said[-1]["message"]
+    )
 
 
 def test_exit_codes_and_streams_pass(tmp_path: Path) -> None:
     for code in (0, 3, 141):
-        with command(tmp_path, f"print(sys.stdin.read()); print('error', file=sys.stderr); return {code}", stdin=subprocess.PIPE) as process:
+        with command(
+            tmp_path, f"print(sys.stdin.read()); print('error', file=sys.stderr); return {code}", stdin=subprocess.PIPE
+        ) as process:
             out, error = process.communicate("input", timeout=60)
         assert (process.returncode, out) == (code, "input\n") and "error\n" in error
     with command(tmp_path, "raise OSError('odd')") as process:
@@ -249,7 +289,7 @@ def test_exit_codes_and_streams_pass(tmp_path: Path) -> None:
         assert end(process)[0] == 7
 
 
-# ---- the supervisor ------------------------------------------------------------------------------------------------------------
+# ---- the supervisor --------------------------------------------------------------------------------------------------
 
 
 def test_without_its_supervisor_nothing_is_written(tmp_path: Path) -> None:
@@ -268,13 +308,17 @@ def test_without_its_supervisor_nothing_is_written(tmp_path: Path) -> None:
         with command(tmp_path, work, *options) as process:
             assert process.stdout is not None
             process.wait(60)
-            assert select.select([process.stdout], [], [], 60)[0] and not process.stdout.read(), "both processes have ended"
+            assert select.select([process.stdout], [], [], 60)[0] and not process.stdout.read(), (
+                "both processes have ended"
+            )
         assert process.returncode == -signal.SIGKILL and not (tmp_path / "m.onnx").exists()
 
 
 def test_job_control(tmp_path: Path) -> None:
     """Stopped and continued as one job."""
-    with command(tmp_path, "log.info('on'); sys.stdin.readline(); print('done')", stdin=subprocess.PIPE, start_new_session=True) as process:
+    with command(
+        tmp_path, "log.info('on'); sys.stdin.readline(); print('done')", stdin=subprocess.PIPE, start_new_session=True
+    ) as process:
         event(process.stderr, "info")
         os.killpg(process.pid, signal.SIGSTOP)
         assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
@@ -295,7 +339,7 @@ def test_only_temporary_names_are_removed(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == [".link.0123abcd", ".ssh", "mine"]
 
 
-# ---- results that cannot be given --------------------------------------------------------------------------------------------
+# ---- results that cannot be given ------------------------------------------------------------------------------------
 
 
 def test_a_result_that_cannot_be_printed_says_what_was_written(tmp_path: Path) -> None:

@@ -27,7 +27,9 @@ BITS = (2, 4, 6)
 class Laboratory:
     """A prepared model, its errors at 2, 4 and 6 bits, their estimate, and the truth on demand."""
 
-    def __init__(self, model: nn.Module, data: Tensor, recipe: Recipe, *, loss: str = "error", probes: int = 16) -> None:
+    def __init__(
+        self, model: nn.Module, data: Tensor, recipe: Recipe, *, loss: str = "error", probes: int = 16
+    ) -> None:
         prepared = prepare(Source(model, example_inputs=(data[:2],)), Calibration(data, batch_size=16), recipe)
         self.graph, self.plan, self.loss = prepared.graph_module, prepared.plan, loss
         self.batches = list(prepared.data.batches)
@@ -39,11 +41,29 @@ class Laboratory:
         for group in self.plan.groups:
             self.quantizers.update(activation_quantizers(self.graph, group, choices, recipe))
             for site in group.sites if group.kind != "matmul" else ():
-                self.weights.update(rounded_weights(self.graph, group, site, self.quantizers[site.name][4], dict.fromkeys(site.consumers, BITS),
-                                                    self.observed.moments.get(site.name), recipe))
+                self.weights.update(
+                    rounded_weights(
+                        self.graph,
+                        group,
+                        site,
+                        self.quantizers[site.name][4],
+                        dict.fromkeys(site.consumers, BITS),
+                        self.observed.moments.get(site.name),
+                        recipe,
+                    )
+                )
         self.sites = {s.name: s for s in sites}
-        self.estimate: Estimate = estimate(self.graph, self.plan, self.batches, self.quantizers, self.weights, self.observed, loss=loss,
-                                           probes=probes, seed=0)
+        self.estimate: Estimate = estimate(
+            self.graph,
+            self.plan,
+            self.batches,
+            self.quantizers,
+            self.weights,
+            self.observed,
+            loss=loss,
+            probes=probes,
+            seed=0,
+        )
 
     @torch.no_grad()
     def truth(self, *, site: str | list[str] = [], consumer: Node | list[Node] = [], bits: int) -> float:  # noqa: B006
@@ -68,7 +88,10 @@ class Laboratory:
 
         noise = signal = divergence = rows = 0.0
         for batch in self.batches:
-            expected, found = (_first(Interpreter(graph).run(*batch)), _first(Altered(graph, garbage_collect_values=False).run(*batch)))
+            expected, found = (
+                _first(Interpreter(graph).run(*batch)),
+                _first(Altered(graph, garbage_collect_values=False).run(*batch)),
+            )
             noise += float((found - expected).double().square().sum())
             signal += float(expected.double().square().sum())
             p, q = expected.double().log_softmax(-1), found.double().log_softmax(-1)
@@ -78,8 +101,12 @@ class Laboratory:
 
     def pairs(self, bits: tuple[int, ...] = BITS) -> tuple[np.ndarray, np.ndarray]:
         """(estimated, true) of every activation and weight."""
-        found = [(self.estimate.activations[n][b].damage, self.truth(site=n, bits=b)) for n in self.quantizers for b in bits]
-        found += [(self.estimate.weights[c][b].damage, self.truth(consumer=c, bits=b)) for c in self.weights for b in bits]
+        found = [
+            (self.estimate.activations[n][b].damage, self.truth(site=n, bits=b)) for n in self.quantizers for b in bits
+        ]
+        found += [
+            (self.estimate.weights[c][b].damage, self.truth(consumer=c, bits=b)) for c in self.weights for b in bits
+        ]
         return np.array([e for e, _ in found]), np.array([t for _, t in found])
 
 
@@ -87,8 +114,13 @@ def _first(result: object) -> Tensor:
     return result[0] if isinstance(result, (tuple, list)) else result  # type: ignore[return-value]
 
 
-MODELS = {"vit": (vit, images), "swin": (swin, images), "encoder": (lambda: redraw(Encoder(depth=2)), sequences),
-          "causal, RMS": (lambda: redraw(Encoder(depth=2, norm="rms", causal=True)), sequences), "post-norm": (lambda: redraw(PostNorm()), sequences)}
+MODELS = {
+    "vit": (vit, images),
+    "swin": (swin, images),
+    "encoder": (lambda: redraw(Encoder(depth=2)), sequences),
+    "causal, RMS": (lambda: redraw(Encoder(depth=2, norm="rms", causal=True)), sequences),
+    "post-norm": (lambda: redraw(PostNorm()), sequences),
+}
 
 
 @pytest.mark.parametrize("loss", ["error", "kl"])
@@ -121,11 +153,22 @@ def test_probes_and_samples_average_the_same() -> None:
         value = node.meta.get("val")
         if isinstance(value, Tensor):
             node.meta["val"] = torch.empty([int(hint(d)) for d in value.shape], device="meta")
-    blind = estimate(laboratory.graph, laboratory.plan, laboratory.batches, laboratory.quantizers, laboratory.weights, laboratory.observed,
-                     loss="error", probes=64, seed=1)
+    blind = estimate(
+        laboratory.graph,
+        laboratory.plan,
+        laboratory.batches,
+        laboratory.quantizers,
+        laboratory.weights,
+        laboratory.observed,
+        loss="error",
+        probes=64,
+        seed=1,
+    )
     for name, tried in blind.activations.items():
         assert tried[4].damage == pytest.approx(laboratory.estimate.activations[name][4].damage, rel=0.6)
-    ratios = [tried[b].damage / laboratory.estimate.weights[c][b].damage for c, tried in blind.weights.items() for b in BITS]
+    ratios = [
+        tried[b].damage / laboratory.estimate.weights[c][b].damage for c, tried in blind.weights.items() for b in BITS
+    ]
     assert np.exp(np.mean(np.log(ratios))) == pytest.approx(1.0, abs=0.15)
 
 
@@ -134,11 +177,14 @@ def test_padded_tokens_do_not_count() -> None:
     output = torch.randn(2, 3, 4)
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     assert (valid(output, mask).expand(output.shape) == mask[..., None]).all()
-    assert valid(output, None).item() == 1 and valid(torch.randn(2, 5), mask).item() == 1  # no tokens in the output: all count
+    # no tokens in the output: all count
+    assert valid(output, None).item() == 1 and valid(torch.randn(2, 5), mask).item() == 1
 
 
 def test_a_residual_beside_a_slot_carries_no_gradient_of_it() -> None:
     """Post-norm: the norm's output is read by a Linear, quantized, and by the residual, which is not."""
     laboratory = Laboratory(redraw(PostNorm()), sequences(64), Recipe(**PLAIN), probes=64)
     name = next(n for n in laboratory.quantizers if n.startswith("fc1"))
-    assert laboratory.estimate.activations[name][4].damage == pytest.approx(laboratory.truth(site=name, bits=4), rel=0.2)
+    assert laboratory.estimate.activations[name][4].damage == pytest.approx(
+        laboratory.truth(site=name, bits=4), rel=0.2
+    )

@@ -12,11 +12,18 @@ from hypothesis import strategies as st
 from repquant_fx.sensitivity import knapsack as module
 from repquant_fx.sensitivity.knapsack import Knapsack
 
-ITEMS = st.lists(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 50).map(lambda i: i / 7)), min_size=1, max_size=4), min_size=1, max_size=5)
+ITEMS = st.lists(
+    st.lists(st.tuples(st.integers(0, 12), st.integers(0, 50).map(lambda i: i / 7)), min_size=1, max_size=4),
+    min_size=1,
+    max_size=5,
+)
 
 
 def _best(items: list, budget: int) -> float:
-    return min((sum(d for _, d in pick) for pick in itertools.product(*items) if sum(c for c, _ in pick) <= budget), default=math.inf)
+    return min(
+        (sum(d for _, d in pick) for pick in itertools.product(*items) if sum(c for c, _ in pick) <= budget),
+        default=math.inf,
+    )
 
 
 @settings(max_examples=60, deadline=None)

@@ -31,7 +31,9 @@ def data() -> Tensor:
 
 @pytest.fixture(scope="module")
 def analysed(data: Tensor) -> Sensitivity:
-    return sensitivity(vit(), recipe=BASE, calibration=data, weight_choices=CHOICES, activation_choices=CHOICES, probes=16)
+    return sensitivity(
+        vit(), recipe=BASE, calibration=data, weight_choices=CHOICES, activation_choices=CHOICES, probes=16
+    )
 
 
 def _sqnr(recipe: Recipe, data: Tensor) -> float:
@@ -46,10 +48,16 @@ def _sqnr(recipe: Recipe, data: Tensor) -> float:
 
 @pytest.mark.parametrize(("bits", "activations"), [(3, False), (3, True), (4, True)])
 def test_better_than_uniform_at_equal_size(analysed: Sensitivity, data: Tensor, bits: int, activations: bool) -> None:
-    found = search(vit(), sensitivity=analysed, target_size=f"{bits}b", count="information", mean_abits=4 if activations else None)
+    found = search(
+        vit(), sensitivity=analysed, target_size=f"{bits}b", count="information", mean_abits=4 if activations else None
+    )
     assert found.bits_per_weight <= bits and found.mean_abits <= 4
     uniform = Recipe(wbits=bits, abits=4, **PLAIN)
-    assert found.predicted_uniform is not None and found.predicted_uniform[0] == bits and found.predicted < found.predicted_uniform[1]
+    assert (
+        found.predicted_uniform is not None
+        and found.predicted_uniform[0] == bits
+        and found.predicted < found.predicted_uniform[1]
+    )
     if bits < 4:  # at 4 bits this little model is a toss-up: what its Linears round to moves either by 0.3 dB
         assert _sqnr(found.recipe, data) > _sqnr(uniform, data) + 0.2
 
@@ -75,12 +83,18 @@ def test_stored_size_is_what_the_file_holds(analysed: Sensitivity, data: Tensor,
     proto = compile(vit(), recipe=found.recipe, calibration=data, check=False).proto
     stored = sum(len(t.raw_data) for t in proto.graph.initializer
                  if t.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.INT8) and len(t.dims) > 1)
-    assert stored == found.weight_bytes <= float(target[:-1]) * sum(u.elements for u in found.bits if u.kind == "weights") / 8
+    assert (
+        stored
+        == found.weight_bytes
+        <= float(target[:-1]) * sum(u.elements for u in found.bits if u.kind == "weights") / 8
+    )
     assert 6 not in {b for u, b in found.bits.items() if u.kind == "weights"}  # as dear as 8
 
 
 def test_target_sqnr_is_measured(data: Tensor) -> None:
-    found = search(vit(), recipe=Recipe(abits=8, **PLAIN), calibration=data, target_sqnr=22.0, count="information", trials=6)
+    found = search(
+        vit(), recipe=Recipe(abits=8, **PLAIN), calibration=data, target_sqnr=22.0, count="information", trials=6
+    )
     assert compile(vit(), recipe=found.recipe, calibration=data, check=False).report["output_sqnr_db"] >= 22.0
     assert 1 < len(found.trials) <= 6 and any(not t.accepted for t in found.trials)
     assert min(t.bits_per_weight for t in found.trials if t.accepted) == pytest.approx(found.bits_per_weight)
@@ -98,7 +112,12 @@ def test_bisection_finds_the_smallest(analysed: Sensitivity) -> None:
 
 def test_rules_of_the_recipe_stay(data: Tensor) -> None:
     """A rule's bits are measured, counted and left."""
-    base = Recipe(wbits=4, abits=6, **PLAIN, layers=(LayerRule("head", wbits=8, abits=8), LayerRule("blocks.0.attn.proj", skip=True)))
+    base = Recipe(
+        wbits=4,
+        abits=6,
+        **PLAIN,
+        layers=(LayerRule("head", wbits=8, abits=8), LayerRule("blocks.0.attn.proj", skip=True)),
+    )
     found = search(vit(), recipe=base, calibration=data, target_size="3b", count="information", mean_abits=5)
     head = {u.kind: b for u, b in found.bits.items() if u.paths == ("head",)}
     assert head == {"weights": 8, "activations": 8}
@@ -110,11 +129,19 @@ def test_rules_of_the_recipe_stay(data: Tensor) -> None:
 
 def test_layers_that_share_an_activation_share_its_bits() -> None:
     model, data = redraw(Encoder()), sequences(64)
-    found = search(model, recipe=Recipe(abits=4, **PLAIN), calibration=data, example_inputs=(data[:2],), target_size="4b", mean_abits=4)
+    found = search(
+        model,
+        recipe=Recipe(abits=4, **PLAIN),
+        calibration=data,
+        example_inputs=(data[:2],),
+        target_size="4b",
+        mean_abits=4,
+    )
     (unit,) = [u for u in found.bits if "blocks.0.q" in u.paths and u.kind == "activations"]
     assert set(unit.paths) == {"blocks.0.q", "blocks.0.k", "blocks.0.v"}
     assert len({found.recipe.layer(p).abits for p in unit.paths}) == 1
-    assert {u.paths[0] for u in found.bits if u.kind == "weights"} >= {"blocks.0.q", "blocks.0.k", "blocks.0.v"}  # weights have their own
+    # weights have their own
+    assert {u.paths[0] for u in found.bits if u.kind == "weights"} >= {"blocks.0.q", "blocks.0.k", "blocks.0.v"}
 
 
 def test_paths_with_wildcards_are_matched_literally() -> None:
@@ -125,16 +152,27 @@ def test_paths_with_wildcards_are_matched_literally() -> None:
     assert recipe.layer("blocks[0].w*").wbits == 2 and recipe.layer("blocks0.ww").wbits == 3
 
 
-@pytest.mark.parametrize(("text", "bits"), [("3.5b", 3500), ("1kB", 8000), ("0.5MB", 4_000_000), ("2 KiB", 16384), ("100B", 800)])
+@pytest.mark.parametrize(
+    ("text", "bits"), [("3.5b", 3500), ("1kB", 8000), ("0.5MB", 4_000_000), ("2 KiB", 16384), ("100B", 800)]
+)
 def test_sizes(text: str, bits: int) -> None:
     assert read_size(text, 1000) == bits
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({}, "one target"), ({"target_size": "1MB", "target_sqnr": 20.0}, "one target"), ({"target_size": "many"}, "target-size"),
-    ({"target_size": "3b"}, "count the size as information"), ({"target_size": "1b", "count": "information"}, "do not fit"),
-    ({"target_size": "4b", "mean_abits": 1.5}, "cannot be had"), ({"target_size": "4b", "count": "bytes"}, "count is one of"),
-    ({"target_size": "4b", "choices": (5,)}, "does not hold"), ({"target_size": "4b", "choices": ()}, "no bits")])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "one target"),
+        ({"target_size": "1MB", "target_sqnr": 20.0}, "one target"),
+        ({"target_size": "many"}, "target-size"),
+        ({"target_size": "3b"}, "count the size as information"),
+        ({"target_size": "1b", "count": "information"}, "do not fit"),
+        ({"target_size": "4b", "mean_abits": 1.5}, "cannot be had"),
+        ({"target_size": "4b", "count": "bytes"}, "count is one of"),
+        ({"target_size": "4b", "choices": (5,)}, "does not hold"),
+        ({"target_size": "4b", "choices": ()}, "no bits"),
+    ],
+)
 def test_bad_targets(analysed: Sensitivity, options: dict, words: str) -> None:
     with pytest.raises(InputError, match=words):
         search(vit(), sensitivity=analysed, **options)
@@ -149,7 +187,8 @@ def test_ranking_and_table(analysed: Sensitivity) -> None:
     assert json.loads(json.dumps(analysed.to_dict(), allow_nan=False))["ranking"][0]["name"] == ranked[0].name
     fc1 = next(u for u in analysed.units if u.kind == "weights" and u.paths == ("blocks.0.mlp.fc1",))
     assert fc1.sqnr_db[2] < fc1.sqnr_db[3] < fc1.sqnr_db[4] < fc1.sqnr_db[6] < fc1.sqnr_db[8]
-    assert {u.elements for u in analysed.units if u.sites == ("blocks.0.mlp.fc2/input",)} == {17 * 128}  # tokens, hidden
+    # tokens, hidden
+    assert {u.elements for u in analysed.units if u.sites == ("blocks.0.mlp.fc2/input",)} == {17 * 128}
 
 
 def test_outputs_without_a_gradient_are_refused() -> None:
