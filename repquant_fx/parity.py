@@ -137,16 +137,25 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 
 def sqnr(approximation: Tensor, reference: Tensor) -> float:
-    """Signal to quantization noise ratio, dB; 0 where shapes differ, as those of values picked out do: nothing of the
-    reference is found.
-    """
-    if approximation.shape != reference.shape:
-        return 0.0
-    noise = float((approximation.double() - reference.double()).square().sum())
-    signal = float(reference.double().square().sum())
+    """Signal to quantization noise ratio, dB."""
+    signal, noise = signal_and_noise(approximation, reference)
     if noise == 0:
         return float("inf")
     return float(10 * torch.log10(torch.tensor(max(signal, 1e-300) / noise, dtype=torch.float64)))
+
+
+def signal_and_noise(approximation: Tensor, reference: Tensor) -> tuple[float, float]:
+    """Sums of squares of the reference, where it is finite, and of what the approximation lacks there.
+
+    All is noise where the sizes differ, as those of values picked out do: nothing of the reference is found.
+    """
+    finite = reference.isfinite()
+    expected = torch.where(finite, reference, 0).double().reshape(-1)
+    if approximation.numel() != expected.numel():
+        found = torch.zeros_like(expected)
+    else:
+        found = torch.where(finite.reshape(-1), approximation.reshape(-1), 0).nan_to_num(0.0, 0.0, 0.0).double()
+    return float(expected.square().sum()), float((found - expected).square().sum())
 
 
 def value_name(node: Node) -> str:

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from repquant_fx import audit
 from repquant_fx.audit import Product
-from repquant_fx.parity import Parity
+from repquant_fx.parity import Parity, signal_and_noise
 from repquant_fx.passes.base import LeftAlone, module_path
 from repquant_fx.passes.match_sites import Group, Plan, Site
 from repquant_fx.passes.slots import slot_module
@@ -111,12 +111,12 @@ def layer_sqnr(float_module: GraphModule, shipped: GraphModule, names: Sequence[
         expected, computed = _values(float_module, names, batch), _values(shipped, names, batch)
         both = expected.keys() & computed.keys()
         for name in both:
-            value, exact = computed[name].double(), expected[name].double().reshape(-1)
+            value = computed[name]
             if codes is not None and name in codes:
-                value = (value - codes[name].offset) * codes[name].step
-            signal[name] += float(exact.square().sum())
-            alike = value.numel() == exact.numel()  # what is picked out of values need not be
-            noise[name] += float(((value.reshape(-1) - exact) if alike else exact).square().sum())
+                value = (value.double() - codes[name].offset) * codes[name].step
+            more, lost = signal_and_noise(value, expected[name])
+            signal[name] += more
+            noise[name] += lost
     return {
         n: 10 * math.log10(signal[n] / noise[n]) if noise[n] > 0 and signal[n] > 0 else math.inf
         for n in names

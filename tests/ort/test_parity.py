@@ -18,7 +18,7 @@ from torch import Tensor
 
 import repquant_fx
 from repquant_fx import CompiledModel, ParityError, Recipe
-from repquant_fx.parity import Parity, compare, sqnr
+from repquant_fx.parity import Parity, compare, signal_and_noise, sqnr
 from repquant_fx.passes.operators import LOG2_SOFTMAX
 from repquant_fx.runtime import session
 
@@ -432,3 +432,10 @@ def test_sqnr() -> None:
     assert sqnr(x, x) == math.inf
     assert sqnr(torch.tensor([3.0, 4.5]), x) == pytest.approx(20.0)
     assert sqnr(torch.tensor([3.0, 4.0]), torch.zeros(2)) < -1000
+
+
+def test_noise_is_measured_where_the_reference_is_finite() -> None:
+    reference = torch.tensor([3.0, float("inf"), float("nan"), 4.0])
+    assert signal_and_noise(reference.clone(), reference) == (25.0, 0.0)
+    assert signal_and_noise(torch.tensor([3.0, 1.0, 1.0, float("nan")]), reference) == (25.0, 16.0)
+    assert sqnr(torch.tensor([3.0, 4.0]), reference) == 0.0
