@@ -25,6 +25,7 @@ from repquant_fx.passes.operators import CODE_MOVES, DEQUANTIZE, LOG2_QUANTIZE, 
 from repquant_fx.quantizers.logarithmic import zero_code
 from repquant_fx.recorder import Recorder
 from repquant_fx.runtime import run, session
+from repquant_fx.torch_private import pytree, size_hint
 
 # of a step: this near to the midpoint of two codes either is right; products of quantized values often lie exactly
 # there
@@ -115,8 +116,18 @@ def compare(
         differences[name] = CodeDifference(
             share=_share(free.seen[name] != theirs),
             share_step=_share((apart > 0) & ~step.ties[name]), largest_step=int(apart.max()) if apart.numel() else 0)
-    step_difference = max(_difference(a, b) for a, b in zip(exposed_values[:outputs], forced))
+    judged = zip(exposed_values[:outputs], forced, _sized(graph_module), strict=True)
+    step_difference = max((_difference(a, b) for a, b, sized in judged if sized), default=0.0)
     return Parity(len(inputs[0]), min(sqnr(a, b) for a, b in zip(found, expected)), step_difference, differences)
+
+
+def _sized(graph_module: GraphModule) -> list[bool]:
+    """Of each output, whether its size is known: how many values are picked out may turn on the rounding of one."""
+    return [
+        all(size_hint(size) is not None for size in node.meta["val"].shape)
+        for node in pytree.tree_leaves(graph_module.graph.output_node().args[0])
+        if isinstance(node, Node)
+    ]
 
 
 def _share(different: Tensor) -> float:

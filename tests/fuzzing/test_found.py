@@ -267,3 +267,8 @@ def test_calibration_data_far_from_zero(recipe: Recipe) -> None:
     result = compile(model, [x], recipe, example_inputs=[x[:2]])
     assert result.parity and not result.parity.problems()
     assert (result.graph_module(x) - model(x)).norm() < 0.05 * model(x).norm()
+
+
+def test_how_many_values_are_chosen_may_turn_on_rounding() -> None:
+    """The last bits of an exponential are those of its implementation."""
+    assert compiled(Around(lambda m, x: (m.fc(x).exp() % 1e-6 > 5e-7).nonzero()), shape=(200, 4)).parity

@@ -121,6 +121,8 @@ def test_many_models() -> None:
             return
         try:
             counts[outcome(case)] += 1
+            if counts.total() % 100 == 0:
+                print(f"{counts['compiled']} of {counts.total()} compiled", flush=True)
         except Exception as error:
             if shrink:
                 raise
