@@ -61,6 +61,11 @@ class Canonicalize(Pass):
             self._to_linear(graph_module, node, _n(node.args[1]), _n(node.args[2]), _n(node.args[0]))
         elif target in CONVOLUTIONS and len(shape_of(_n(node.args[0]))) < len(shape_of(_n(node.args[1]))):
             self._add_batch_axis(graph_module, node)
+        elif target is aten.im2col.default and len(shape_of(_n(node.args[0]))) == 3:
+            self._add_batch_axis(graph_module, node)
+        elif target is aten.linear.default and shape_of(node)[-1] == 0:
+            # whatever it computes has no elements; ONNX Runtime cannot make a Gemm of it
+            node.target, node.args = aten.slice.Tensor, (node.args[0], -1, 0, 0)
         elif target is aten.conv2d.default and _tiles(node):
             self._patches_to_linear(graph_module, node)
         elif target in (aten.addmm.default, aten.baddbmm.default) and not node.kwargs:
@@ -135,7 +140,7 @@ class Canonicalize(Pass):
         graph.erase_node(node)
 
     def _add_batch_axis(self, graph_module: GraphModule, node: Node) -> None:
-        """A convolution of one sample is one of a batch of one."""
+        """A convolution of one sample is one of a batch of one; so are patches of one sample."""
         graph = graph_module.graph
         with graph.inserting_before(node):
             batch = copy_meta(node, graph.call_function(aten.unsqueeze.default, (node.args[0], 0)))

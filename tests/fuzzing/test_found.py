@@ -69,6 +69,17 @@ def test_what_an_addmm_adds(use: Callable[[nn.Module, Tensor], Any]) -> None:
     assert [entry["operator"] for entry in result.report["layers"]].count("linear") in (1, 2)
 
 
+def test_patches_of_one_sample() -> None:
+    result = compiled(Around(lambda m, x: (m.fc(x), torch.nn.functional.unfold(m.fc(x), (2, 2)))), shape=(3, 4))
+    assert result.parity is not None
+
+
+def test_a_layer_of_no_channels_behind_a_reshape() -> None:
+    empty = nn.Linear(4, 0)
+    result = compiled(Around(lambda m, x: (m.fc(x), m.extra(x).flatten(1)), empty), shape=(3, 4))
+    assert result.parity is not None
+
+
 def test_a_layer_of_no_channels() -> None:
     assert compiled(
         Around(lambda m, x: torch.cat([m.fc(x), m.extra(x)], -1), nn.Sequential(nn.Linear(4, 0), nn.Linear(0, 2)))
