@@ -8,6 +8,7 @@ here, keeping its contract.
 from __future__ import annotations
 
 import io
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import ModuleType
@@ -64,13 +65,34 @@ _FIXES = "Suggested fixes"
 def archive_reader(data: bytes) -> Any:
     """torch's reader of its zip archives: `get_record(name)`, `get_record_size(name)`, `get_all_records()`.
 
-    Tried with torch 2.15.0. Where it is gone: `zipfile`, with the folder that all records of an archive share left
-    out of their names.
+    Tried with torch 2.15.0, and 2.9.0, which has no `get_record_size`. Where it is gone: `zipfile`, with the folder
+    that all records of an archive share left out of their names.
 
     Raises:
         RuntimeError: not such an archive, or a damaged one.
     """
-    return torch._C.PyTorchFileReader(io.BytesIO(data))
+    reader = torch._C.PyTorchFileReader(io.BytesIO(data))
+    return reader if hasattr(reader, "get_record_size") else SizedReader(reader, data)
+
+
+class SizedReader:
+    """A reader that has no sizes of its own, with those of the archive's directory."""
+
+    def __init__(self, reader: Any, data: bytes) -> None:
+        self._reader = reader
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            # a name that is there twice: the larger one counts against a limit
+            self._sizes: dict[str, int] = {}
+            for entry in archive.infolist():
+                record = entry.filename.partition("/")[2]
+                self._sizes[record] = max(entry.file_size, self._sizes.get(record, 0))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reader, name)
+
+    def get_record_size(self, record: str) -> int:
+        """Bytes of a record."""
+        return self._sizes[record]
 
 
 def allowed_globals() -> set[str]:

@@ -106,6 +106,14 @@ def test_archive_reader() -> None:
         private.archive_reader(b"no archive")
 
 
+def test_an_archive_reader_without_sizes() -> None:
+    """As torch 2.9 has it."""
+    data = archive({"a": torch.ones(3)})
+    reader = private.SizedReader(torch._C.PyTorchFileReader(io.BytesIO(data)), data)
+    for record in reader.get_all_records():
+        assert reader.get_record_size(record) == len(reader.get_record(record))
+
+
 def test_allowed_globals() -> None:
     """What torch admits by default; a class that it refuses is not in it."""
     allowed = private.allowed_globals()
