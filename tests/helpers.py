@@ -31,6 +31,20 @@ from repquant_fx.recipe import Recipe
 
 aten = torch.ops.aten
 
+# switches of the quickest compile
+FAST = [
+    "--no-gptq",
+    "--no-correction",
+    "--clipping",
+    "none",
+    "--activations",
+    "minmax",
+    "--weights",
+    "minmax",
+    "--softmax-scale",
+    "percentile",
+]
+
 
 def redraw(model: nn.Module, seed: int = 0) -> nn.Module:
     """Draw every parameter anew, so that no output is near zero and no norm is the identity."""

@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 from repquant_fx.passes.match_sites import Group, Plan
 from repquant_fx.passes.operators import DEQUANTIZE
 from repquant_fx.passes.spec import SITE
+from repquant_fx.pipeline.segments import first_computed
 
 GROUPS = 6  # of a transformer block: q, k and v; scores; context; output; up; down
 
@@ -60,11 +61,6 @@ def find_blocks(graph_module: GraphModule, plan: Plan, names: set[str], groups: 
             if isinstance(node.meta.get("val"), Tensor) and node.op != "output" and node.target is not DEQUANTIZE:
                 live.add(node)
     return [*blocks, Block(first, None, None)]
-
-
-def first_computed(graph_module: GraphModule) -> Node:
-    """The first node that computes something."""
-    return next(node for node in graph_module.graph.nodes if node.op not in ("placeholder", "get_attr"))
 
 
 def last_group(plan: Plan) -> Group:

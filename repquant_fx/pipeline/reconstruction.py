@@ -28,11 +28,11 @@ from repquant_fx.offload import Values
 from repquant_fx.passes.base import attribute, module_path, run_passes
 from repquant_fx.passes.match_sites import Plan
 from repquant_fx.passes.operators import DEQUANTIZE
-from repquant_fx.pipeline.blocks import Block, find_blocks, first_computed, last_group
+from repquant_fx.pipeline.blocks import Block, find_blocks, last_group
 from repquant_fx.pipeline.learned_block import LearnedBlock, run_nodes
 from repquant_fx.pipeline.observing import moved
-from repquant_fx.pipeline.runner import SegmentRunner
-from repquant_fx.pipeline.segments import between
+from repquant_fx.pipeline.runner import SegmentRunner, ancestors
+from repquant_fx.pipeline.segments import between, first_computed
 from repquant_fx.pipeline.sequential import Quantized
 from repquant_fx.progress import progress
 from repquant_fx.quantizers.gptq import QuantizedWeight
@@ -143,7 +143,9 @@ class _Sides:
 
             return at_the_end
         leaves, twin = block.leaves, self.twins[block.leaves.name]
-        rest = _needed(list(between(self.floats_reached, None)), self.targets)
+        behind = list(between(self.floats_reached, None))
+        needed = ancestors(self.targets, set(behind), {})
+        rest = [node for node in behind if node in needed]
 
         def inside(index: int) -> tuple[Tensor, Tensor]:
             cut = self.floats.cuts[index]
@@ -270,17 +272,6 @@ def _outputs(graph_module: GraphModule) -> list[Node]:
     """The outputs that are floating-point tensors, in order."""
     return [n for n in graph_module.graph.output_node().all_input_nodes
             if isinstance(n.meta.get("val"), Tensor) and n.meta["val"].is_floating_point()]
-
-
-def _needed(nodes: Sequence[Node], wanted: Sequence[Node]) -> list[Node]:
-    """Of consecutive nodes those that `wanted` are computed from."""
-    inside, needed, pending = set(nodes), set[Node](), list(wanted)
-    while pending:
-        node = pending.pop()
-        if node in inside and node not in needed:
-            needed.add(node)
-            pending.extend(node.all_input_nodes)
-    return [node for node in nodes if node in needed]
 
 
 def _error(values: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:

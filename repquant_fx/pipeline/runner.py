@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ class SegmentRunner:
         nodes = list(between(first, stop))
         position = {node: i for i, node in enumerate(nodes)}
         for cut in self.cuts:
-            needed = _ancestors(wanted, position, cut)
+            needed = ancestors(wanted, position, cut)
             yield self._execute([n for n in nodes if n in needed], dict(cut), set(wanted))
 
     def advance(self, first: Node, stop: Node) -> None:
@@ -45,7 +45,7 @@ class SegmentRunner:
         }
 
         def following(cut: Values) -> Values:
-            needed = _ancestors([n for n in live if n in position], position, cut)
+            needed = ancestors([n for n in live if n in position], position, cut)
             computed = self._execute([n for n in before if n in needed], dict(cut), live)
             return {n: v for n, v in computed.items() if n in live}
 
@@ -77,12 +77,13 @@ def _used_from(node: Node, stop: Node) -> bool:
     return any(not (user < stop) for user in node.users)
 
 
-def _ancestors(wanted: Sequence[Node], position: dict[Node, int], available: Values) -> set[Node]:
+def ancestors(wanted: Sequence[Node], inside: Container[Node], available: Values) -> set[Node]:
+    """Those of the nodes `inside` that `wanted` are computed from, where the values `available` are known."""
     needed: set[Node] = set()
     pending = [n for n in wanted if n not in available]
     while pending:
         node = pending.pop()
-        if node in needed or node not in position:
+        if node in needed or node not in inside:
             continue
         needed.add(node)
         pending.extend(p for p in node.all_input_nodes if p not in available and p.op != "get_attr")

@@ -52,7 +52,7 @@ def cut_into_segments(graph_module: GraphModule, plan: Plan) -> list[Segment]:
             segments.append((start, end, [group]))
     result = []
     for index, (start, _, groups) in enumerate(segments):
-        begin = next(n for n in nodes if n.op not in ("placeholder", "get_attr")) if index == 0 else nodes[start]
+        begin = first_computed(graph_module) if index == 0 else nodes[start]
         stop = nodes[segments[index + 1][0]] if index + 1 < len(segments) else None
         ordered = sorted(groups, key=lambda g: min(order[c] for c in g.consumers))
         result.append(Segment(begin, stop, ordered))
@@ -81,6 +81,11 @@ def _elements(node: Node) -> int:
     if not isinstance(value, Tensor):
         return 0
     return math.prod(d for d in value.shape if isinstance(d, int))
+
+
+def first_computed(graph_module: GraphModule) -> Node:
+    """The first node that computes something."""
+    return next(node for node in graph_module.graph.nodes if node.op not in ("placeholder", "get_attr"))
 
 
 def between(first: Node, stop: Node | None) -> Iterator[Node]:

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from helpers import Encoder, redraw, sequences, vit
+from helpers import FAST, Encoder, redraw, sequences, vit
 from pictures import ARCH, predictions_of
 from PIL import Image
 from safetensors.torch import save_file
@@ -30,19 +30,6 @@ from repquant_fx.cli import main, parser
 from repquant_fx.cli.method import recipe_from
 from repquant_fx.recipe import CHOICES
 from repquant_fx.runtime import session
-
-FAST = [
-    "--no-gptq",
-    "--no-correction",
-    "--clipping",
-    "none",
-    "--activations",
-    "minmax",
-    "--weights",
-    "minmax",
-    "--softmax-scale",
-    "percentile",
-]
 
 
 class Result:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import FAST
 from language import LINES, make, save, tokenizer
 from pictures import ARCH
 
@@ -20,19 +21,6 @@ from repquant_fx.cli import main
 from repquant_fx.errors import OutputError
 from repquant_fx.files import check_directory, write_directory
 from repquant_fx.runtime import session
-
-FAST = [
-    "--no-gptq",
-    "--no-correction",
-    "--clipping",
-    "none",
-    "--activations",
-    "minmax",
-    "--weights",
-    "minmax",
-    "--softmax-scale",
-    "percentile",
-]
 
 
 def names(folder: Path) -> set[str]:

@@ -10,23 +10,11 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+from helpers import FAST
 from pictures import ARCH
 
 from repquant_fx import Recipe
 from repquant_fx.cli import COMMANDS, main
-
-FAST = [
-    "--no-gptq",
-    "--no-correction",
-    "--clipping",
-    "none",
-    "--activations",
-    "minmax",
-    "--weights",
-    "minmax",
-    "--softmax-scale",
-    "percentile",
-]
 
 
 @pytest.fixture(scope="module")

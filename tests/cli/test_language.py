@@ -13,23 +13,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from helpers import FAST
 from language import LINES, VOCABULARY, make, save, tokenizer
 
 from repquant_fx.cli import main
 from repquant_fx.runtime import session
-
-FAST = [
-    "--no-gptq",
-    "--no-correction",
-    "--clipping",
-    "none",
-    "--activations",
-    "minmax",
-    "--weights",
-    "minmax",
-    "--softmax-scale",
-    "percentile",
-]
 
 
 @pytest.fixture(scope="module")

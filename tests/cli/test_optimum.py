@@ -12,23 +12,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from helpers import FAST
 from language import LINES, save
 
 from repquant_fx.cli import main
 
 OTHER = os.environ.get("OPTIMUM_PYTHON", "")
-FAST = [
-    "--no-gptq",
-    "--no-correction",
-    "--clipping",
-    "none",
-    "--activations",
-    "minmax",
-    "--weights",
-    "minmax",
-    "--softmax-scale",
-    "percentile",
-]
 SCRIPT = """
 import json, sys, warnings
 warnings.simplefilter("ignore")

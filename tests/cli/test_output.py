@@ -12,23 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import FAST
 
 from repquant_fx import log, progress
 from repquant_fx.cli import EXIT_CODES, main
 from repquant_fx.frontends.tasks import TASKS
 
-FAST = [
-    "--no-gptq",
-    "--no-correction",
-    "--clipping",
-    "none",
-    "--activations",
-    "minmax",
-    "--weights",
-    "minmax",
-    "--softmax-scale",
-    "percentile",
-]
 BAR = re.compile(r"quantize .*[━╸╺ -]+.*\d+/\d+")
 STAGES = ["load", "capture", "calibration data", "quantize", "export", "check"]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import FAST
 from pictures import ARCH
 
 from repquant_fx import Recipe
@@ -19,18 +20,6 @@ def _cli(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "repquant_fx", *map(str, arguments)], capture_output=True, text=True)
 
 
-FAST = [
-    "--no-gptq",
-    "--no-correction",
-    "--clipping",
-    "none",
-    "--activations",
-    "minmax",
-    "--weights",
-    "minmax",
-    "--softmax-scale",
-    "percentile",
-]
 
 
 def _source(place: Path) -> list[object]:
