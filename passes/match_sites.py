@@ -87,20 +87,29 @@ class MatchSites(Pass[Plan]):
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
         self.recipe = recipe
-        self._groups: list[Group] = []
-        self._left_alone: list[LeftAlone] = []
-        self._names = Names()
-        self._left: set[Node] = set()
 
     def run(self, graph_module: GraphModule) -> Made[Plan]:
-        self._groups, self._left_alone = [], []
-        self._names, self._left = Names(), set()
+        return Made(False, _Matching(graph_module, self.recipe).plan())
+
+
+class _Matching:
+    """The matching of one graph: what was matched so far, and what all matchers ask."""
+
+    def __init__(self, graph_module: GraphModule, recipe: Recipe) -> None:
+        self.graph_module, self.recipe = graph_module, recipe
+        self._groups: list[Group] = []
+        self._left_alone: list[LeftAlone] = []
+        self._left: set[Node] = set()
+        self._names = Names()
         self._live, self._read = data_dependent(graph_module), read_for_values(graph_module)
+
+    def plan(self) -> Plan:
+        """All groups in graph order, and what is in none."""
         claimed: dict[Node, Group] = {}
-        nodes = list(graph_module.graph.nodes)
+        nodes = list(self.graph_module.graph.nodes)
         for node in nodes:
             if node.op == "call_function" and node.target in NORMS:
-                self._match_norm(graph_module, node, claimed)
+                self._match_norm(node, claimed)
             elif node.op == "call_function" and node.target in OTHER_NORMS:
                 self._leave(
                     node,
@@ -133,9 +142,9 @@ class MatchSites(Pass[Plan]):
                 self._leave(node, "its result is not an operand of a matrix product")
         order = {node: index for index, node in enumerate(nodes)}
         groups = sorted(self._groups, key=lambda g: min(order[c] for c in g.consumers))
-        return Made(False, Plan(tuple(groups), tuple(self._left_alone)))
+        return Plan(tuple(groups), tuple(self._left_alone))
 
-    def _match_norm(self, graph_module: GraphModule, norm: Node, claimed: dict[Node, Group]) -> None:
+    def _match_norm(self, norm: Node, claimed: dict[Node, Group]) -> None:
         if len(norm.args[1]) != 1:  # type: ignore[arg-type]
             axes = len(norm.args[1])  # type: ignore[arg-type]
             self._leave(norm, f"it normalises over {axes} axes, not over channels alone")
@@ -148,7 +157,7 @@ class MatchSites(Pass[Plan]):
             self._leave(norm, reason)
             return
         channels = torch.arange(1, size + 1, dtype=torch.int32)
-        flow = ChannelFlow(graph_module, {norm: channels}, affine=True)
+        flow = ChannelFlow(self.graph_module, {norm: channels}, affine=True)
         readers = [r for r in flow.readers if r.node.target is aten.linear.default and is_constant(r.node.args[1])
                    and r.node.args[0] is r.value and r.columns is not None and torch.equal(r.columns, channels)
                    and not is_empty(r.node) and r.node in self._read]
@@ -244,7 +253,7 @@ class MatchSites(Pass[Plan]):
     def _leave(self, node: Node, reason: str) -> None:
         self._left.add(node)
         self._left_alone.append(
-            LeftAlone(module_path(node) or node.name, str(node.target).split(".")[1], reason, self.name)
+            LeftAlone(module_path(node) or node.name, str(node.target).split(".")[1], reason, MatchSites.name)
         )
 
 
