@@ -23,6 +23,7 @@ from repquant_fx.exporters.zero_points import add_zero_points
 from repquant_fx.frontends.capture import AXES, quiet_torch
 from repquant_fx.passes.base import aten, attribute, copy_meta
 from repquant_fx.passes.operators import DEQUANTIZE
+from repquant_fx.torch_private import quick_translation
 
 OPSET = functions.OPSET
 LOCAL_FUNCTIONS = {"Log2Softmax": functions.log2_softmax, "Log2Quantize": functions.log2_quantize}
@@ -131,9 +132,10 @@ def _translate(
             warnings.simplefilter("ignore")
             exported = torch.export.export(graph_module, inputs, dynamic_shapes=dynamic_shapes, strict=False)
             try:
-                program = torch.onnx.export(exported, (), dynamo=True, opset_version=OPSET, optimize=False,
-                                            verbose=False, custom_translation_table=translation_table(),
-                                            input_names=list(input_names), output_names=list(output_names))
+                with quick_translation():
+                    program = torch.onnx.export(exported, (), dynamo=True, opset_version=OPSET, optimize=False,
+                                                verbose=False, custom_translation_table=translation_table(),
+                                                input_names=list(input_names), output_names=list(output_names))
             except Exception as error:
                 raise UnwritableError(f"the model computes what cannot be written as ONNX: {_reason(error)}") from error
     except UnwritableError:

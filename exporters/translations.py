@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx
 import torch
+from onnxscript import INT64
 from onnxscript import opset21 as op
 from onnxscript.values import Op, Opset
 
@@ -72,6 +74,17 @@ def rms_norm(x: Any, normalized_shape: Any, weight: Any = None, eps: float | Non
     return normalized if weight is None else op.Mul(normalized, weight)
 
 
+def reshape(x: Any, shape: Sequence[INT64]) -> Any:
+    """Reshape-21 in which a size of 0 is 0, as in torch, and not that of the input."""
+    sizes: list[Any] = []
+    for fixed, group in itertools.groupby(shape, key=lambda size: isinstance(size, int)):
+        if fixed:
+            sizes.append(op.Constant(value_ints=list(group)))
+        else:
+            sizes.extend(op.Reshape(size, op.Constant(value_ints=[1])) for size in group)
+    return op.Reshape(x, sizes[0] if len(sizes) == 1 else op.Concat(*sizes, axis=0), allowzero=1)
+
+
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """For `torch.onnx.export(custom_translation_table=...)`."""
     operators = torch.ops.repquant_fx
@@ -81,4 +94,5 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         operators.log2_softmax.default: log2_softmax,
         operators.log2_quantize.default: log2_quantize,
         torch.ops.aten.rms_norm.default: rms_norm,
+        torch.ops.aten.reshape.default: reshape,
     }

@@ -10,14 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 from torch.fx import GraphModule, Node
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from repquant_fx.errors import PassError
 from repquant_fx.naming import PATCHES, TRANSPOSED
 from repquant_fx.passes.base import Pass, aten, attribute, constant_node, copy_meta, is_constant, is_tensor, shape_of
+from repquant_fx.passes.metadata import refresh_metadata
 from repquant_fx.passes.operators import CONVOLUTIONS, GLOBAL_POOLS, IDENTITIES, PADS, VIEWS
 from repquant_fx.passes.spec import CANONICAL
-from repquant_fx.torch_private import fake_mode, propagating
 
 
 class Canonicalize(Pass):
@@ -222,18 +221,6 @@ def _einsum_to_matmul(graph_module: GraphModule, node: Node) -> bool:
     node.replace_all_uses_with(new[-1])
     graph.erase_node(node)
     return True
-
-
-def refresh_metadata(graph_module: GraphModule) -> None:
-    """Recompute `meta['val']` of every node from the placeholders' (fake) values, keeping symbolic shapes."""
-    inputs = [node.meta["val"] for node in graph_module.graph.nodes if node.op == "placeholder"]
-    modes = [mode for value in inputs if (mode := fake_mode(value)) is not None]
-    if not modes:
-        raise PassError("the graph's inputs carry no fake tensors; capture it with repquant_fx.frontends.capture")
-    mode = modes[0]
-    # an operator that compares a symbolic size must not make it a constant here: the export has settled what is dynamic
-    with propagating(mode):
-        FakeTensorProp(graph_module, mode=mode).propagate_dont_convert_inputs(*inputs)
 
 
 def _is_bias(added: Any, node: Node) -> bool:

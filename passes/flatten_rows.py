@@ -14,7 +14,7 @@ from torch import SymInt
 from torch.fx import GraphModule, Node
 
 from repquant_fx.passes.base import Pass, aten, copy_meta, is_constant, is_tensor, shape_of
-from repquant_fx.passes.canonicalize import refresh_metadata
+from repquant_fx.passes.metadata import refresh_metadata
 from repquant_fx.passes.operators import ELEMENT_WISE, NORMS
 from repquant_fx.passes.spec import RUNTIME
 

@@ -35,8 +35,8 @@ from repquant_fx.passes.base import (
     is_constant,
     replace_constant,
 )
-from repquant_fx.passes.canonicalize import refresh_metadata
 from repquant_fx.passes.channel_flow import hint, hinted
+from repquant_fx.passes.metadata import refresh_metadata
 from repquant_fx.passes.operators import CODE_MOVES, DEQUANTIZE, QUANTIZE
 from repquant_fx.passes.spec import LOWERED, RUNTIME
 from repquant_fx.quantizers.requantization import Codes, Operand, requantize

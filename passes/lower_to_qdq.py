@@ -26,8 +26,8 @@ from repquant_fx.passes.base import (
     module_path,
     shape_of,
 )
-from repquant_fx.passes.canonicalize import refresh_metadata
 from repquant_fx.passes.match_sites import Plan, Site
+from repquant_fx.passes.metadata import refresh_metadata
 from repquant_fx.passes.operators import DEQUANTIZE, LAYOUT, LOG2_QUANTIZE, LOG2_SOFTMAX, QUANTIZE, SOFTMAX
 from repquant_fx.passes.slots import slot_module, slot_of
 from repquant_fx.passes.spec import LOWERED, OBSERVED

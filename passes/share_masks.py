@@ -14,8 +14,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from repquant_fx.passes.base import Pass, aten, attribute, constant_node, copy_meta, is_constant, is_tensor, shape_of
-from repquant_fx.passes.canonicalize import refresh_metadata
 from repquant_fx.passes.channel_flow import hinted
+from repquant_fx.passes.metadata import refresh_metadata
 from repquant_fx.passes.operators import LOG2_SOFTMAX, SOFTMAX
 from repquant_fx.passes.spec import RUNTIME
 

@@ -48,6 +48,7 @@ __all__ = [
     "parameters_on_meta",
     "propagating",
     "pytree",
+    "quick_translation",
     "schema",
     "shape_environment",
     "size_hint",
@@ -268,6 +269,59 @@ def suggested_shapes(error: BaseException, shapes: Any) -> Any | None:
         refine_dynamic_shapes_from_suggested_fixes(head + _FIXES + fixes.partition("\n\n")[0], shapes)
         if separator
         else None
+    )
+
+
+# ---- ONNX ----------------------------------------------------------------------------------------------------------
+
+_translations: dict[int, Mapping[Any, list[Any]]] = {}  # torch's own, by opset and operator
+
+@contextmanager
+def quick_translation() -> Iterator[None]:
+    """Within the block `torch.onnx.export` leaves out what a program of few operators does not need: its table of
+    translations is made once per process, and a program in which nothing is to be decomposed is not traced again.
+
+    Tried with torch 2.15.0. Where the names are gone nothing is left out: the files are right, and take longer.
+    """
+    try:
+        from torch.onnx._internal.exporter import _fx_passes
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        read, decompose = ONNXRegistry.__dict__["from_torchlib"], _fx_passes.decompose_with_registry
+    except (ImportError, AttributeError, KeyError):
+        yield
+        return
+
+    def remembered(opset_version: int) -> Any:
+        registry = ONNXRegistry()
+        registry._opset_version = opset_version
+        if opset_version not in _translations:
+            _translations[opset_version] = read.__get__(None, ONNXRegistry)(opset_version).functions
+        known = _translations[opset_version]
+        registry.functions = {target: list(rules) for target, rules in known.items()}  # an export adds its own
+        return registry
+
+    def where_needed(program: ExportedProgram, registry: Any) -> ExportedProgram:
+        translated = {target for target in registry.functions if isinstance(target, str)}
+        return program if _is_decomposed(program, translated) else decompose(program, registry)
+
+    ONNXRegistry.from_torchlib = staticmethod(remembered)  # type: ignore[method-assign,assignment]
+    _fx_passes.decompose_with_registry = where_needed
+    try:
+        yield
+    finally:
+        ONNXRegistry.from_torchlib = read  # type: ignore[method-assign]
+        _fx_passes.decompose_with_registry = decompose
+
+
+def _is_decomposed(program: ExportedProgram, translated: set[str]) -> bool:
+    """Whether every operator of a program is translated as it is, and none writes into its arguments."""
+    operators = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    if any(True for module in program.graph_module.children()):  # branches have graphs of their own
+        return False
+    return all(
+        not isinstance(target, OpOverload) or (target.name() in translated and not schema(target).is_mutable)
+        for target in operators
     )
 
 

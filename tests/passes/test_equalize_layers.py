@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 
 import pytest
@@ -101,8 +102,14 @@ MODELS = {
 }
 
 
-def equalized(model: nn.Module, kinds: tuple[str, ...] = EQUALIZE) -> tuple[GraphModule, Plan, bool]:
-    graph_module = canonical(model, sequences())
+@functools.cache
+def captured(name: str) -> tuple[nn.Module, GraphModule]:
+    """A model of `MODELS` and its canonical graph; neither is to be changed."""
+    model = MODELS[name][0]()
+    return model, canonical(model, sequences())
+
+
+def equalized(graph_module: GraphModule, kinds: tuple[str, ...] = EQUALIZE) -> tuple[GraphModule, Plan, bool]:
     plan = match(graph_module)
     found = equalize_layers(graph_module, plan, [(b,) for b in sequences(64).split(16)], Recipe(equalize=kinds))
     return graph_module, found, found is not plan
@@ -111,15 +118,13 @@ def equalized(model: nn.Module, kinds: tuple[str, ...] = EQUALIZE) -> tuple[Grap
 @pytest.mark.parametrize("kind", [*EQUALIZE, "all"])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_outputs_do_not_change(name: str, kind: str) -> None:
-    make, sites = MODELS[name]
-    model = make()
+    model, before = captured(name)
     kinds = EQUALIZE if kind == "all" else (kind,)
-    graph_module = canonical(model, sequences())
-    found = find_equalizable(graph_module, match(graph_module), kinds)
-    assert len(found.sites) == sum(sites[k] for k in kinds)
-    graph_module, _, changed = equalized(model, kinds)
+    found = find_equalizable(before, match(before), kinds)
+    assert len(found.sites) == sum(MODELS[name][1][k] for k in kinds)
+    graph_module, _, changed = equalized(copy.deepcopy(before), kinds)
     assert changed is bool(found.sites)
-    weights = {n: p for n, p in canonical(model, sequences()).state_dict().items()}
+    weights = before.state_dict()
     moved = [n for n, p in graph_module.state_dict().items() if n in weights and not torch.equal(p, weights[n])]
     assert bool(moved) is changed
     assert relative(output(graph_module, sequences()), output(model, sequences())) < 1e-5
@@ -147,10 +152,9 @@ def ranges(graph_module: GraphModule, plan: Plan) -> dict[str, float]:
 
 @pytest.mark.parametrize("name", [n for n in MODELS if n != "gelu"])
 def test_channels_are_level_afterwards(name: str) -> None:
-    model = MODELS[name][0]()
-    graph_module = canonical(model, sequences())
+    _, graph_module = captured(name)
     before = ranges(graph_module, match(graph_module))
-    after = ranges(*equalized(model)[:2])
+    after = ranges(*equalized(copy.deepcopy(graph_module))[:2])
     assert after.keys() == before.keys()
     assert sum(math.log(v) for v in after.values()) < 0.7 * sum(math.log(v) for v in before.values())
     for site in after:
@@ -171,7 +175,7 @@ def test_heads_merged_with_the_batch() -> None:
             return self.o(h.reshape(b, 2, t, 4).transpose(1, 2).reshape(b, t, 8))
 
     model = spread_rows(redraw(Merged()), "qkv")
-    graph_module, plan, changed = equalized(model)  # batches of 16, captured with 2
+    graph_module, plan, changed = equalized(canonical(model, sequences()))  # batches of 16, captured with 2
     assert changed and relative(output(graph_module, sequences()), output(model, sequences())) < 1e-5
     found = find_equalizable(graph_module, plan)
     assert [list(p.shape) for n, p in found.sites.items() if n.endswith("/value")] == [[2, 1, 4]]
@@ -183,7 +187,7 @@ def test_the_mean_of_keys_and_values_goes_too() -> None:
     with torch.no_grad():
         model.blocks[0].k.bias.add_(20.0)
         model.blocks[0].v.bias.add_(-30.0)
-    graph_module, plan, _ = equalized(model)
+    graph_module, plan, _ = equalized(canonical(model, sequences()))
     for site in (s for g in plan.groups for s in g.sites if s.name.endswith(("/key", "/value"))):
         (value,) = values_at(graph_module, [site.value], sequences())
         assert float(value.mean().abs()) < 0.2 * float(value.abs().max())
@@ -231,7 +235,7 @@ def test_values_that_something_else_reads_are_left_alone() -> None:
     graph_module = canonical(redraw(Inside()), sequences())
     assert not find_equalizable(graph_module, match(graph_module)).rows
     model = redraw(Leak())  # the layer runs twice: each run has its own constants, and only the first can take part
-    graph_module, _, changed = equalized(model)
+    graph_module, _, changed = equalized(canonical(model, sequences()))
     assert changed and relative(output(graph_module, sequences()), output(model, sequences())) < 1e-5
 
 
@@ -240,7 +244,7 @@ def test_a_dead_channel_gets_a_finite_factor() -> None:
     with torch.no_grad():
         model.blocks[0].v.weight[3] = 0.0  # type: ignore[union-attr]
         model.blocks[0].v.bias[3] = 0.0  # type: ignore[union-attr]
-    graph_module, _, _ = equalized(model)
+    graph_module, _, _ = equalized(canonical(model, sequences()))
     assert all(bool(torch.isfinite(p).all()) for p in graph_module.state_dict().values())
     assert relative(output(graph_module, sequences()), output(model, sequences())) < 1e-5
 
