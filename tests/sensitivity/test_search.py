@@ -60,6 +60,7 @@ def _sqnr(recipe: Recipe) -> float:
     return 10 * math.log10(float(expected.square().sum() / (found - expected).square().sum()))
 
 
+@pytest.mark.filterwarnings("ignore:search fell back")
 @pytest.mark.usefixtures("compiled_once")
 @pytest.mark.parametrize(("bits", "activations"), [(3, False), (3, True), (4, True)])
 def test_better_than_uniform_at_equal_size(analysed: Sensitivity, data: Tensor, bits: int, activations: bool) -> None:
