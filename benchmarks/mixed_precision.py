@@ -5,8 +5,9 @@
 
 For each mean number of bits: all layers with these bits, and bits searched; of activations too where their mean is
 below 8. Size is that of the weights as information (2 and 3 bits are stored as 4 in the file). Bits are out of 2, 3, 4,
-6 and 8. The search sees the calibration samples alone; what is printed is measured on the test data, from the exported
-file. Rows that `--results` already holds are not run again.
+6 and 8. The search sees the calibration samples alone, and its result is not tried beside uniform bits (`trial=False`):
+what is printed is measured on the test data, from the exported file. Rows that `--results` already holds are not run
+again.
 """
 
 from __future__ import annotations
@@ -147,6 +148,7 @@ def run_all(name: str, bench: Any, path: Path, only: str | None, seed: int, loss
             choices=CHOICES,
             activation_choices=CHOICES,
             mean_abits=a if a < 8 else None,
+            trial=False,  # both are measured here
         )
         print(found, flush=True)
         return compiled(

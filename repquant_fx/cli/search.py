@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,8 @@ def add(command: argparse.ArgumentParser) -> None:
     space.add_argument("--probes", type=count(MOST_TRIES), default=4, help="likewise (default 4)")
     space.add_argument("--trials", type=count(MOST_TRIES), default=8,
                         help="models compiled at most, for --target-sqnr and --max-drop (default 8)")
+    space.add_argument("--no-trial", dest="trial", action="store_false",
+                       help="for --target-size: give what was searched without compiling it beside uniform bits")
     add_method(command)
 
 
@@ -74,6 +77,8 @@ def run(options: argparse.Namespace) -> int:
         raise InputError("give one of --target-size, --target-sqnr and --max-drop")
     if (options.max_drop is None) != (options.data is None):
         raise InputError("--max-drop needs --data to measure on, and --data is for --max-drop alone")
+    if not options.trial and options.target_size is None:
+        raise InputError("--no-trial is for --target-size alone: the other targets are met by trials")
     form = {".yaml": "yaml", ".yml": "yaml", ".toml": "toml"}.get(options.out.suffix.lower())
     if form is None:
         raise InputError(f"--out writes a recipe, .yaml, .yml or .toml; found {options.out}")
@@ -81,17 +86,18 @@ def run(options: argparse.Namespace) -> int:
 
     check_writable(options.out, options.force)
     from repquant_fx import log
-    from repquant_fx.sensitivity.search import Choices, Target, search_recipe
+    from repquant_fx.sensitivity.frontier import Choices
+    from repquant_fx.sensitivity.search import Target, search_recipe
 
     quality, at_least = (None, None) if options.max_drop is None else _measured(options)
     result = search_recipe(source, calibration, recipe,
                            Target(options.target_size, options.target_sqnr, quality, at_least),
                            Choices(weight_bits, activation_bits, options.mean_abits, options.count),
-                           loss=options.loss, probes=options.probes, trials=options.trials)
+                           loss=options.loss, probes=options.probes, trials=options.trials, trial=options.trial)
     write_atomically(options.out, result.to_text(form).encode())
-    for line in str(result).splitlines():
+    for line in str(replace(result, verdict=None) if result.fallback else result).splitlines():  # a warning said it
         log.info(line)
-    for trial in result.trials:
+    for trial in result.trials if options.target_size is None else ():  # the verdict has those of a size
         log.info(
             f"tried {trial.bits_per_weight:.2f} bits: {trial.quality:.4g}, "
             f"{'enough' if trial.accepted else 'too little'}"

@@ -7,7 +7,8 @@
 """
 
 from repquant_fx.sensitivity.analysis import LOSSES, Sensitivity, sensitivity
-from repquant_fx.sensitivity.search import SearchResult, Trial, search
+from repquant_fx.sensitivity.frontier import SearchResult, Trial
+from repquant_fx.sensitivity.search import search
 from repquant_fx.sensitivity.size import COUNTS
 from repquant_fx.sensitivity.units import Unit
 

@@ -1,116 +1,34 @@
 """Mixed precision: the bits of each layer that do the least damage within a size, or the smallest size that is good
 enough.
 
-Damages of single layers are taken to add up (their errors are nearly independent), so the choice is a knapsack, solved
-exactly for every size at once. A size is then met without trying anything. For a quality the recipes along that
-frontier are compiled and measured, and
-the smallest that reaches it is found by bisection: what is promised was measured, not predicted.
+The prediction behind it takes damages of single layers to add up (`sensitivity.frontier`), which can be wrong where
+bits are few. So what is promised was measured: for a quality the recipes along the frontier are compiled, and the
+smallest that reaches it is found by bisection; for a size the recipe is compiled beside uniform bits of no larger size,
+and gives way to them where it is no better.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from repquant_fx import log
 from repquant_fx.compiled import CompiledModel
 from repquant_fx.compiler import compile_model
-from repquant_fx.errors import InputError
+from repquant_fx.errors import InputError, RepQuantWarning
 from repquant_fx.frontends.memory import left_as_found
 from repquant_fx.options import Calibration, Run, Source, from_keywords
 from repquant_fx.preparation import prepare
-from repquant_fx.recipe import LayerRule, Recipe
-from repquant_fx.recipe_text import write
+from repquant_fx.recipe import Recipe
 from repquant_fx.sensitivity.analysis import PROBES, Sensitivity, analyse
-from repquant_fx.sensitivity.knapsack import Knapsack
-from repquant_fx.sensitivity.size import COUNTS, bits_counted, read_size, weight_bits
-from repquant_fx.sensitivity.units import ACTIVATIONS, WEIGHTS, Unit
+from repquant_fx.sensitivity.frontier import CHOICES, Choices, Frontier, SearchResult, Trial
+from repquant_fx.sensitivity.size import read_size
 
-CHOICES = (2, 3, 4, 6, 8)
 TRIALS = 8
 FINE = 0.01  # of the range of sizes: bisection stops there
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A recipe that was compiled and measured: bits per weight (as counted), and the quality measured."""
-
-    bits_per_weight: float
-    quality: float
-    accepted: bool
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """The result of `search`.
-
-    Attributes:
-        recipe: what `compile` takes.
-        bits: chosen, by unit.
-        count: how sizes are counted, `stored` or `information`.
-        weight_bytes: of all weights in that count; scales and biases not included.
-        bits_per_weight: the same, divided by the number of weights.
-        mean_abits: mean over activation values, but those that rules or `input_bits` fix.
-        predicted: damage of the recipe, all layers together; see `Sensitivity.loss`.
-        predicted_uniform: the same for the uniform bits (among the choices) that cost no more, and their number; None
-            where none do.
-        trials: what was compiled and measured on the way.
-        sensitivity: that the choice is made from.
-    """
-
-    recipe: Recipe
-    bits: dict[Unit, int]
-    count: str
-    weight_bytes: float
-    bits_per_weight: float
-    mean_abits: float
-    predicted: float
-    predicted_uniform: tuple[int, float] | None
-    trials: tuple[Trial, ...]
-    sensitivity: Sensitivity
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON data."""
-        uniform = self.predicted_uniform
-        return {
-            "recipe": self.recipe.to_dict(),
-            "count": self.count,
-            "weight_bytes": self.weight_bytes,
-            "bits_per_weight": self.bits_per_weight,
-            "mean_abits": self.mean_abits,
-            "loss": self.sensitivity.loss,
-            "predicted": self.predicted,
-            "predicted_uniform": None if uniform is None else {"bits": uniform[0], "damage": uniform[1]},
-            "trials": [vars(t) for t in self.trials],
-            "units": [
-                {"kind": u.kind, "name": u.name, "paths": list(u.paths), "bits": b, "elements": u.elements}
-                for u, b in self.bits.items()
-            ],
-        }
-
-    def __str__(self) -> str:
-        used = Counter[int]()
-        for unit, bits in self.bits.items():
-            used[bits] += unit.elements if unit.kind == WEIGHTS else 0
-        total = sum(used.values()) or 1
-        shares = ", ".join(f"{100 * n / total:.0f} % at {b}" for b, n in sorted(used.items()) if n)
-        lines = [
-            f"weights {self.weight_bytes / 1e6:.3f} MB as {self.count}, {self.bits_per_weight:.2f} bits each "
-            f"({shares}); "
-            f"activations {self.mean_abits:.2f} bits"
-        ]
-        predicted = f"predicted {_damage(self.predicted, self.sensitivity.loss)} for rounding layers one at a time"
-        if self.predicted_uniform is not None:
-            bits, damage = self.predicted_uniform
-            predicted += f"; uniform {bits}-bit weights {_damage(damage, self.sensitivity.loss)}"
-        return "\n".join([*lines, predicted])
-
-    def to_text(self, form: str = "yaml") -> str:
-        """The recipe as a file, `yaml` or `toml`, with comments on where it comes from."""
-        lines = ["Mixed precision, chosen by `repquant-fx search`.", *str(self).splitlines()]
-        return "".join(f"# {line}\n" for line in lines) + write(self.recipe, form)
 
 
 @dataclass(frozen=True)
@@ -139,43 +57,20 @@ class Target:
         return self.quality, self.at_least
 
 
-@dataclass(frozen=True)
-class Choices:
-    """What may be chosen and how it is counted; the arguments of `search` of these names.
-
-    Raises:
-        InputError: there is nothing to choose from, or no such count.
-    """
-
-    choices: Iterable[int] = CHOICES
-    activation_choices: Iterable[int] = CHOICES
-    mean_abits: float | None = None
-    count: str = "stored"
-
-    def __post_init__(self) -> None:
-        if self.count not in COUNTS:
-            raise InputError(f"count is one of {', '.join(COUNTS)}; found {self.count!r}")
-        for name in ("choices", "activation_choices"):
-            bits = tuple(sorted(set(getattr(self, name))))
-            if not bits:
-                raise InputError("there are no bits to choose from")
-            object.__setattr__(self, name, bits)
-
-
 @left_as_found
 def search(
     model: Any, calibration: Any = None, recipe: Recipe | None = None, *, target_size: str | None = None,
     target_sqnr: float | None = None, quality: Callable[[CompiledModel], float] | None = None,
     at_least: float | None = None, choices: Iterable[int] = CHOICES, mean_abits: float | None = None,
     activation_choices: Iterable[int] = CHOICES, count: str = "stored", loss: str = "error", probes: int = PROBES,
-    trials: int = TRIALS, sensitivity: Sensitivity | None = None, **keywords: Any,
+    trials: int = TRIALS, trial: bool = True, sensitivity: Sensitivity | None = None, **keywords: Any,
 ) -> SearchResult:
     """Choose bits for each layer. Exactly one target is given.
 
     Args:
         model, calibration, keywords: as `compile` takes them: samples, batch_size, seed, arch and so on, all that say
-            what is loaded and what it is run on. Data that can be read but once will not do for a target of quality,
-            which compiles several times.
+            what is loaded and what it is run on. Data that can be read but once will not do, since several recipes are
+            compiled.
         recipe: everything but the bits of weights; bits that a rule of it sets stay.
         target_size: of the weights at most: `400kB`, `1.5MB`, or `3.5b` for bits per weight.
         target_sqnr: dB of the output against the float model's on held-back samples, as in the report of `compile`, at
@@ -188,21 +83,25 @@ def search(
         count: what size means: see `sensitivity.size`.
         loss, probes: see `sensitivity`.
         trials: recipes compiled at most, for a target of quality.
+        trial: compile the recipe of a target size, and uniform bits of no larger size, and compare the SQNR of their
+            outputs on held-back samples. Where uniform bits are as good they are the result, and a warning and the
+            result's `verdict` say so; bits of activations give way first. Two compiles, three where those vary.
         sensitivity: of this model and recipe, computed before for all choices; saves its time.
 
     Raises:
-        InputError: no or several targets, options that make no sense, a size too small, or a quality that the largest
-            choices miss.
+        InputError: no or several targets, options that make no sense, a size too small, a quality that the largest
+            choices miss, or data that can be read but once.
     """
     source, data = from_keywords(model, calibration, keywords)
     return search_recipe(source, data, recipe, Target(target_size, target_sqnr, quality, at_least),
                          Choices(choices, activation_choices, mean_abits, count), loss=loss, probes=probes,
-                         trials=trials, sensitivity=sensitivity)
+                         trials=trials, trial=trial, sensitivity=sensitivity)
 
 
 def search_recipe(
     source: Source, calibration: Calibration, recipe: Recipe | None, target: Target, choices: Choices, *,
-    loss: str = "error", probes: int = PROBES, trials: int = TRIALS, sensitivity: Sensitivity | None = None,
+    loss: str = "error", probes: int = PROBES, trials: int = TRIALS, trial: bool = True,
+    sensitivity: Sensitivity | None = None,
 ) -> SearchResult:
     """`search`, of what it was given as objects.
 
@@ -212,22 +111,40 @@ def search_recipe(
     recipe = Recipe.of(recipe)
     if trials < 1:
         raise InputError(f"at least 1 trial is needed, not {trials}")
+    if not trial and target.target_size is None:
+        raise InputError("a target other than a size is met by trials alone")
+    if trial and isinstance(calibration.data, Iterator):
+        raise InputError("the calibration data can be read but once, and several recipes are compiled on it: give a "
+                         "list, or a callable that gives it anew")
     if sensitivity is None:
         activations = choices.activation_choices if choices.mean_abits is not None else None
         sensitivity = analyse(prepare(source, calibration, recipe), recipe, weight_choices=choices.choices,
                               activation_choices=activations, loss=loss, probes=probes, seed=calibration.seed)
-    space = _Space(sensitivity, choices)
+    result = _measured(Frontier(sensitivity, choices), source, calibration, target, trials, trial=trial)
+    if result.fallback:
+        warnings.warn(f"search {result.verdict}", RepQuantWarning, stacklevel=2)
+    return result
+
+
+def _measured(
+    frontier: Frontier, source: Source, calibration: Calibration, target: Target, trials: int, *, trial: bool
+) -> SearchResult:
+    """The recipe on a frontier that reaches a target, by compiling some."""
+    def compiled(result: SearchResult) -> CompiledModel:
+        return compile_model(source, calibration, result.recipe, Run(check=False))
+
     if target.target_size is not None:
-        return space.result(read_size(target.target_size, space.weights))
+        budget = read_size(target.target_size, frontier.weights)
+        searched = frontier.result(budget)
+        if not trial:
+            return searched
+        candidates = [searched, frontier.result(budget, even=True), frontier.uniform(budget)]
+        return _best(candidates, lambda result: _output_sqnr(compiled(result)))
     measure, at_least = target.measure()
     guess = None
-    if target.target_sqnr is not None and sensitivity.loss == "error":
-        guess = space.knapsack.budget_for(10 ** (-target.target_sqnr / 10))
-
-    def quality_of(result: SearchResult) -> float:
-        return measure(compile_model(source, calibration, result.recipe, Run(check=False)))
-
-    return _bisect(space, quality_of, at_least, guess, trials)
+    if target.target_sqnr is not None and frontier.sensitivity.loss == "error":
+        guess = frontier.knapsack.budget_for(10 ** (-target.target_sqnr / 10))
+    return _bisect(frontier, lambda result: measure(compiled(result)), at_least, guess, trials)
 
 
 def _output_sqnr(compiled: CompiledModel) -> float:
@@ -235,30 +152,56 @@ def _output_sqnr(compiled: CompiledModel) -> float:
     return math.inf if value is None else float(value)
 
 
+def _best(candidates: Sequence[SearchResult], quality_of: Callable[[SearchResult], float]) -> SearchResult:
+    """The first candidate that was measured to be better than the last, the uniform bits; these where none is."""
+    distinct = [c for i, c in enumerate(candidates) if all(c.bits != later.bits for later in candidates[i + 1:])]
+    first, uniform = distinct[0], distinct[-1]
+    if first is uniform:  # nothing to choose between
+        return first
+    log.info(f"trial: compiling {first.what} beside {uniform.what}")
+    level = quality_of(uniform)
+    best, qualities = uniform, list[float]()
+    for candidate in distinct[:-1]:
+        qualities.append(quality_of(candidate))
+        if qualities[-1] > level:
+            best = candidate
+            break
+    pairs = [*zip(distinct, qualities), (uniform, level)]
+    done = tuple(Trial(c.what, c.bits_per_weight, quality, c is best) for c, quality in pairs)
+    (chosen,) = (t for t in done if t.accepted)
+    others = " and ".join(f"{t.what} {t.quality:.1f} dB" for t in done if not t.accepted)
+    verdict = f"{chosen.what} gave {chosen.quality:.1f} dB on held-back samples, {others}"
+    fallback = best is not first
+    return replace(best, trials=done, verdict=f"fell back: {verdict}" if fallback else verdict, fallback=fallback)
+
+
 def _bisect(
-    space: _Space, quality_of: Callable[[SearchResult], float], at_least: float, guess: int | None, trials: int
+    frontier: Frontier, quality_of: Callable[[SearchResult], float], at_least: float, guess: int | None, trials: int
 ) -> SearchResult:
     """The smallest recipe on the frontier that was measured to reach a quality."""
     done: list[Trial] = []
 
     def accepted(result: SearchResult) -> bool:
         quality = quality_of(result)
-        done.append(Trial(result.bits_per_weight, quality, quality >= at_least))
+        done.append(Trial(result.what, result.bits_per_weight, quality, quality >= at_least))
         return done[-1].accepted
 
-    low, high = space.knapsack.least, space.knapsack.most
-    best = space.result(high)
+    low, high = frontier.knapsack.least, frontier.knapsack.most
+    best, even = frontier.result(high), False
     if not accepted(best):
-        raise InputError(
-            f"the target of {at_least:g} is out of reach: {done[-1].quality:.4g} with all choices at their largest; "
-            "raise the bits "
-            "of activations, allow more bits, or lower the target"
-        )
+        even, level = True, frontier.result(high, even=True)
+        if level.bits == best.bits or len(done) == trials or not accepted(level):
+            most = max(t.quality for t in done)
+            raise InputError(
+                f"the target of {at_least:g} is out of reach: {most:.4g} with all choices at their largest; raise the "
+                "bits of activations, allow more bits, or lower the target"
+            )
+        best = level
     budget, fine = guess if guess is not None else (low + high) // 2, FINE * (high - low)
-    if space.knapsack.solve(low) is not None and low < high:
+    if frontier.knapsack.solve(low) is not None and low < high:
         while len(done) < trials and high - low > fine:
             budget = min(max(budget, low), high - 1)
-            result = space.result(budget)
+            result = frontier.result(budget, even=even)
             if result.bits == best.bits:
                 high = budget
             elif accepted(result):
@@ -266,112 +209,8 @@ def _bisect(
             else:
                 low = budget
             budget = (low + high) // 2
-    return replace(best, trials=tuple(done))
-
-
-class _Space:
-    """The recipes on the frontier of size and damage."""
-
-    def __init__(self, sensitivity: Sensitivity, choices: Choices) -> None:
-        self.sensitivity, self.count = sensitivity, choices.count
-        self.units = {kind: [u for u in sensitivity.units if u.kind == kind] for kind in (WEIGHTS, ACTIVATIONS)}
-        self.weights = sum(u.elements for u in self.units[WEIGHTS])
-        if not self.weights:
-            raise InputError("no layer has weights whose bits could be chosen")
-        self.choices = list(choices.choices)
-        self.options = [_options(u, self.choices) for u in self.units[WEIGHTS]]
-        self.knapsack = Knapsack(
-            [[u.elements * bits_counted(b, self.count) for b in o] for u, o in zip(self.units[WEIGHTS], self.options)],
-            [[u.damage[b] for b in o] for u, o in zip(self.units[WEIGHTS], self.options)])
-        self.abits = {u: u.bits for u in self.units[ACTIVATIONS]}
-        if choices.mean_abits is not None:
-            self.abits = self._activations(list(choices.activation_choices), choices.mean_abits)
-
-    def _activations(self, choices: list[int], mean: float) -> dict[Unit, int]:
-        """Bits of activations: their number is bounded by a mean over values, whatever the weights are."""
-        free = [u for u in self.units[ACTIVATIONS] if not u.pinned]
-        knapsack = Knapsack([[u.elements * b for b in choices] for u in free],
-                            [[u.damage[b] for b in choices] for u in free])
-        chosen = knapsack.solve(math.floor(mean * sum(u.elements for u in free)))
-        if chosen is None:
-            raise InputError(
-                f"activations of {mean:g} bits in the mean cannot be had from choices of {min(choices)} bits and more"
-            )
-        return {u: u.bits for u in self.units[ACTIVATIONS] if u.pinned} | {u: choices[i] for u, i in zip(free, chosen)}
-
-    def result(self, budget: int) -> SearchResult:
-        """The recipe with the least damage in a budget of bits.
-
-        Raises:
-            InputError: the budget is too small.
-        """
-        chosen = self.knapsack.solve(budget)
-        if chosen is None:
-            least = self.knapsack.least
-            hint = (
-                "; up to 4 bits are stored as 4: count the size as information to use fewer"
-                if self.count == "stored"
-                else ""
-            )
-            raise InputError(
-                f"the weights do not fit {budget / 8e6:.3f} MB ({budget / self.weights:.2f} bits each): with the least "
-                "bits they take "
-                f"{least / 8e6:.3f} MB ({least / self.weights:.2f} bits each){hint}"
-            )
-        by_unit = {u: o[i] for u, o, i in zip(self.units[WEIGHTS], self.options, chosen)} | self.abits
-        bits = {u: by_unit[u] for u in self.sensitivity.units}  # in graph order
-        size = weight_bits(self.sensitivity.units, bits, self.count)
-        values = {u: u.elements for u in self.units[ACTIVATIONS] if not u.pinned}
-        uniform = None
-        for b in self.choices:
-            same = {u: b if u.kind == WEIGHTS and not u.pinned else bits[u] for u in bits}
-            if weight_bits(self.sensitivity.units, same, self.count) <= budget:
-                uniform = (b, _total(same))
-        return SearchResult(
-            _recipe(self.sensitivity.recipe, bits),
-            bits,
-            self.count,
-            size / 8,
-            size / self.weights,
-            sum(n * bits[u] for u, n in values.items()) / (sum(values.values()) or 1),
-            _total(bits),
-            uniform,
-            (),
-            self.sensitivity,
-        )
-
-
-def _options(unit: Unit, choices: list[int]) -> list[int]:
-    options = [unit.bits] if unit.pinned else choices
-    missing = [b for b in options if b not in unit.damage]
-    if missing:
-        raise InputError(f"the sensitivity given does not hold {unit.name} at {missing[0]} bits")
-    return options
-
-
-def _total(bits: Mapping[Unit, int]) -> float:
-    return sum(unit.damage[b] for unit, b in bits.items())
-
-
-def _damage(value: float, loss: str) -> str:
-    return f"{value:.3g} nats" if loss == "kl" else f"{-10 * math.log10(value):.1f} dB" if value > 0 else "no error"
-
-
-def _recipe(base: Recipe, bits: Mapping[Unit, int]) -> Recipe:
-    """The base with a rule for each path whose bits are not the most common ones."""
-    common: dict[str, Any] = {}
-    for kind, name in ((WEIGHTS, "wbits"), (ACTIVATIONS, "abits")):
-        counted = Counter(b for u, b in bits.items() if u.kind == kind and not u.pinned)
-        common[name] = min(counted, key=lambda b: (-counted[b], b)) if counted else getattr(base, name)
-    rules: dict[str, dict[str, Any]] = {}
-    for unit, b in bits.items():
-        name = "wbits" if unit.kind == WEIGHTS else "abits"
-        for path in unit.paths if not unit.pinned and b != common[name] else ():
-            rules.setdefault(path, {})[name] = b
-    added = [LayerRule(_literal(path), **rule) for path, rule in rules.items()]
-    return replace(base, **common, layers=(*base.layers, *added))
-
-
-def _literal(path: str) -> str:
-    """A glob that matches this path alone."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in path)
+    verdict = None
+    if even:
+        verdict = (f"fell back: {done[1].what} gave {done[1].quality:.4g} at the largest choices, {done[0].what} "
+                   f"{done[0].quality:.4g}")
+    return replace(best, trials=tuple(done), verdict=verdict, fallback=even)

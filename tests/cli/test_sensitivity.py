@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -14,6 +17,8 @@ from pictures import ARCH
 
 from repquant_fx import Recipe
 from repquant_fx.cli import main
+from repquant_fx.sensitivity import Sensitivity
+from repquant_fx.sensitivity.analysis import analyse
 
 
 def _cli(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -61,6 +66,37 @@ def test_command_search_then_compile(place: Path, tmp_path: Path) -> None:
     assert compiled.returncode == 0, compiled.stderr
 
 
+def test_command_search_says_where_it_falls_back(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prediction has the weights that suffer the most as those that suffer the least."""
+    predicted: list[Sensitivity] = []
+
+    def wrong(*given: Any, **options: Any) -> Sensitivity:
+        if not predicted:
+            found = analyse(*given, **options)
+            turned = {u: {b: d if b == 8 else b / d for b, d in u.damage.items()} for u in found.units}
+            predicted.append(replace(found, units=tuple(replace(u, damage=turned[u]) for u in found.units)))
+        return predicted[0]
+
+    module = importlib.import_module("repquant_fx.sensitivity.search")  # the package has a function of this name
+    monkeypatch.setattr(module, "analyse", wrong)
+    out = tmp_path / "mixed.toml"
+    arguments = ["search", *map(str, _source(place)), "--out", str(out), "--force", "--json", "--target-size", "3b",
+                 "--count", "information"]
+    assert main(arguments) == 0
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert found["fallback"] and [t["what"] for t in found["trials"]] == ["searched bits", "uniform W3A8"]
+    assert all(f"{t['what']} " in found["verdict"] and f"{t['quality']:.1f} dB" in found["verdict"]
+               for t in found["trials"])
+    assert f"warning: search {found['verdict']}\n" in captured.err and "trial: compiling" in captured.err
+    assert f"# {found['verdict']}\n" in out.read_text() and Recipe.from_file(out).to_dict() == found["recipe"]
+    assert main([*arguments, "--no-trial"]) == 0
+    untried = json.loads(capsys.readouterr().out)
+    assert untried["trials"] == [] and untried["verdict"] is None and untried["recipe"] != found["recipe"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -69,6 +105,7 @@ def test_command_search_then_compile(place: Path, tmp_path: Path) -> None:
         (["--max-drop", "1"], "--data"),
         (["--target-size", "4b", "--data", "x"], "--data"),
         (["--target-size", "4b", "--choices", "1,9"], "--choices"),
+        (["--target-sqnr", "10", "--no-trial"], "--no-trial"),
     ],
 )
 def test_command_search_refuses(
