@@ -17,6 +17,7 @@ from repquant_fx.errors import CalibrationError
 from repquant_fx.passes.base import attribute, is_constant, module_path
 from repquant_fx.passes.insert_observers import WHOLE_ELEMENTS
 from repquant_fx.passes.match_sites import Group, Site
+from repquant_fx.passes.parameters import parameters
 from repquant_fx.passes.slots import observer, slot_module
 from repquant_fx.pipeline.second_moments import SecondMoments
 from repquant_fx.quantizers.activation import (
@@ -61,8 +62,10 @@ def choose_quantizers(
     norm_sites = [site for site in group.sites if site.role == "norm"]
     if norm_sites:
         sample = torch.cat([observers[site.name].sample() for site in norm_sites], dim=1)
+        assert group.norm is not None
         shared = norm_quantizer(sample, bits[norm_sites[0].name], recipe, _weight_reach(graph_module, group.consumers),
-                                keep_zero=group.padded and _keeps_zeros(graph_module, group))
+                                keep_zero=group.padded and _keeps_zeros(graph_module, group),
+                                bias=parameters(graph_module, group.norm)[1])
         chosen |= {site.name: UniformQuantizer(*shared.exact, shared.bits) for site in norm_sites}
     # the value operand first: the Softmax scale is chosen with it already quantized
     for site in (site for site in group.sites if site.role == "plain"):

@@ -15,6 +15,8 @@ from repquant_fx.recipe import Recipe
 
 SMOOTHING = 0.5  # how much of the difficulty goes from activations to weights
 STEPS = {"log": (2, 1, 4, 8), "log_sqrt2": (2,), "log2": (1,)}  # codes per octave to choose from
+# smallest step of a channel, of its largest value: four roundings of float32 move that by 2^-10 of the step
+FINEST = 2.0**-12
 THINNED = 1 << 18  # values of a sample that bounds for a whole tensor are searched in
 
 
@@ -29,7 +31,7 @@ def tensor_quantizer(sample: Tensor, bits: int, recipe: Recipe) -> UniformQuanti
 
 
 def norm_quantizer(
-    sample: Tensor, bits: int, recipe: Recipe, weight_reach: Tensor, *, keep_zero: bool
+    sample: Tensor, bits: int, recipe: Recipe, weight_reach: Tensor, *, keep_zero: bool, bias: Tensor | None = None
 ) -> UniformQuantizer:
     """The output of a norm: one scale per channel (to be reparameterized), or one for all where the recipe says
     `layerwise`.
@@ -38,6 +40,8 @@ def norm_quantizer(
         sample: shape (D, N), float32.
         weight_reach: the largest magnitude of the weights that read each channel, shape (D,); what `smooth` balances.
         keep_zero: give all channels the middle code as zero point, so that the reparameterization shifts nothing.
+        bias: of the norm, shape (D,). The rest of a value is what a kernel computes and rounds, and a channel in which
+            that is nearly constant gets no finer steps than it has digits: codes would be made of the rounding.
     """
     if recipe.norm == "layerwise":
         return tensor_quantizer(_thinned(sample.reshape(1, -1)), bits, recipe)
@@ -45,8 +49,11 @@ def norm_quantizer(
         return _smoothed(sample, bits, recipe, weight_reach)
     bounds = _channel_bounds(sample, bits, recipe.clipping)
     low, up = bounds.low.double(), bounds.up.double()
-    parameters = _around_zero(low, up, bits) if keep_zero else parameters_from_range(low, up, bits, include_zero=False)
-    return UniformQuantizer(*parameters, bits)
+    if keep_zero:
+        return UniformQuantizer(*_around_zero(low, up, bits), bits)
+    computed = sample.double() if bias is None else sample.double() - bias.double()[:, None]
+    finest = (FINEST * computed.abs().amax(1)).clamp(min=torch.finfo(torch.float32).tiny)
+    return UniformQuantizer(*parameters_from_range(low, up, bits, include_zero=False, finest=finest), bits)
 
 
 def softmax_quantizer(

@@ -45,13 +45,16 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis:
     return dequantize(quantize(x, scale, zero_point, bits, axis), scale, zero_point, axis)
 
 
-def parameters_from_range(low: Tensor, up: Tensor, bits: int, *, include_zero: bool) -> tuple[Tensor, Tensor]:
+def parameters_from_range(
+    low: Tensor, up: Tensor, bits: int, *, include_zero: bool, finest: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Scale and zero point of the range [low, up] (Eq. 6).
 
     Args:
         low, up: same shape, `low <= up`.
         include_zero: widen the range to contain 0, so that the zero point lies in [0, 2^bits - 1] as a stored zero
             point must. A per-channel quantizer that is reparameterized later does not need it.
+        finest: the smallest scales that make sense, positive, of the shape of `low`.
 
     Returns:
         scale > 0 and an integral zero point, both of the shape and dtype of `low`. A dead range (`low == up`) gets a
@@ -66,6 +69,9 @@ def parameters_from_range(low: Tensor, up: Tensor, bits: int, *, include_zero: b
     magnitude = torch.maximum(low.abs(), up.abs())
     floor = torch.maximum(magnitude * 1e-4, torch.full_like(magnitude, 1e-8))
     scale = torch.maximum(width, floor) / top
+    if finest is not None:  # a whole number of steps from 0, so that a constant is not midway between two codes
+        whole = magnitude / (magnitude / finest).floor().clamp(min=1)
+        scale = torch.maximum(scale, torch.maximum(whole, finest))
     zero_point = torch.round(-low / scale)
     if include_zero:
         zero_point = zero_point.clamp(0, top)

@@ -108,6 +108,18 @@ def test_a_range_on_one_side_of_zero(bits: int, low: float, up: float) -> None:
     assert float(fake_quantize(zero, scale, zero_point, bits)) == 0
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_steps_are_no_finer_than_makes_sense_and_a_constant_lies_in_the_middle_of_one(bits: int) -> None:
+    low = torch.tensor([3.0, -3.7, 0.01, 0.0, 1.0], dtype=torch.float64)
+    up, finest = low + torch.tensor([0, 0, 0, 0, 1000.0]), torch.full_like(low, 0.05)
+    scale, zero_point = parameters_from_range(low, up, bits, include_zero=False, finest=finest)
+    assert bool((scale[:4] >= 0.05).all()) and bool((scale[:4] < 0.06).all())
+    plain = parameters_from_range(low, up, bits, include_zero=False)
+    assert scale[4] == plain[0][4] and zero_point[4] == plain[1][4]  # wide ranges are left as they are
+    middle = (low / scale)[:2]
+    assert torch.allclose(middle, middle.round(), atol=1e-9, rtol=0)
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2, -1])
 def test_per_channel_parameters_apply_along_their_axis(axis: int) -> None:
     generator = torch.Generator().manual_seed(1)
