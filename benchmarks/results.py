@@ -44,7 +44,7 @@ def git(*arguments: str, folder: Path = HERE) -> str | None:
         done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
     except OSError:
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return done.stdout.rstrip() if done.returncode == 0 else None
 
 
 def changes(folder: Path = HERE) -> str:

@@ -11,8 +11,8 @@ says what was measured, unless `--dirty`.
 
 FOLDER is `$REPQUANT_FX_DATA`, `data`, `../data` or `../shared/data` by default, and holds what there is of `cifar10`,
 `stories260k`, `stsb` and `wikitext2`, and `dinov2_cifar10.safetensors` as `dinov2.py` writes it. A benchmark whose data
-is absent is left out, and named at the end. `--peers` is a folder with the official checkouts of the peers, each with
-the name of its repository (`peers/`).
+is absent is left out, or a part of it, and named. `--peers` is a folder with the official checkouts of the peers, each
+with the name of its repository (`peers/`).
 """
 
 from __future__ import annotations
@@ -113,6 +113,26 @@ def unpack(archive: Path, folder: Path) -> None:
 # ---- the benchmarks --------------------------------------------------------------------------------------------------
 
 
+def some(sources: Sources, *parts: Callable[[Sources], list[str]]) -> list[str]:
+    """The arguments of all parts whose data is there; of the others it is said why not.
+
+    Raises:
+        Absent: none is there.
+    """
+    found: list[str] = []
+    reasons: list[str] = []
+    for part in parts:
+        try:
+            found += part(sources)
+        except Absent as reason:
+            reasons.append(str(reason))
+    if not found:
+        raise Absent("; ".join(reasons))
+    if reasons:
+        print(f"a part is left out: {'; '.join(reasons)}", flush=True)
+    return found
+
+
 def sentences(sources: Sources) -> list[str]:
     return ["--minilm", str(sources.language_model("minilm")), "--text", str(sources.file("wikitext2/wiki.test.raw"))]
 
@@ -183,14 +203,14 @@ class Benchmark:
 BENCHMARKS = (
     Benchmark("accuracy", ("accuracy.py",), Sources.images),
     Benchmark("reconstruction", ("reconstruction.py",), Sources.images),
-    Benchmark("mixed_precision", ("mixed_precision.py",), lambda s: [*s.images(), *pairs(s)]),
-    Benchmark("language", ("language.py",), lambda s: [*stories(s), *pairs(s)]),
+    Benchmark("mixed_precision", ("mixed_precision.py",), lambda s: some(s, Sources.images, pairs)),
+    Benchmark("language", ("language.py",), lambda s: some(s, stories, pairs)),
     Benchmark("dinov2", ("accuracy.py",), dinov2),
     Benchmark("latency", ("latency.py",), lambda s: ["--work", str(measured_files(s))], seeds=False),
     Benchmark("attention", ("attention.py",), attention, seeds=False),
     Benchmark("compile_time", ("compile_time.py", "stages"), lambda s: [], seeds=False),
     Benchmark("clipping", ("compile_time.py", "clipping"),
-              lambda s: ["--images", s.images()[1], *sentences(s), "--threads", "1"], seeds=False),
+              lambda s: [*some(s, lambda s: ["--images", s.images()[1]], sentences), "--threads", "1"], seeds=False),
     *(Benchmark(f"peer_{name}", (f"peers/{name}.py",), peer(name)) for name in PEERS),
 )
 

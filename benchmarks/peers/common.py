@@ -11,7 +11,7 @@ outside, and nothing else:
 - its validation hands over the model that it would measure, and we measure that: top-1 and SQNR of the logits against
   the float model, under torch, as the peers compute with quantized values in float and write no file that a runtime
   executes;
-- `Tensor.cuda` and `Module.cuda` do nothing and torch says that there is a GPU, of 8 GiB, so that it runs on the CPU;
+- `Tensor.cuda` and `Module.cuda` do nothing, so that it runs on the CPU;
 - where the installed timm is newer than the peer: attention accepts the mask that timm now hands to it (None), and
   modules that do nothing are functions, so that a walk over all modules finds those that the peer expects.
 """
@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -45,7 +45,6 @@ from results import Key, Results, Values, add_options, cell, git
 from repquant_fx.frontends.loading import load_model
 
 BATCH = 32
-MEMORY = 8 << 30  # some peers ask how much there is, to choose how many candidates to try at once
 SEEN = "the patch embedding's input has 8 bits and its weights W; the head has W and A bits"  # as ours by default
 
 
@@ -139,8 +138,6 @@ def surroundings(model: nn.Module) -> Iterator[None]:
             mock.patch.object(timm, "create_model", lambda *_, **__: without_identities(copy.deepcopy(model))), \
             mock.patch.object(torch.Tensor, "cuda", lambda self, *_, **__: self), \
             mock.patch.object(nn.Module, "cuda", lambda self, *_, **__: self), \
-            mock.patch.object(torch.cuda, "is_available", lambda: True), \
-            mock.patch.object(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(total_memory=MEMORY)), \
             mock.patch("builtins.print"):
         os.chdir(scratch)
         try:
@@ -241,15 +238,15 @@ def measured(bench: Bench, checkout: Path, quantize: Quantize, w: int, a: int, a
     torch.manual_seed(bench.seed)
     start = time.perf_counter()
     task = Task(checkout, copy.deepcopy(module), bench.name.lower(), bench.calibration, w, a, bench.seed, args)
-    with surroundings(task.model):
+    with surroundings(task.model):  # some peers call Tensor.cuda whenever their model runs
         model = quantize(task).eval()
-    seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start
 
-    def predict(images: Tensor) -> Tensor:
-        with torch.inference_mode():
-            return model(images)
+        def predict(images: Tensor) -> Tensor:
+            with torch.no_grad():
+                return model(images)
 
-    return {**bench.measure(predict), "quantize_seconds": seconds}
+        return {**bench.measure(predict), "quantize_seconds": seconds}
 
 
 def table(rows: dict[Key, dict[int, Values]]) -> str:

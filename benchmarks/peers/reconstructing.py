@@ -1,5 +1,6 @@
 """FIMA-Q, APHQ-ViT and AdaLog are scripts of one descent: scales are searched, then blocks are reconstructed. What they
-share.
+share. Their layers ask how much memory the GPU has, to choose how many candidates to try at once: it is said to have
+8 GiB.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from common import BATCH, Handed, Task, load_script, without_mask
@@ -47,6 +49,22 @@ def of_timm(base: type[nn.Module]) -> Callable[[nn.Module, Tensor], Tensor]:
     return forward
 
 
+def with_memory(layers: Sequence[types.ModuleType]) -> None:
+    """Let the layers find a GPU where they ask for its memory, and nowhere else: an optimizer would use it."""
+
+    def told(method: Callable[[Any], None]) -> Callable[[Any], None]:
+        def ask(self: Any) -> None:
+            with mock.patch.multiple(torch.cuda, is_available=lambda: True,
+                                     get_device_properties=lambda _: types.SimpleNamespace(total_memory=8 << 30)):
+                method(self)
+
+        return ask
+
+    name = "_initialize_calib_parameters"
+    for each in {each for module in layers for each in vars(module).values() if name in getattr(each, "__dict__", ())}:
+        setattr(each, name, told(getattr(each, name)))
+
+
 def reconstructed(task: Task, config: str, widths: Sequence[int], switches: Sequence[str],
                   changes: Mapping[str, Any]) -> nn.Module:
     """Run a script's calibration and reconstruction.
@@ -62,6 +80,7 @@ def reconstructed(task: Task, config: str, widths: Sequence[int], switches: Sequ
 
     script = load_script(task.checkout / "test_quant.py")
     recon, wrap = sys.modules["utils.block_recon"], sys.modules["utils.wrap_net"]
+    with_memory([sys.modules[f"quant_layers.{name}"] for name in ("conv", "linear", "matmul")])
     wrap.vit_attn_forward = without_mask(wrap.vit_attn_forward)
     recon.swin_block_forward = of_timm(SwinTransformerBlock)  # its own is for a timm whose windows had one size
     recon.swin_patchmerging_forward = of_timm(PatchMerging)

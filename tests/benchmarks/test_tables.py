@@ -108,6 +108,16 @@ def test_every_benchmark_is_a_script_with_a_file_of_its_own() -> None:
         assert seeds != ("seeds=False" in text), script
 
 
+def test_a_part_without_data_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "here").touch()
+    sources = tables.Sources(tmp_path, tmp_path / "work")
+    parts = [lambda s, n=name: [str(s.file(n))] for name in ("here", "nowhere")]
+    assert tables.some(sources, *parts) == [str(tmp_path / "here")]
+    assert "a part is left out: nowhere is not in the data" in capsys.readouterr().out
+    with pytest.raises(tables.Absent, match="nowhere"):
+        tables.some(sources, parts[1])
+
+
 def test_archives_are_unpacked_once(tmp_path: Path) -> None:
     import tarfile
 
