@@ -1,16 +1,21 @@
-# Two commands do everything on a fresh machine: `make demo` and `make test`.
+# Two commands do everything on a fresh machine: `make demo` and `make test`. `make tables` measures all tables (hours);
+# TABLES holds switches of benchmarks/tables.py, such as TABLES="--data /data --only accuracy".
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+TABLES ?=
 READY = $(VENV)/.ready
 
-.PHONY: demo test lint docs install clean
+.PHONY: demo test tables lint docs install clean
 
 demo: $(READY)
 	$(BIN)/python benchmarks/demo.py
 
 test: $(READY) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+tables: $(READY)
+	$(BIN)/python benchmarks/tables.py $(TABLES)
 
 lint: $(READY)
 	$(BIN)/ruff check .

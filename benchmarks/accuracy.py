@@ -8,17 +8,17 @@ Without `--weights` the two committed models (trained on CIFAR-10 by `train_cifa
 Rows: float; ONNX Runtime's own `quantize_static` at W8A8; RepQ-ViT; RepQuant as published; RepQuant as it is by default
 here (with output correction); then, at two bit widths, the ablations of the paper's Tables VII to X, and the model with
 planted inter-channel variation. Every number is measured on all images of `--data`, executed by ONNX Runtime from the
-exported file. SQNR is that of the logits against the float model's, over all images. Rows that `--results` already
-holds are not run again.
+exported file. SQNR is that of the logits against the float model's, over all images. Several `--seeds` draw other
+calibration images each, and give mean and standard deviation. Rows that `--results` already holds for the same commit
+are not run again (`results.py`).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
+from results import Key, Results, Values, add_options, cell
 from torch import Tensor
 
 from repquant_fx import Recipe, compile, repq_vit, session
@@ -84,17 +85,28 @@ def rows() -> Iterator[tuple[str, str, Recipe]]:
 class Bench:
     """One model with its data; measures callables that map images to logits."""
 
-    def __init__(self, name: str, loaded: LoadedModel, calib: str, data: str, samples: int, seed: int) -> None:
-        self.name, self.loaded, self.seed = name, loaded, seed
+    def __init__(
+        self, name: str, loaded: LoadedModel, calib: str, data: str, samples: int, seed: int,
+        limit: int | None = None, *, stream: bool = False, device: str = "cpu",
+    ) -> None:
+        """`limit` test images are drawn, always the same; with `stream` they are decoded anew for each row, so that
+        they need no memory.
+        """
+        self.name, self.loaded, self.seed, self.device = name, loaded, seed, device
+        self.known: dict[tuple[Recipe, int], dict[str, float]] = {}
         size = tuple(loaded.example_inputs[0].shape[1:])
         spec = InputSpec("x", (None, *loaded.example_inputs[0].shape[1:]), torch.float32)
         self.calibration = torch.cat([b[0] for b in load_calibration(
             calib, [spec], preprocessing=loaded.preprocessing, samples=samples, seed=seed).batches])
-        self.images = list(labelled_folder(data, loaded.preprocessing, size, 250, None, 0))
-        assert loaded.module is not None
+        images = labelled_folder(data, loaded.preprocessing, size, 50 if stream else 250, limit, 0)
+        self.images: Iterable[tuple[Tensor, Tensor]] = images if stream else list(images)
+        pairs = [(self.as_float(x), y) for x, y in self.images]
+        self.float_logits, self.labels = (torch.cat(each) for each in zip(*pairs))
+
+    def as_float(self, images: Tensor) -> Tensor:
+        assert self.loaded.module is not None
         with torch.inference_mode():
-            self.float_logits = torch.cat([loaded.module(x) for x, _ in self.images])
-        self.labels = torch.cat([y for _, y in self.images])
+            return self.loaded.module(images)
 
     def measure(self, predict: Callable[[Tensor], Tensor]) -> dict[str, float]:
         logits = torch.cat([predict(x) for x, _ in self.images])
@@ -103,6 +115,13 @@ class Bench:
                 "sqnr_db": min(sqnr(logits, self.float_logits), 999.0), "images": len(self.labels)}
 
     def compiled(self, recipe: Recipe, loaded: LoadedModel | None = None) -> dict[str, float]:
+        """Figures of the exported file, of another model where one is given. The same recipe is compiled once."""
+        key = (recipe, id(loaded))
+        if key not in self.known:
+            self.known[key] = self._compiled(recipe, loaded)
+        return self.known[key]
+
+    def _compiled(self, recipe: Recipe, loaded: LoadedModel | None) -> dict[str, float]:
         start = time.perf_counter()
         result = compile(
             loaded or self.loaded,
@@ -110,6 +129,7 @@ class Bench:
             calibration=self.calibration,
             samples=len(self.calibration),
             seed=self.seed,
+            device=self.device,
         )
         seconds = time.perf_counter() - start
         return {
@@ -184,53 +204,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calib", help="image folder to calibrate with")
     parser.add_argument("--data", help="class folders to evaluate on")
-    parser.add_argument("--results", type=Path, default=HERE / "results/accuracy.json")
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--weights", type=Path, help="another model's weights")
     parser.add_argument("--arch", help="its architecture, timm:NAME,...")
     parser.add_argument("--samples", type=int, default=1024)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--images", type=int, help="test images, a random subset (all)")
     parser.add_argument("--only", help="rows whose label contains this text")
+    parser.add_argument("--sections", help="sections whose name contains this text")
+    add_options(parser, "accuracy.json")
     args = parser.parse_args()
-    results: dict[str, Any] = json.loads(args.results.read_text()) if args.results.exists() else {}
+    results = Results(args.results, {"samples": args.samples, "images": args.images}, args.keep)
     models = {args.weights.stem: args.weights} if args.weights else {name: MODELS[name] for name in args.models}
     if args.data and args.calib:
         for name, path in models.items():
-            bench = Bench(name, load_model(path, arch=args.arch), args.calib, args.data, args.samples, args.seed)
-            run_all(bench, results.setdefault(name, {}), args)
-            args.results.parent.mkdir(parents=True, exist_ok=True)
-    print(tables(results))
+            loaded = load_model(path, arch=args.arch)
+            for seed in args.seeds:
+                bench = Bench(name, loaded, args.calib, args.data, args.samples, seed, args.images)
+                run_all(bench, results, args.only, args.sections)
+    print(tables(results.rows()))
 
 
-def run_all(bench: Bench, found: dict[str, Any], args: argparse.Namespace) -> None:
+def run_all(bench: Bench, results: Results, only: str | None, sections: str | None) -> None:
     def row(section: str, label: str, run: Callable[[], dict[str, float]]) -> None:
-        section_rows = found.setdefault(section, {})
-        if label in section_rows or (args.only and args.only not in label):
+        if (only and only not in label) or (sections and sections not in section):
             return
-        section_rows[label] = run()
-        args.results.parent.mkdir(parents=True, exist_ok=True)
-        everything = json.loads(args.results.read_text()) if args.results.exists() else {}
-        everything[bench.name] = found
-        args.results.write_text(json.dumps(everything, indent=1) + "\n")
-        print(
-            f"{bench.name:5s} {label:40s} " + " ".join(f"{k} {v:.2f}" for k, v in section_rows[label].items()),
-            flush=True,
-        )
+        found, new = results.measure((bench.name, section, label), bench.seed, run)
+        if new:
+            figures = " ".join(f"{k} {v:.2f}" for k, v in found.items())
+            print(f"{bench.name:5s} seed {bench.seed} {label:40s} {figures}", flush=True)
 
-    def as_float(x: Tensor) -> Tensor:
-        with torch.inference_mode():
-            return bench.loaded.module(x)  # type: ignore[misc]
-
-    row("methods", "float", lambda: bench.measure(as_float))
+    row("methods", "float", lambda: bench.measure(bench.as_float))
     row("methods", "onnxruntime quantize_static W8A8", bench.quantize_static)
-    known: dict[Recipe, dict[str, float]] = {}
     for section, label, recipe in rows():
-        def run(recipe: Recipe = recipe) -> dict[str, float]:
-            if recipe not in known:
-                known[recipe] = bench.compiled(recipe)
-            return known[recipe]
-
-        row(section, label, run)
+        row(section, label, lambda r=recipe: bench.compiled(r))
     planted = plant_variation(bench.loaded)
     for w, a in [(6, 6), (4, 4)]:
         base = Recipe(wbits=w, abits=a, equalize=())
@@ -243,19 +249,16 @@ def run_all(bench: Bench, found: dict[str, Any], args: argparse.Namespace) -> No
             )
 
 
-def tables(results: dict[str, Any]) -> str:
-    """Markdown: one table per section, one pair of columns per model."""
-    names = list(results)
+def tables(rows: dict[Key, dict[int, Values]]) -> str:
+    """Markdown: one table per section, one pair of columns per model; mean and spread over the seeds."""
+    names = list(dict.fromkeys(name for name, _, _ in rows))
     lines: list[str] = []
-    for section in dict.fromkeys(s for r in results.values() for s in r):
+    for section in dict.fromkeys(section for _, section, _ in rows):
         lines += [f"\n**{section}**\n", "| | " + " | ".join(f"{n} top-1 % | {n} SQNR dB" for n in names) + " |",
                   "|---|" + "---:|---:|" * len(names)]
-        for label in dict.fromkeys(k for r in results.values() for k in r.get(section, {})):
-            cells = []
-            for name in names:
-                entry = results[name].get(section, {}).get(label)
-                db = "" if entry is None or label == "float" else f"{entry['sqnr_db']:.2f}"
-                cells.append("|".join([f" {entry['top1']:.2f} " if entry else " ", f" {db} "]))
+        for label in dict.fromkeys(label for _, each, label in rows if each == section):
+            found = [rows.get((name, section, label)) for name in names]
+            cells = [f" {cell(r, 'top1')} | {'' if label == 'float' else cell(r, 'sqnr_db')} " for r in found]
             lines.append(f"| {label} |" + "|".join(cells) + "|")
     return "\n".join(lines)
 

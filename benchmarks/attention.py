@@ -23,7 +23,6 @@ relation to a whole model.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -32,11 +31,13 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+from results import Results, Values, add_options
 
 from repquant_fx import session
 from repquant_fx.exporters import functions
 
 BITS, STEPS, SCALE = 4, 2, 0.5
+GAIN = "most that a kernel could gain of a whole model"
 
 
 def attention(kind: str, shape: tuple[int, int, int]) -> onnx.ModelProto:
@@ -130,14 +131,23 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="an exported model with such attentions, float inputs")
     parser.add_argument("--layers", type=int, default=12, help="how many it has")
     parser.add_argument("--turns", type=int, default=60)
-    parser.add_argument("--results", type=Path, help="JSON file to write")
+    add_options(parser, None, seeds=False)
     options = parser.parse_args()
+    model = options.model.name if options.model else None
+    settings = {"model": model, "layers": options.layers, "turns": options.turns}
     shape = (options.heads, options.tokens, options.dim)
+    results = Results(options.results, settings, options.keep)
+    found, _ = results.measure(("attention", " x ".join(map(str, shape))), 0, lambda: compare(options, shape))
+    print(table(found, options))
+
+
+def compare(options: argparse.Namespace, shape: tuple[int, int, int]) -> Values:
+    """Milliseconds of every variant, the error of the rounded powers, and what a whole model could gain."""
     sessions = {kind: session(attention(kind, shape).SerializeToString(), threads=1) for kind in VARIANTS}
     if options.model:
         sessions["model"] = session(options.model, threads=1)
     inputs = {kind: feed(each, np.random.default_rng(0)) for kind, each in sessions.items()}
-    results = {kind: each.run(None, inputs[kind])[0] for kind, each in sessions.items()}
+    outputs = {kind: each.run(None, inputs[kind])[0] for kind, each in sessions.items()}
     times: dict[str, list[float]] = {kind: [] for kind in sessions}
     for _ in range(options.turns):
         for kind, each in sessions.items():
@@ -147,26 +157,30 @@ def main() -> None:
             times[kind].append((time.perf_counter() - start) / (1 if kind == "model" else 5))
     median = {kind: statistics.median(t) for kind, t in times.items()}
     base = median[VARIANTS[0]]
-    found: dict[str, Any] = {
+    found: Values = {
         "shape": shape,
+        "milliseconds": {kind: 1e3 * median[kind] for kind in VARIANTS},
         "time over log2, float product": {kind: round(median[kind] / base, 3) for kind in VARIANTS},
     }
-    for kind in VARIANTS:
-        print(f"{kind:36s} {1e3 * median[kind]:7.3f} ms   {median[kind] / base:5.2f} times `{VARIANTS[0]}`")
-    exact, rounded = (results[kind].astype(np.float64) for kind in VARIANTS[:2])
+    exact, rounded = (outputs[kind].astype(np.float64) for kind in VARIANTS[:2])
     found["sqnr of the 8-bit product"] = round(
         float(10 * np.log10(np.square(exact).sum() / np.square(exact - rounded).sum())), 1
     )
-    print(f"error of the 8-bit product against the exact powers: {found['sqnr of the 8-bit product']} dB")
     if options.model:
         gain = options.layers * (base - median["softmax in float"]) / median["model"]
-        found["most that a kernel could gain of a whole model"] = round(gain, 3)
-        print(
-            f"a Log2Softmax as fast as Softmax would save at most {100 * gain:.1f} % of {options.model.name}, "
-            f"{options.layers} layers"
-        )
-    if options.results:
-        options.results.write_text(json.dumps(found, indent=1) + "\n")
+        found[GAIN] = round(gain, 3)
+    return found
+
+
+def table(found: Values, options: argparse.Namespace) -> str:
+    """What was found, in words."""
+    lines = [f"{kind:36s} {found['milliseconds'][kind]:7.3f} ms   {times:5.2f} times `{VARIANTS[0]}`"
+             for kind, times in found["time over log2, float product"].items()]
+    lines.append(f"error of the 8-bit product against the exact powers: {found['sqnr of the 8-bit product']} dB")
+    if GAIN in found:
+        lines.append(f"a Log2Softmax as fast as Softmax would save at most {100 * found[GAIN]:.1f} % of "
+                     f"{options.model.name}, {options.layers} layers")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ seconds per layer on an A6000 for DeiT-S at W4A4, 32 images: 17 by its Adam, 495
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import statistics
@@ -26,6 +27,7 @@ from typing import Any
 
 import torch
 from latency import LENGTH, MODELS
+from results import Results, Values, add_options
 from torch import Tensor
 
 from repquant_fx import Recipe, compile
@@ -65,17 +67,26 @@ def measure_one(name: str, depth: int | None, device: str) -> dict[str, Any]:
     }
 
 
-def stages(options: argparse.Namespace, results: dict[str, Any]) -> None:
+def apart(name: str, depth: int | None, options: argparse.Namespace) -> Values:
+    """`measure_one` in a process of its own.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    command = [sys.executable, __file__, "one", name, str(depth or 0), options.device, str(options.threads)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{name}: {done.stderr[-2000:]}")
+    return {**json.loads(done.stdout.splitlines()[-1]), "threads": options.threads, "device": options.device}
+
+
+def stages(options: argparse.Namespace) -> None:
     """Run the compiles and print a table."""
+    results = Results(options.results, {"threads": options.threads, "device": options.device}, options.keep)
     for name in options.models:
         for depth in options.depths or [None]:
             label = name if depth is None else f"{name}, depth {depth}"
-            command = [sys.executable, __file__, "one", name, str(depth or 0), options.device, str(options.threads)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise SystemExit(f"{label}: {done.stderr[-2000:]}")
-            found = json.loads(done.stdout.splitlines()[-1])
-            results.setdefault("stages", {})[label] = {**found, "threads": options.threads, "device": options.device}
+            found, _ = results.measure(("stages", label), 0, lambda n=name, d=depth: apart(n, d, options))
             print(
                 f"\n{label}: {found['total']:.1f} s, {found['layers']} layers, {options.threads} threads, "
                 f"{options.device}"
@@ -91,10 +102,8 @@ def stages(options: argparse.Namespace, results: dict[str, Any]) -> None:
 # ---- clipping --------------------------------------------------------------------------------------------------------
 
 
-def norm_samples(model: Any, calibration: Any, **keywords: Any) -> Iterator[tuple[str, Tensor]]:
-    """(path, sample of shape (channels, values)) of every norm whose Linears are quantized, as calibration records
-    them.
-    """
+def norm_samples(model: Any, calibration: Any, **keywords: Any) -> Iterator[Tensor]:
+    """Samples of shape (channels, values) of every norm whose Linears are quantized, as calibration records them."""
     from repquant_fx.options import from_keywords
     from repquant_fx.passes.base import run_passes
     from repquant_fx.passes.insert_observers import InsertObservers
@@ -115,47 +124,54 @@ def norm_samples(model: Any, calibration: Any, **keywords: Any) -> Iterator[tupl
     for group in prepared.plan.groups:
         sites = [site for site in group.sites if site.role == "norm"]
         if sites:
-            yield group.path, torch.cat([observer(graph_module, site).sample() for site in sites], dim=1)
+            yield torch.cat([observer(graph_module, site).sample() for site in sites], dim=1)
 
 
-def clipping(options: argparse.Namespace, results: dict[str, Any]) -> None:
+def clipping(options: argparse.Namespace) -> None:
     """Search and Adam on every norm; one table per model."""
-    from repquant_fx.quantizers.clipping import learn_bounds, search_bounds
-
+    results = Results(options.results, {"threads": options.threads}, options.keep)
     torch.set_num_threads(options.threads)
     models = [(name, str(HERE / path), options.images, {}) for name, path in CIFAR.items()]
     if options.minilm:
         models.append(("MiniLM-L6", str(options.minilm), str(options.text), {"seq_len": LENGTH}))
     for name, model, calibration, keywords in models:
-        norms = list(norm_samples(model, calibration, **keywords))
+        samples = functools.cache(functools.partial(list, norm_samples(model, calibration, **keywords)))
         for bits in options.bits:
-            seconds: dict[str, list[float]] = {"search": [], "adam": []}
-            ratios = []
-            for _, sample in norms:
-                errors = {}
-                for method, find in (("search", search_bounds), ("adam", learn_bounds)):
-                    started = time.perf_counter()
-                    errors[method] = float(find(sample, bits).error.double().sum())
-                    seconds[method].append(time.perf_counter() - started)
-                ratios.append(errors["search"] / errors["adam"])
-            found = {
-                "norms": len(norms),
-                "values": int(sum(s.numel() for _, s in norms)),
-                "search_seconds": round(sum(seconds["search"]), 3),
-                "adam_seconds": round(sum(seconds["adam"]), 3),
-                "worst_error_ratio": round(max(ratios), 4),
-                "median_error_ratio": round(statistics.median(ratios), 4),
-                "threads": options.threads,
-            }
-            results.setdefault("clipping", {})[f"{name}, {bits} bits"] = found
+            found, _ = results.measure(
+                ("clipping", f"{name}, {bits} bits"), 0, lambda b=bits, s=samples: compare(s(), b, options.threads)
+            )
             print(
-                f"{name}, {bits} bits: {len(norms)} norms, search {found['search_seconds']:.2f} s, Adam "
+                f"{name}, {bits} bits: {found['norms']} norms, search {found['search_seconds']:.2f} s, Adam "
                 f"{found['adam_seconds']:.2f} s "
                 f"({found['adam_seconds'] / found['search_seconds']:.1f} times as long); squared error of the search "
                 "over Adam's: median "
                 f"{found['median_error_ratio']:.3f}, largest {found['worst_error_ratio']:.3f}",
                 flush=True,
             )
+
+
+def compare(norms: list[Tensor], bits: int, threads: int) -> Values:
+    """Seconds of both ways on the samples of all norms, and the squared error of the search over Adam's."""
+    from repquant_fx.quantizers.clipping import learn_bounds, search_bounds
+
+    seconds: dict[str, list[float]] = {"search": [], "adam": []}
+    ratios = []
+    for sample in norms:
+        errors = {}
+        for method, find in (("search", search_bounds), ("adam", learn_bounds)):
+            started = time.perf_counter()
+            errors[method] = float(find(sample, bits).error.double().sum())
+            seconds[method].append(time.perf_counter() - started)
+        ratios.append(errors["search"] / errors["adam"])
+    return {
+        "norms": len(norms),
+        "values": int(sum(sample.numel() for sample in norms)),
+        "search_seconds": round(sum(seconds["search"]), 3),
+        "adam_seconds": round(sum(seconds["adam"]), 3),
+        "worst_error_ratio": round(max(ratios), 4),
+        "median_error_ratio": round(statistics.median(ratios), 4),
+        "threads": threads,
+    }
 
 
 def main() -> None:
@@ -179,13 +195,10 @@ def main() -> None:
     second.add_argument("--bits", nargs="*", type=int, default=[4, 8])
     for each in (first, second):
         each.add_argument("--threads", type=int, default=2)
-        each.add_argument("--results", type=Path, help="JSON file to add the figures to")
+        add_options(each, None, seeds=False)
     options = parser.parse_args()
-    results = json.loads(options.results.read_text()) if options.results and options.results.exists() else {}
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}", flush=True)
-    (stages if options.what == "stages" else clipping)(options, results)
-    if options.results:
-        options.results.write_text(json.dumps(results, indent=1) + "\n")
+    (stages if options.what == "stages" else clipping)(options)
 
 
 if __name__ == "__main__":

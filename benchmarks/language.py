@@ -9,15 +9,15 @@
   with people's judgements on sentence pairs. Calibrated on 128 lines of `--text`.
 
 Rows: float; RTN with min-max per tensor, what common tools do; SmoothQuant; RepQ-ViT's parts; RepQuant as published;
-RepQuant as it is by default here, with and without each kind of cross-layer equalization. Rows that `--results` already
-holds are not run again.
+RepQuant as it is by default here, with and without each kind of cross-layer equalization. Several `--seeds` draw other
+calibration text each, and give mean and standard deviation. Rows that `--results` already holds for the same commit are
+not run again (`results.py`).
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import json
 import math
 import re
 import time
@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from results import Key, Results, Values, add_options, cell
 from torch import Tensor
 
 from repquant_fx import Recipe, compile, repq_vit, rtn, smoothquant
@@ -116,16 +117,17 @@ class Similarity:
         return 100 * float(spearmanr(cosines, self.gold).statistic)
 
 
-def run_all(name: str, bench: Any, path: Path, only: str | None) -> None:
+METRICS = {"stories260K": Stories.metric, "MiniLM-L6": Similarity.metric}
+
+
+def run_all(name: str, bench: Any, results: Results, seed: int, only: str | None) -> None:
     def row(label: str, run: Callable[[], dict[str, float]]) -> None:
-        everything = json.loads(path.read_text()) if path.exists() else {}
-        found = everything.setdefault(name, {"metric": bench.metric, "rows": {}})["rows"]
-        if label in found or (only and not re.search(only, label)):
+        if only and not re.search(only, label):
             return
-        found[label] = run()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(everything, indent=1) + "\n")
-        print(f"{name:12s} {label:44s} " + " ".join(f"{k} {v:.3f}" for k, v in found[label].items()), flush=True)
+        found, new = results.measure((name, label), seed, run)
+        if new:
+            print(f"{name:12s} seed {seed} {label:44s} " + " ".join(f"{k} {v:.3f}" for k, v in found.items()),
+                  flush=True)
 
     def as_float() -> dict[str, float]:
         def predict(ids: Tensor, mask: Tensor) -> Tensor:
@@ -158,26 +160,17 @@ def run_all(name: str, bench: Any, path: Path, only: str | None) -> None:
         row(label, lambda r=recipe: compiled(r))  # type: ignore[misc]
 
 
-def tables(results: dict[str, Any]) -> str:
-    """Markdown: one row per method, one pair of columns per model."""
-    names = list(results)
+def tables(rows: dict[Key, dict[int, Values]]) -> str:
+    """Markdown: one row per method, one pair of columns per model; mean and spread over the seeds."""
+    names = list(dict.fromkeys(name for name, _ in rows))
     lines = [
-        "| | " + " | ".join(f"{n}: {results[n]['metric']} | {n}: SQNR dB" for n in names) + " |",
+        "| | " + " | ".join(f"{n}: {METRICS[n]} | {n}: SQNR dB" for n in names) + " |",
         "|---|" + "---:|---:|" * len(names),
     ]
-    for label in dict.fromkeys(k for r in results.values() for k in r["rows"]):
-        cells = []
-        for name in names:
-            entry = results[name]["rows"].get(label)
-            cells.append(
-                " | ".join(
-                    [
-                        f" {entry['score']:.3f}" if entry else " ",
-                        f"{entry['sqnr_db']:.2f}" if entry and "sqnr_db" in entry else "",
-                    ]
-                )
-            )
-        lines.append(f"| {label} |" + " |".join(cells) + " |")
+    for label in dict.fromkeys(label for _, label in rows):
+        found = [rows.get((name, label)) for name in names]
+        cells = [f"{cell(r, 'score', 3)} | {cell(r, 'sqnr_db')}" for r in found]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -185,22 +178,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("stories", "stories-text", "minilm", "sts", "text"):
         parser.add_argument(f"--{name}", type=Path)
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results/language.json")
     parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="rows whose label this regular expression finds")
+    add_options(parser, "language.json")
     args = parser.parse_args()
+    results = Results(args.results, {"samples": args.samples}, args.keep)
     if args.stories and args.stories_text:
-        run_all(
-            "stories260K",
-            Stories(load_model(args.stories), args.stories_text, args.samples, args.seed),
-            args.results,
-            args.only,
-        )
+        loaded = load_model(args.stories)
+        for seed in args.seeds:
+            run_all("stories260K", Stories(loaded, args.stories_text, args.samples, seed), results, seed, args.only)
     if args.minilm and args.sts and args.text:
         loaded = load_model(args.minilm, task="feature-extraction")
-        run_all("MiniLM-L6", Similarity(loaded, args.sts, args.text, args.samples, args.seed), args.results, args.only)
-    print(tables(json.loads(args.results.read_text()) if args.results.exists() else {}))
+        for seed in args.seeds:
+            bench = Similarity(loaded, args.sts, args.text, args.samples, seed)
+            run_all("MiniLM-L6", bench, results, seed, args.only)
+    print(tables(results.rows()))
 
 
 if __name__ == "__main__":

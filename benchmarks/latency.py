@@ -13,11 +13,14 @@ processes take turns, a few runs each, and the ratio is that of the medians over
 - peer, products: the same, restricted to MatMul, Gemm and Conv (its best variant: Softmax, LayerNorm, GELU and
   additions stay float);
 - W8A8, W6A6, W4A4: ours.
+
+Figures that `--results` already holds for the same commit and machine are not measured again (`results.py`).
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import subprocess
@@ -31,6 +34,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from results import Key, Results, Values, add_options
 from torch import Tensor, nn
 
 from repquant_fx import Recipe, compile
@@ -280,36 +284,42 @@ def main() -> None:
     parser.add_argument("--variants", nargs="*", help="measure these labels alone (float always)")
     parser.add_argument("--seconds", type=float, default=4.0, help="of running a variant")
     parser.add_argument("--work", type=Path, help="keep the files of all variants here")
-    parser.add_argument("--results", type=Path, help="JSON file to add the figures to")
+    add_options(parser, None, seeds=False)
     args = parser.parse_args()
-    results: dict[str, Any] = json.loads(args.results.read_text()) if args.results and args.results.exists() else {}
+    results = Results(args.results, {"seconds": args.seconds, "variants": args.variants}, args.keep)
     with tempfile.TemporaryDirectory() as scratch:
         for name in args.models:
-            wanted = None if args.variants is None else {"float", *args.variants}
-            files = write_variants(name, (args.work or Path(scratch)) / name, wanted)
-            files = {k: v for k, v in files.items() if wanted is None or k in wanted}
-            sizes = {label: path.stat().st_size / 1e6 for label, path in files.items()}
-            results.setdefault(name, {})["megabytes"] = sizes
-            for threads in args.threads:
-                for batch in args.batches:
-                    medians = measure(files, MODELS[name].inputs(batch), threads, args.seconds)
-                    key = f"batch {batch}, threads {threads}"
-                    results[name][key] = medians
-                    print(
-                        f"{name:11s} {key:20s} "
-                        + "  ".join(f"{k} {medians['float'] / v:.2f}x" for k, v in medians.items()),
-                        flush=True,
-                    )
-                    if args.results:
-                        args.results.parent.mkdir(parents=True, exist_ok=True)
-                        args.results.write_text(json.dumps(results, indent=1) + "\n")
-    print(table(results))
+            run_all(name, (args.work or Path(scratch)) / name, args, results)
+    print(table(results.rows()))
 
 
-def table(results: dict[str, Any]) -> str:
+def run_all(name: str, folder: Path, args: argparse.Namespace, results: Results) -> None:
+    wanted = None if args.variants is None else {"float", *args.variants}
+
+    @functools.cache
+    def files() -> dict[str, Path]:
+        return {k: v for k, v in write_variants(name, folder, wanted).items() if wanted is None or k in wanted}
+
+    results.measure(
+        (name, "megabytes"), 0, lambda: {label: path.stat().st_size / 1e6 for label, path in files().items()}
+    )
+    for threads in args.threads:
+        for batch in args.batches:
+            key = f"batch {batch}, threads {threads}"
+            medians, _ = results.measure(
+                (name, key), 0, lambda b=batch, t=threads: measure(files(), MODELS[name].inputs(b), t, args.seconds)
+            )
+            print(f"{name:11s} {key:20s} "
+                  + "  ".join(f"{k} {medians['float'] / v:.2f}x" for k, v in medians.items()), flush=True)
+
+
+def table(found: dict[Key, dict[int, Values]]) -> str:
     """Markdown: how many times faster than float at batch 1 on one thread, with file sizes; then ours beside the better
     peer elsewhere.
     """
+    results: dict[str, dict[str, Values]] = {}
+    for (name, key), values in found.items():
+        results.setdefault(name, {})[key] = values[0]
     labels = list(dict.fromkeys(label for r in results.values() for label in r["megabytes"]))[1:]
     first, others = (
         "batch 1, threads 1",

@@ -6,14 +6,14 @@
 For each mean number of bits: all layers with these bits, and bits searched; of activations too where their mean is
 below 8. Size is that of the weights as information (2 and 3 bits are stored as 4 in the file). Bits are out of 2, 3, 4,
 6 and 8. The search sees the calibration samples alone, and its result is not tried beside uniform bits (`trial=False`):
-what is printed is measured on the test data, from the exported file. Rows that `--results` already holds are not run
-again.
+what is printed is measured on the test data, from the exported file. Several `--seeds` draw other calibration data each,
+and give mean and standard deviation. Rows that `--results` already holds for the same commit are not run again
+(`results.py`).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import time
 from collections.abc import Callable
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from accuracy import MODELS, Bench, onnx_predictor
 from language import Similarity
+from results import Key, Results, Values, add_options, cell, mean_and_spread
 from torch import Tensor
 
 from repquant_fx import Recipe, compile
@@ -31,7 +32,6 @@ from repquant_fx.compiled import CompiledModel
 from repquant_fx.frontends.loading import LoadedModel, load_model
 from repquant_fx.sensitivity import LOSSES, Sensitivity, search, sensitivity
 
-HERE = Path(__file__).parent
 CHOICES = (2, 3, 4, 6, 8)
 BITS = [(3, 8), (4, 4), (3, 3)]  # with 8-bit activations those stay uniform: nearly all damage is the weights'
 UNIFORM, SEARCHED = "uniform", "searched"
@@ -95,24 +95,21 @@ class Sentences:
         return {"score": self.bench.measure(predict), "sqnr_db": 10 * float(np.log10(signal / noise))}
 
 
-def run_all(name: str, bench: Any, path: Path, only: str | None, seed: int, loss: str) -> None:
+METRICS = {**dict.fromkeys(MODELS, Images.metric), "MiniLM-L6": Sentences.metric}
+
+
+def run_all(name: str, bench: Any, results: Results, only: str | None, seed: int, loss: str) -> None:
     count = len(bench.calibration["input_ids"] if isinstance(bench.calibration, dict) else bench.calibration)
     source = {"calibration": bench.calibration, "samples": count, "batch_size": bench.batch_size, "seed": seed}
     analysed: dict[bool, Sensitivity] = {}
 
     def row(label: str, run: Callable[[], dict[str, Any]]) -> None:
-        everything = json.loads(path.read_text()) if path.exists() else {}
-        found = everything.setdefault(name, {"metric": bench.metric, "calibration": count, "rows": {}})["rows"]
-        if label in found or (only and not re.search(only, label)):
+        if only and not re.search(only, label):
             return
-        found[label] = run()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(everything, indent=1) + "\n")
-        print(
-            f"{name:10s} {label:50s} "
-            + " ".join(f"{k} {v:.3f}" for k, v in found[label].items() if isinstance(v, float)),
-            flush=True,
-        )
+        found, new = results.measure((name, label), seed, run)
+        if new:
+            figures = " ".join(f"{k} {v:.3f}" for k, v in found.items() if isinstance(v, float))
+            print(f"{name:10s} seed {seed} {label:50s} {figures}", flush=True)
 
     def compiled(chosen: Recipe, **about: Any) -> dict[str, Any]:
         start = time.perf_counter()
@@ -167,20 +164,20 @@ def run_all(name: str, bench: Any, path: Path, only: str | None, seed: int, loss
         row(f"{SEARCHED} W{w}A{a}", lambda w=w, a=a: searched(w, a))  # type: ignore[misc]
 
 
-def table(results: dict[str, Any]) -> str:
+def table(rows: dict[Key, dict[int, Values]]) -> str:
     """Markdown: one row for each mean number of bits and way, columns for each model; sizes of all weights below its
-    name.
+    name. Mean and spread over the seeds.
     """
-    names = list(results)
-    lines = ["| mean bits | | " + " | ".join(f"{n} {results[n]['metric']} | {n} SQNR dB" for n in names) + " |",
+    names = list(dict.fromkeys(name for name, _ in rows))
+    lines = ["| mean bits | | " + " | ".join(f"{n} {METRICS[n]} | {n} SQNR dB" for n in names) + " |",
              "|---|---|" + "---:|---:|" * len(names),
-             "| float | | " + " | ".join(f"{results[n]['rows']['float']['score']:.2f} | " for n in names) + " |"]
+             "| float | | " + " | ".join(f"{cell(rows.get((n, 'float')), 'score')} | " for n in names) + " |"]
     for w, a in BITS:
-        found = [r["rows"].get(f"{SEARCHED} W{w}A{a}") for r in results.values()]
-        sizes = [f"{entry['weight_kilobytes']:.0f}" if entry else "–" for entry in found]
+        searched = [rows.get((name, f"{SEARCHED} W{w}A{a}")) for name in names]
+        sizes = [f"{mean_and_spread(found, 'weight_kilobytes')[0]:.0f}" if found else "–" for found in searched]
         for label in (UNIFORM, SEARCHED):
-            entries = [results[n]["rows"].get(f"{label} W{w}A{a}") for n in names]
-            cells = [f"{e['score']:.2f} | {e['sqnr_db']:.2f}" if e else " | " for e in entries]
+            found = [rows.get((name, f"{label} W{w}A{a}")) for name in names]
+            cells = [f"{cell(r, 'score')} | {cell(r, 'sqnr_db')}" for r in found]
             lines.append(f"| W{w}A{a} ({' / '.join(sizes)} kB) | {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -192,28 +189,26 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
     for name in ("minilm", "sts", "text"):
         parser.add_argument(f"--{name}", type=Path)
-    parser.add_argument("--results", type=Path, default=HERE / "results/mixed_precision.json")
     parser.add_argument("--samples", type=int, default=256, help="images (default 256)")
     parser.add_argument("--lines", type=int, default=64, help="lines of text (default 64)")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--loss", choices=LOSSES, default="error", help="that the search minimises")
     parser.add_argument("--only", help="rows whose label this regular expression finds")
+    add_options(parser, "mixed_precision.json")
     args = parser.parse_args()
+    settings = {"images": args.samples, "lines": args.lines, "loss": args.loss}
+    results = Results(args.results, settings, args.keep)
     if args.calib and args.data:
         for name in args.models:
-            bench = Images(load_model(MODELS[name]), args.calib, args.data, args.samples, args.seed)
-            run_all(name, bench, args.results, args.only, args.seed, args.loss)
+            loaded = load_model(MODELS[name])
+            for seed in args.seeds:
+                images = Images(loaded, args.calib, args.data, args.samples, seed)
+                run_all(name, images, results, args.only, seed, args.loss)
     if args.minilm and args.sts and args.text:
         loaded = load_model(args.minilm, task="feature-extraction")
-        run_all(
-            "MiniLM-L6",
-            Sentences(loaded, args.sts, args.text, args.lines, args.seed),
-            args.results,
-            args.only,
-            args.seed,
-            args.loss,
-        )
-    print(table(json.loads(args.results.read_text()) if args.results.exists() else {}))
+        for seed in args.seeds:
+            sentences = Sentences(loaded, args.sts, args.text, args.lines, seed)
+            run_all("MiniLM-L6", sentences, results, args.only, seed, args.loss)
+    print(table(results.rows()))
 
 
 if __name__ == "__main__":

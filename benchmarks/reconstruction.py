@@ -2,20 +2,17 @@
 
     python benchmarks/reconstruction.py --calib train_folder --data test_folder
 
-Rows that `--results` already holds for the same commit are not run again; those of another commit are dropped.
+Several `--seeds` draw other calibration images each, and give mean and standard deviation. Rows that `--results`
+already holds for the same commit are not run again (`results.py`).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-from pathlib import Path
 from typing import Any
 
-import onnxruntime
-import torch
-from accuracy import HERE, MODELS, Bench
+from accuracy import MODELS, Bench
+from results import Key, Results, Values, add_options, cell
 
 from repquant_fx import Recipe
 from repquant_fx.frontends.loading import load_model
@@ -30,50 +27,43 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def commit() -> str:
-    """The checked-out commit, with a mark where files differ from it."""
-    return subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True
-    ).stdout.strip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calib", required=True, help="image folder to calibrate with")
     parser.add_argument("--data", required=True, help="class folders to evaluate on")
-    parser.add_argument("--results", type=Path, default=HERE / "results/reconstruction.json")
     parser.add_argument("--samples", type=int, default=1024)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="rows whose label contains this text")
+    add_options(parser, "reconstruction.json")
     options = parser.parse_args()
-    about = {"commit": commit(), "samples": options.samples, "seed": options.seed, "torch": torch.__version__,
-             "onnxruntime": onnxruntime.__version__, "steps": STEPS}
-    results = json.loads(options.results.read_text()) if options.results.exists() else {}
-    rows: dict[str, Any] = results["rows"] if results.get("about") == about else {}
+    results = Results(options.results, {"samples": options.samples, "steps": STEPS}, options.keep)
     for name, path in MODELS.items():
-        bench = Bench(name, load_model(path), options.calib, options.data, options.samples, options.seed)
-        top1 = 100 * float((bench.float_logits.argmax(1) == bench.labels).double().mean())
-        rows.setdefault(f"{name} float", {"top1": top1})
-        for w, a in BITS:
-            for method, settings in METHODS.items():
-                label = f"{name} W{w}A{a} {method}"
-                if label not in rows and options.only in label:
-                    rows[label] = bench.compiled(Recipe(wbits=w, abits=a, **settings))
-                    options.results.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-                    print(label, {key: round(value, 2) for key, value in rows[label].items()}, flush=True)
-    print(table(rows))
+        loaded = load_model(path)
+        for seed in options.seeds:
+            bench = Bench(name, loaded, options.calib, options.data, options.samples, seed)
+            results.measure((name, "float"), seed, lambda bench=bench: bench.measure(bench.as_float))
+            for w, a in BITS:
+                for method, settings in METHODS.items():
+                    label = f"W{w}A{a} {method}"
+                    if options.only not in f"{name} {label}":
+                        continue
+                    recipe = Recipe(wbits=w, abits=a, **settings)
+                    found, new = results.measure((name, label), seed, lambda b=bench, r=recipe: b.compiled(r))
+                    if new:
+                        print(name, label, f"seed {seed}", {key: round(value, 2) for key, value in found.items()},
+                              flush=True)
+    print(table(results.rows()))
 
 
-def table(rows: dict[str, Any]) -> str:
-    """Markdown: a row per method and width, two columns per model."""
+def table(rows: dict[Key, dict[int, Values]]) -> str:
+    """Markdown: a row per method and width, two columns per model; mean and spread over the seeds."""
     header = " | ".join(f"{name} top-1 % | {name} SQNR dB" for name in MODELS)
     lines = [f"| | {header} |", "|---|" + "---:|---:|" * len(MODELS)]
-    lines.append("| float | " + " | ".join(f"{rows[f'{name} float']['top1']:.2f} | " for name in MODELS) + " |")
+    lines.append("| float | " + " | ".join(f"{cell(rows.get((name, 'float')), 'top1')} | " for name in MODELS) + " |")
     for w, a in BITS:
         for method in METHODS:
-            cells = [rows.get(f"{name} W{w}A{a} {method}") for name in MODELS]
-            lines.append(f"| W{w}A{a} {method} | "
-                         + " | ".join(f"{c['top1']:.2f} | {c['sqnr_db']:.2f}" if c else " | " for c in cells) + " |")
+            found = [rows.get((name, f"W{w}A{a} {method}")) for name in MODELS]
+            cells = [f"{cell(r, 'top1')} | {cell(r, 'sqnr_db')}" for r in found]
+            lines.append(f"| W{w}A{a} {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -24,7 +24,7 @@ def refresh_metadata(graph_module: GraphModule) -> None:
     Raises:
         PassError: the placeholders have no fake values.
     """
-    inputs = [node.meta["val"] for node in graph_module.graph.nodes if node.op == "placeholder"]
+    inputs = [node.meta.get("val") for node in graph_module.graph.find_nodes(op="placeholder")]
     modes = [mode for value in inputs if (mode := fake_mode(value)) is not None]
     if not modes:
         raise PassError("the graph's inputs carry no fake tensors; capture it with repquant_fx.frontends.capture")

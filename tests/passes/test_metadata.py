@@ -29,7 +29,7 @@ def only(graph_module: GraphModule, target: Any) -> Node:
 def test_nothing_changed(graph: GraphModule) -> None:
     before = {node: node.meta["val"] for node in graph.graph.nodes if node.op != "output"}
     refresh_metadata(graph)
-    assert len(before) > 6 and all(node.meta["val"] is value for node, value in before.items())
+    assert len(before) > 5 and all(node.meta["val"] is value for node, value in before.items())
 
 
 def test_what_depends_on_an_edit(graph: GraphModule) -> None:
