@@ -6,8 +6,8 @@
 For each mean number of bits: all layers with these bits, and bits searched; of activations too where their mean is
 below 8. Size is that of the weights as information (2 and 3 bits are stored as 4 in the file). Bits are out of 2, 3, 4,
 6 and 8. The search sees the calibration samples alone, and its result is not tried beside uniform bits (`trial=False`):
-what is printed is measured on the test data, from the exported file. Several `--seeds` draw other calibration data each,
-and give mean and standard deviation. Rows that `--results` already holds for the same commit are not run again
+what is printed is measured on the test data, from the exported file. Several `--seeds` draw other calibration data
+each, and give mean and standard deviation. Rows that `--results` already holds for the same commit are not run again
 (`results.py`).
 """
 
