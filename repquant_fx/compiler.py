@@ -42,6 +42,7 @@ from repquant_fx.passes.lower_to_qdq import LowerToQDQ
 from repquant_fx.passes.match_sites import Plan
 from repquant_fx.passes.runtime_form import optimize_for_runtime
 from repquant_fx.pipeline import Quantized, equalize_layers, quantize_sequentially, reconstruct, rotate
+from repquant_fx.pipeline.padding import find_padding
 from repquant_fx.pipeline.reconstruction import Reconstructed
 from repquant_fx.pipeline.rotation import Trial
 from repquant_fx.preparation import HELD_BACK, Prepared, prepare
@@ -190,17 +191,18 @@ def _quantize(
     with _checkpoint(prepared, batches, calibration.seed, run) as checkpoint:
         devices.move(graph_module, device)
         batches = devices.move_batches(batches, device)
+        padding = find_padding(graph_module, batches)
         with log.part("rotate"):
             trials = rotate(graph_module, prepared.plan, batches, recipe, checkpoint, calibration.seed)
         with log.part("equalize layers"):
-            plan = equalize_layers(graph_module, prepared.plan, batches, recipe, checkpoint)
+            plan = equalize_layers(graph_module, prepared.plan, batches, recipe, checkpoint, padding)
         float_graph = shared_copy(graph_module)
         run_passes(graph_module, [InsertObservers(plan, len(batches))])
         quantized = quantize_sequentially(graph_module, plan, batches, recipe, checkpoint, source.offload_dir,
-                                          statistics)
+                                          statistics, padding)
         with log.part("reconstruct"):
             blocks = reconstruct(graph_module, float_graph, plan, quantized, batches, recipe.reconstruct,
-                                 calibration.seed, checkpoint, source.offload_dir)
+                                 calibration.seed, checkpoint, source.offload_dir, padding)
     for each in (graph_module, float_graph):
         devices.move(each, torch.device("cpu"))
     quantized.weights = {node: weight.to("cpu") for node, weight in quantized.weights.items()}
@@ -260,7 +262,8 @@ def _export(prepared: Prepared, rewritten: _Rewritten, probe: list[Tensor]) -> _
     sqnr = reports.layer_sqnr(rewritten.float_graph, graph_module, names, probe, shipped.codes)
     with torch.no_grad():
         outputs, expected = tensors_in(graph_module(*probe)), tensors_in(rewritten.float_graph(*probe))
-    output_sqnr = min(parity_check.sqnr(a, b) for a, b in zip(outputs, expected))
+    counted = reports.counted_outputs(rewritten.float_graph, probe)
+    output_sqnr = min(map(parity_check.sqnr, outputs, expected, counted))
     layer_record = record(layers, rewritten.plan.left_alone, lowered.constants)
     proto = export_onnx(graph_module, prepared.loaded.example_inputs, input_names=captured.input_names,
                         output_names=captured.output_names, dynamic_shapes=dynamic_shapes(graph_module),

@@ -147,20 +147,22 @@ def _difference(found: Tensor, expected: Tensor) -> float:
     return float((torch.where(alike, 0.0, (found - expected).abs()) / largest).max())
 
 
-def sqnr(approximation: Tensor, reference: Tensor) -> float:
-    """Signal to quantization noise ratio, dB."""
-    signal, noise = signal_and_noise(approximation, reference)
+def sqnr(approximation: Tensor, reference: Tensor, counts: Tensor | None = None) -> float:
+    """Signal to quantization noise ratio, dB, of what counts (see `quantizers.counted`)."""
+    signal, noise = signal_and_noise(approximation, reference, counts)
     if noise == 0:
         return float("inf")
     return float(10 * torch.log10(torch.tensor(max(signal, 1e-300) / noise, dtype=torch.float64)))
 
 
-def signal_and_noise(approximation: Tensor, reference: Tensor) -> tuple[float, float]:
-    """Sums of squares of the reference, where it is finite, and of what the approximation lacks there.
+def signal_and_noise(
+    approximation: Tensor, reference: Tensor, counts: Tensor | None = None
+) -> tuple[float, float]:
+    """Sums of squares of the reference, where it is finite and counts, and of what the approximation lacks there.
 
     All is noise where the sizes differ, as those of values picked out do: nothing of the reference is found.
     """
-    finite = reference.isfinite()
+    finite = reference.isfinite() if counts is None else reference.isfinite() & counts
     expected = torch.where(finite, reference, 0).double().reshape(-1)
     if approximation.numel() != expected.numel():
         found = torch.zeros_like(expected)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from repquant_fx import audit
 from repquant_fx.audit import Product
@@ -18,10 +18,12 @@ from repquant_fx.passes.base import LeftAlone, module_path
 from repquant_fx.passes.match_sites import Group, Plan, Site
 from repquant_fx.passes.slots import slot_module
 from repquant_fx.pipeline import Quantized
+from repquant_fx.pipeline.padding import find_padding
 from repquant_fx.quantizers.observers import LogQuantizer, UniformQuantizer
 from repquant_fx.quantizers.requantization import Codes
 from repquant_fx.recorder import Recorder
 from repquant_fx.security.escape import printable
+from repquant_fx.torch_private import pytree
 
 SLICE = 4  # samples run at a time for the layers' SQNR
 
@@ -107,14 +109,16 @@ def layer_sqnr(float_module: GraphModule, shipped: GraphModule, names: Sequence[
     """
     signal: dict[str, float] = dict.fromkeys(names, 0.0)
     noise: dict[str, float] = dict.fromkeys(names, 0.0)
-    for batch in _slices(float_module, inputs):
+    slices = list(_slices(float_module, inputs))
+    padding = find_padding(float_module, slices)
+    for number, batch in enumerate(slices):
         expected, computed = _values(float_module, names, batch), _values(shipped, names, batch)
         both = expected.keys() & computed.keys()
         for name in both:
             value = computed[name]
             if codes is not None and name in codes:
                 value = (value.double() - codes[name].offset) * codes[name].step
-            more, lost = signal_and_noise(value, expected[name])
+            more, lost = signal_and_noise(value, expected[name], padding.counts(number, name))
             signal[name] += more
             noise[name] += lost
     return {
@@ -124,14 +128,21 @@ def layer_sqnr(float_module: GraphModule, shipped: GraphModule, names: Sequence[
     }
 
 
-def _slices(graph_module: GraphModule, inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+def counted_outputs(graph_module: GraphModule, inputs: Sequence[Tensor]) -> list[Tensor | None]:
+    """What counts of each output of a graph."""
+    padding = find_padding(graph_module, [tuple(inputs)])
+    outputs = (n for n in pytree.tree_leaves(graph_module.graph.output_node().args[0]) if isinstance(n, Node))
+    return [padding.counts(0, node.name) for node in outputs]
+
+
+def _slices(graph_module: GraphModule, inputs: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
     """A few samples at a time, where the graph takes any number of them in each input."""
     axes = [n.meta["val"].shape[:1] for n in graph_module.graph.find_nodes(op="placeholder")]
     count = len(inputs[0])
     fixed = any(not size or isinstance(size[0], int) for size in axes) or any(len(t) != count for t in inputs)
     step = count if fixed or count % SLICE else SLICE
     for start in range(0, count, step):
-        yield [t[start:start + step] for t in inputs]
+        yield tuple(t[start:start + step] for t in inputs)
 
 
 def _values(graph_module: GraphModule, names: Sequence[str], inputs: Sequence[Tensor]) -> dict[str, Tensor]:

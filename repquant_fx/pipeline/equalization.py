@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,10 @@ from repquant_fx.passes.identity import Probe, values
 from repquant_fx.passes.insert_observers import CHANNEL_SAMPLE
 from repquant_fx.passes.match_sites import Plan, Site
 from repquant_fx.pipeline.observing import merge_observers
+from repquant_fx.pipeline.padding import Padding
 from repquant_fx.progress import progress
 from repquant_fx.quantizers.clipping import Bounds, search_bounds
+from repquant_fx.quantizers.counted import picked
 from repquant_fx.quantizers.equalization import equalize
 from repquant_fx.quantizers.observers import Observer
 from repquant_fx.recipe import Recipe
@@ -29,8 +32,11 @@ PARTS = ("low", "up", "error")  # of the bounds of each site, as they are kept
 
 
 def equalize_layers(graph_module: GraphModule, plan: Plan, batches: Sequence[tuple[Tensor, ...]], recipe: Recipe,
-                  checkpoint: Checkpoint | None = None) -> Plan:
+                  checkpoint: Checkpoint | None = None, padding: Padding | None = None) -> Plan:
     """Rewrite the matched float graph in place (see `passes.equalize_layers`). Call before observers are inserted.
+
+    Args:
+        padding: what of the batches does not count.
 
     Returns:
         the plan with what there is to report, or the plan given where nothing was rewritten.
@@ -47,7 +53,7 @@ def equalize_layers(graph_module: GraphModule, plan: Plan, batches: Sequence[tup
         return plan
     tensors = checkpoint.load("equalize")
     if tensors is None or tensors.keys() != {f"{part}.{name}" for part in PARTS for name in sites}:
-        tensors = _channel_bounds(graph_module, sites, equalizable, batches, checkpoint.world)
+        tensors = _channel_bounds(graph_module, sites, equalizable, batches, checkpoint.world, padding or Padding())
         checkpoint.save("equalize", tensors)
     bounds = {
         name: (equalizable.sites[name].reshape(-1), Bounds(*(tensors[f"{part}.{name}"] for part in PARTS)))
@@ -78,6 +84,7 @@ def _channel_bounds(
     equalizable: Equalizable,
     batches: Sequence[tuple[Tensor, ...]],
     world: World,
+    padding: Padding,
 ) -> Tensors:
     """Clipping bounds of every channel of the sites in the float model, float32, shape (C,) each, in the order of its
     pattern.
@@ -89,15 +96,17 @@ def _channel_bounds(
         observers[name].start(len(batches), mine)
         wanted.setdefault(site.value, []).append(name)
 
-    def record(node: Node, value: Any) -> Any:
+    def record(number: int, node: Node, value: Any) -> Any:
+        counts = padding.counts(number, node.name)
         for name in wanted[node]:
-            observers[name](channel_rows(value, equalizable.sites[name]))
+            pattern = equalizable.sites[name]
+            which = None if counts is None else channel_rows(counts.expand(value.shape), pattern).any(-1)
+            observers[name](picked(channel_rows(value, pattern), which))
         return value
 
-    recorder = Recorder(graph_module, wanted, record)
     with torch.no_grad():
         for number in progress(mine, total=len(mine), description="equalize"):
-            recorder.run(*batches[number])
+            Recorder(graph_module, wanted, partial(record, number)).run(*batches[number])
     merge_observers(list(observers.values()), world)
 
     def search() -> Tensors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from repquant_fx.distributed import World
 from repquant_fx.errors import CalibrationError
 from repquant_fx.passes.match_sites import Group
 from repquant_fx.passes.slots import slot_module, slot_of
+from repquant_fx.pipeline.padding import Padding
 from repquant_fx.pipeline.runner import SegmentRunner
 from repquant_fx.pipeline.segments import Segment
 from repquant_fx.quantizers.observers import Observer
@@ -25,11 +27,13 @@ def observe_group(
     numbers: range,
     total: int,
     world: World,
+    padding: Padding,
 ) -> dict[str, Observer]:
     """Fill the observers in a group's slots; gives them by site name, each holding what all ranks' recorded.
 
     Args:
         numbers: of the runner's batches among all `total`.
+        padding: what is not recorded.
 
     Raises:
         CalibrationError: an activation is not finite (named).
@@ -37,8 +41,9 @@ def observe_group(
     modules = {site.name: slot_module(graph_module, site) for site in group.sites}
     observers = {name: module for name, module in modules.items() if isinstance(module, Observer)}
     slots = {slot_of(graph_module, site): site for site in group.sites}
-    for each in observers.values():
-        each.start(total, numbers)
+    for site in group.sites:
+        if site.name in observers:
+            observers[site.name].start(total, numbers, partial(padding.counts, name=site.value.name))
     for values in runner.run(segment.first, segment.stop, list(slots)):
         for slot, site in slots.items():
             if not bool(torch.isfinite(values[slot]).all()):

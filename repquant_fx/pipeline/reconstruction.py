@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -31,10 +31,12 @@ from repquant_fx.passes.operators import DEQUANTIZE
 from repquant_fx.pipeline.blocks import Block, find_blocks, last_group
 from repquant_fx.pipeline.learned_block import LearnedBlock, run_nodes
 from repquant_fx.pipeline.observing import moved
+from repquant_fx.pipeline.padding import Padding
 from repquant_fx.pipeline.runner import SegmentRunner, ancestors
 from repquant_fx.pipeline.segments import between, first_computed
 from repquant_fx.pipeline.sequential import Quantized
 from repquant_fx.progress import progress
+from repquant_fx.quantizers.counted import counted_values
 from repquant_fx.quantizers.gptq import QuantizedWeight
 
 LOCAL = 2.0  # weight of the block's own error beside the shared feature's
@@ -70,7 +72,7 @@ class Reconstructed:
 def reconstruct(
     graph_module: GraphModule, float_graph: GraphModule, plan: Plan, quantized: Quantized,
     batches: Sequence[Batch], steps: int, seed: int, checkpoint: Checkpoint | None = None,
-    offload_dir: str | Path | None = None,
+    offload_dir: str | Path | None = None, padding: Padding | None = None,
 ) -> list[Reconstructed]:
     """Learn every block in `steps` steps, a calibration batch each, editing the graph and `quantized.weights` in place.
 
@@ -81,6 +83,7 @@ def reconstruct(
         checkpoint: where learned blocks are kept and read again, and which processes work together: each learns from
             its share of the batches, and gradients are averaged.
         offload_dir: a folder for the values between blocks; in memory where None.
+        padding: what of the batches does not count.
     """
     checkpoint = checkpoint or Checkpoint()
     twins = {node.name: node for node in float_graph.graph.nodes}
@@ -91,7 +94,8 @@ def reconstruct(
     numbers = world.shard(len(batches))
     held = {i for i in range(len(batches)) if (len(batches) - 1 - i) % HELD_BACK == 0}
     with torch.inference_mode(False), torch.enable_grad():
-        sides = _Sides(graph_module, float_graph, plan, [batches[i] for i in numbers], offload_dir)
+        sides = _Sides(graph_module, float_graph, plan, {i: batches[i] for i in numbers}, offload_dir,
+                       padding or Padding())
         latents = {cast(Node, consumer.args[1]): weight for consumer, weight in quantized.latents.items()}
         for index, block in enumerate(progress(blocks, total=len(blocks), description="reconstruct")):
             sides.advance(block)
@@ -111,9 +115,10 @@ def reconstruct(
 class _Sides:
     """The quantized graph before a block and the float graph behind it, with the values of all batches at both cuts."""
 
-    def __init__(self, graph_module: GraphModule, float_graph: GraphModule, plan: Plan, batches: Sequence[Batch],
-                 offload_dir: str | Path | None) -> None:
-        self.graph_module, self.float_graph = graph_module, float_graph
+    def __init__(self, graph_module: GraphModule, float_graph: GraphModule, plan: Plan, shard: Mapping[int, Batch],
+                 offload_dir: str | Path | None, padding: Padding) -> None:
+        self.graph_module, self.float_graph, self.padding = graph_module, float_graph, padding
+        self.numbers, batches = list(shard), list(shard.values())
         self.twins = {node.name: node for node in float_graph.graph.nodes}
         self.runner = SegmentRunner(graph_module, batches, offload_dir)
         self.floats = SegmentRunner(float_graph, batches, offload_dir)
@@ -138,7 +143,7 @@ class _Sides:
             exact = [[values[n] for n in expected] for values in self._float_values(expected)]
 
             def at_the_end(index: int) -> tuple[Tensor, Tensor]:
-                error = _error(learned(self.runner.cuts[index], outputs), exact[index])
+                error = self._error(index, expected, learned(self.runner.cuts[index], outputs), exact[index])
                 return error, error
 
             return at_the_end
@@ -151,9 +156,15 @@ class _Sides:
             cut = self.floats.cuts[index]
             (value,) = learned(self.runner.cuts[index], [leaves])
             env = run_nodes(self.float_graph, rest, {**cut, twin: value})
-            return _error([value], [cut[twin]]), _error([env[n] for n in self.targets], self.wanted[index])
+            feature = self._error(index, self.targets, [env[n] for n in self.targets], self.wanted[index])
+            return self._error(index, [twin], [value], [cut[twin]]), feature
 
         return inside
+
+    def _error(self, index: int, nodes: Sequence[Node], values: Sequence[Tensor], exact: Sequence[Tensor]) -> Tensor:
+        """Mean squared error of what counts of the values of `nodes` (of the float graph)."""
+        counts = [self.padding.counts(self.numbers[index], node.name) for node in nodes]
+        return torch.stack([_mean_square(v, e, c) for v, e, c in zip(values, exact, counts)]).mean()
 
     def _float_values(self, nodes: Sequence[Node]) -> Iterator[Values]:
         return self.floats.run(self.floats_reached, None, nodes)
@@ -274,10 +285,13 @@ def _outputs(graph_module: GraphModule) -> list[Node]:
             if isinstance(n.meta.get("val"), Tensor) and n.meta["val"].is_floating_point()]
 
 
-def _error(values: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    """Mean squared error; a masked score of minus infinity in both is none."""
-    return torch.stack([(torch.where(t.isfinite(), v, 0) - torch.where(t.isfinite(), t, 0)).square().mean()
-                        for v, t in zip(values, targets)]).mean()
+def _mean_square(value: Tensor, target: Tensor, counts: Tensor | None) -> Tensor:
+    """Mean squared error of what counts; a masked score of minus infinity in both is none."""
+    lacks = (torch.where(target.isfinite(), value, 0) - torch.where(target.isfinite(), target, 0)).square()
+    if counts is None:
+        return lacks.mean()
+    counted = counted_values(lacks, counts)
+    return counted.sum() / max(1, len(counted))
 
 
 def _ends(block: Block) -> tuple[str, str]:

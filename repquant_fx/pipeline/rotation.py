@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,9 @@ from repquant_fx.passes.match_sites import Group, Plan
 from repquant_fx.passes.rotate_vectors import RotateVectors, Rotation, gain_allows
 from repquant_fx.passes.vector_flow import VectorFlow, head_sizes
 from repquant_fx.passes.vector_spaces import Space, where
+from repquant_fx.pipeline.padding import find_padding
 from repquant_fx.quantizers.clipping import search_bounds
+from repquant_fx.quantizers.counted import counted_rows, zero_elsewhere
 from repquant_fx.quantizers.rotation import rotation
 from repquant_fx.quantizers.uniform import fake_quantize, parameters_from_range
 from repquant_fx.quantizers.weight import chosen_grid
@@ -34,6 +37,8 @@ from repquant_fx.recorder import Recorder
 BATCHES, SAMPLES = 4, 16  # of the calibration data that a trial runs, and of each batch
 ROWS = 1024  # of a layer's input that it looks at
 PRODUCTS = 4  # samples of each batch, of an attention product
+
+Values = Mapping[Node, list[tuple[Tensor, Tensor | None]]]  # and what of them counts, of each batch
 
 
 @dataclass(frozen=True)
@@ -191,15 +196,17 @@ def _noise(
     """
     groups = [g for g in plan.groups if g.kind != "conv"]
     wanted = {twin.get(s.value, s.value) for g in groups for s in g.sites}
-    rows: dict[Node, list[Tensor]] = {}
+    rows: dict[Node, list[tuple[Tensor, Tensor | None]]] = {}
+    some = [tuple(tensor[:SAMPLES] for tensor in batch) for batch in batches[:BATCHES]]
+    padding = find_padding(graph_module, some)
 
-    def keep(node: Node, value: Tensor) -> Tensor:
-        rows.setdefault(node, []).append(value)
+    def keep(number: int, node: Node, value: Tensor) -> Tensor:
+        rows.setdefault(node, []).append((value, padding.counts(number, node.name)))
         return value
 
-    for batch in batches[:BATCHES]:
+    for number, batch in enumerate(some):
         with torch.no_grad():
-            Recorder(graph_module, wanted, keep).run(*(tensor[:SAMPLES] for tensor in batch))
+            Recorder(graph_module, wanted, partial(keep, number)).run(*batch)
     found: dict[Node, float] = {}
     for group in groups:
         found.update(_products(group, rows, twin) if group.kind == "matmul"
@@ -207,12 +214,12 @@ def _noise(
     return found
 
 
-def _some_rows(values: list[Tensor], count: int) -> Tensor:
-    rows = torch.cat([v.reshape(-1, v.shape[-1]) for v in values])
+def _some_rows(values: list[tuple[Tensor, Tensor | None]], count: int) -> Tensor:
+    rows = torch.cat([counted_rows(value, counts) for value, counts in values])
     return rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).long()]
 
 
-def _linears(graph_module: GraphModule, group: Group, rows: Mapping[Node, list[Tensor]], twin: Mapping[Node, Node],
+def _linears(graph_module: GraphModule, group: Group, rows: Values, twin: Mapping[Node, Node],
              recipe: Recipe) -> Iterator[tuple[Node, float]]:
     for site in group.sites:
         x = _some_rows(rows[twin.get(site.value, site.value)], ROWS)
@@ -232,10 +239,11 @@ def _linears(graph_module: GraphModule, group: Group, rows: Mapping[Node, list[T
             yield consumer, _ratio(quantized @ grid.values(weight).T, x @ weight.T)
 
 
-def _products(
-    group: Group, rows: Mapping[Node, list[Tensor]], twin: Mapping[Node, Node]
-) -> Iterator[tuple[Node, float]]:
-    left, right = (torch.cat([v[:PRODUCTS] for v in rows[twin.get(s.value, s.value)]]) for s in group.sites)
+def _products(group: Group, rows: Values, twin: Mapping[Node, Node]) -> Iterator[tuple[Node, float]]:
+    left, right = (
+        torch.cat([zero_elsewhere(value, counts)[:PRODUCTS] for value, counts in rows[twin.get(s.value, s.value)]])
+        for s in group.sites
+    )
     parts = [v if s.role == "softmax" else _per_tensor(v, s.bits) for v, s in zip((left, right), group.sites)]
     yield group.consumers[0], _ratio(torch.matmul(*parts), torch.matmul(left, right))
 

@@ -18,9 +18,11 @@ from repquant_fx.passes.base import aten, attribute
 from repquant_fx.passes.match_sites import Group, Site
 from repquant_fx.passes.slots import slot_of
 from repquant_fx.pipeline.float_model import FloatModel
+from repquant_fx.pipeline.padding import Padding
 from repquant_fx.pipeline.runner import SegmentRunner
 from repquant_fx.pipeline.segments import Segment, between
 from repquant_fx.quantizers.correction import Moments
+from repquant_fx.quantizers.counted import picked, which_rows
 from repquant_fx.recipe import Recipe
 from repquant_fx.torch_private import size_hint
 
@@ -59,12 +61,13 @@ class SecondMoments:
 
 
 def second_moments(runner: SegmentRunner, float_model: FloatModel | None, segment: Segment, group: Group,
-                   recipe: Recipe, numbers: Sequence[int]) -> SecondMoments:
+                   recipe: Recipe, numbers: Sequence[int], padding: Padding) -> SecondMoments:
     """What GPTQ and the correction need of a group, summed over the runner's batches.
 
     Args:
         float_model: the float model, where a correction follows.
         numbers: of the runner's batches among all; their parity decides about the half.
+        padding: rows that are left out.
     """
     moments = SecondMoments()
     use_gptq = recipe.gptq and any(plan.gptq for plan in group.plans.values())
@@ -84,12 +87,15 @@ def second_moments(runner: SegmentRunner, float_model: FloatModel | None, segmen
     targets = float_model.run(segment, list(compared.values())) if float_model is not None else itertools.repeat(None)
     for number, values, target in zip(numbers, runner.run(segment.first, segment.stop, wanted), targets):
         for slot, site in sites.items():
-            x = as_rows(values[slot], site)
-            assert x is not None  # it has a size
+            rows = as_rows(values[slot], site)
+            assert rows is not None  # it has a size
+            which = counted_tokens(values[slot], site, padding.counts(number, site.value.name))
+            x = picked(rows, which)
             if target is None:
                 moments.hessians[site.name] += 2 * (x.T @ x).double()
             else:
-                residuals = [_output_rows(target[compared[c]] - values[compared[c]], c) for c in site.consumers]
+                lacking = (_output_rows(target[compared[c]] - values[compared[c]], c) for c in site.consumers)
+                residuals = [picked(residual, which) for residual in lacking]
                 moments.halves[site.name][number % 2].add(x, residuals)
     return moments
 
@@ -142,6 +148,11 @@ def _input_size(site: Site) -> int:
     consumer = site.consumers[0]
     whole = consumer.target is aten.conv2d.default and _geometry(consumer)[3] == 1
     return math.prod(_weight_shape(consumer)[1:]) if whole or consumer.target is aten.linear.default else 0
+
+
+def counted_tokens(x: Tensor, site: Site, counts: Tensor | None) -> Tensor | None:
+    """Which of a site's `as_rows` count; None for all, as for patches."""
+    return which_rows(x, counts) if site.consumers[0].target is aten.linear.default else None
 
 
 def as_rows(x: Tensor, site: Site) -> Tensor | None:

@@ -27,6 +27,7 @@ from repquant_fx.passes.slots import install, slot_module
 from repquant_fx.pipeline.choose import choose_quantizers, choose_weights
 from repquant_fx.pipeline.float_model import FloatModel
 from repquant_fx.pipeline.observing import moved, observe_group
+from repquant_fx.pipeline.padding import Padding
 from repquant_fx.pipeline.runner import SegmentRunner
 from repquant_fx.pipeline.second_moments import second_moments
 from repquant_fx.pipeline.segments import Segment, between, cut_into_segments
@@ -62,6 +63,7 @@ class Quantized:
 def quantize_sequentially(
     graph_module: GraphModule, plan: Plan, batches: Sequence[tuple[Tensor, ...]], recipe: Recipe,
     checkpoint: Checkpoint | None = None, offload_dir: str | Path | None = None, statistics: Statistics | None = None,
+    padding: Padding | None = None,
 ) -> Quantized:
     """Calibrate, reparameterize and quantize every group in graph order, editing the graph in place.
 
@@ -71,6 +73,7 @@ def quantize_sequentially(
         checkpoint: where decisions are kept and read again, and which processes work together.
         offload_dir: a folder for the values between segments; in memory where None.
         statistics: filled with what the HTML report draws, where given.
+        padding: what of the batches does not count.
 
     Raises:
         CalibrationError: no data, or an activation that is not finite (named).
@@ -78,7 +81,8 @@ def quantize_sequentially(
     if not batches:
         raise CalibrationError("no calibration data")
     segments = cut_into_segments(graph_module, plan)
-    state = _State(graph_module, segments, batches, recipe, checkpoint or Checkpoint(), offload_dir, statistics)
+    state = _State(graph_module, segments, batches, recipe, checkpoint or Checkpoint(), offload_dir, statistics,
+                   padding or Padding())
     for number, (segment, group) in enumerate(progress(state.order, total=len(plan.groups), description="quantize")):
         _quantize_group(state, segment, group, f"group-{number:04d}")
     return state.finish()
@@ -89,9 +93,10 @@ class _State:
 
     def __init__(
         self, graph_module: GraphModule, segments: list[Segment], batches: Sequence[tuple[Tensor, ...]], recipe: Recipe,
-        checkpoint: Checkpoint, offload_dir: str | Path | None, statistics: Statistics | None,
+        checkpoint: Checkpoint, offload_dir: str | Path | None, statistics: Statistics | None, padding: Padding,
     ) -> None:
         self.graph_module, self.recipe, self.checkpoint, self.statistics = graph_module, recipe, checkpoint, statistics
+        self.padding = padding
         self.order = [(segment, group) for segment in segments for group in segment.groups]
         self.batches, self.mine = len(batches), checkpoint.world.shard(len(batches))
         self.device = batches[0][0].device
@@ -183,7 +188,8 @@ def _calibrate(state: _State, segment: Segment, group: Group, statistics: Statis
     """Observe a group's sites on all batches and choose their quantizers, by site name; rank 0's choice holds."""
     graph_module, world = state.graph_module, state.checkpoint.world
     with log.part("observe"):
-        observers = observe_group(graph_module, group, state.runner, segment, state.mine, state.batches, world)
+        observers = observe_group(graph_module, group, state.runner, segment, state.mine, state.batches, world,
+                                  state.padding)
     with log.part("choose scales"):
         if world.size == 1:
             quantizers = choose_quantizers(graph_module, group, state.recipe)
@@ -240,7 +246,8 @@ def _choose_weights(
     """The integer weights of a group's consumers, on the second moments over all ranks' batches."""
     world = state.checkpoint.world
     with log.part("second moments"):
-        moments = second_moments(state.runner, state.float_model, segment, group, state.recipe, state.mine)
+        moments = second_moments(state.runner, state.float_model, segment, group, state.recipe, state.mine,
+                                 state.padding)
         world.all_reduce(moments.tensors())
     with log.part("quantize weights"):
         return choose_weights(

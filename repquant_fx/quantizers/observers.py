@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from repquant_fx.errors import PassError
 from repquant_fx.quantizers import logarithmic, uniform
+from repquant_fx.quantizers.counted import counted_rows, counted_values, zero_elsewhere
+
+Counts: TypeAlias = Callable[[int], Tensor | None]  # by the batch's number; see `counted`
+
+
+def everything(number: int) -> None:
+    """Counts in every batch."""
 
 
 class Observer(nn.Module):
@@ -31,24 +39,31 @@ class Observer(nn.Module):
         self.recording = False
         self.quota = capacity
         self._order: Iterator[int] = itertools.count()
+        self._counts: Counts = everything
         self._sample: dict[int, Tensor] = {}  # by the batch's number
         self._whole: dict[int, Tensor] = {}
         self._low: Tensor | None = None
         self._up: Tensor | None = None
 
-    def start(self, batches: int, order: Iterable[int] | None = None) -> None:
+    def start(self, batches: int, order: Iterable[int] | None = None, counts: Counts = everything) -> None:
         """Begin recording; the sample is shared out evenly over all `batches`.
 
         `order` numbers the batches that this observer will see, where others see the rest. What is kept of a batch
-        depends on the batch and its number alone.
+        depends on the batch and its number alone. `counts` says what of it is recorded.
         """
         self.recording, self.quota = True, max(1, -(-self.capacity // max(1, batches)))
-        self._order = itertools.count() if order is None else iter(order)
+        self._order, self._counts = itertools.count() if order is None else iter(order), counts
 
     def forward(self, x: Tensor) -> Tensor:
         if self.recording:
-            number = next(self._order)
-            rows = x.detach().reshape(-1, x.shape[-1]) if self.channels else x.detach().reshape(-1, 1)
+            self._record(x.detach())
+        return x
+
+    def _record(self, x: Tensor) -> None:
+        number = next(self._order)
+        counts = self._counts(number)
+        rows = counted_rows(x, counts) if self.channels else counted_values(x, counts)[:, None]
+        if len(rows):
             low, up = rows.amin(dim=0), rows.amax(dim=0)
             self._low = low if self._low is None else torch.minimum(self._low, low)
             self._up = up if self._up is None else torch.maximum(self._up, up)
@@ -56,9 +71,8 @@ class Observer(nn.Module):
                 chosen = torch.randint(len(rows), (self.quota,), generator=torch.Generator().manual_seed(number))
                 rows = rows[chosen.to(rows.device)]
             self._sample[number] = rows.clone()
-            if self.leading > 0 and x.shape[0] > 0:
-                self._whole[number] = x.detach()[: self.leading].clone()
-        return x
+        if self.leading > 0 and x.shape[0] > 0:
+            self._whole[number] = zero_elsewhere(x, counts)[: self.leading].clone()
 
     def sample(self) -> Tensor:
         """The recorded sample as (D, N), with the exact extremes of all data appended; D is 1 when not per channel.

@@ -13,6 +13,7 @@ from repquant_fx.options import from_keywords
 from repquant_fx.passes.base import run_passes
 from repquant_fx.passes.insert_observers import InsertObservers
 from repquant_fx.pipeline import equalize_layers
+from repquant_fx.pipeline.padding import find_padding
 from repquant_fx.preparation import HELD_BACK, Prepared, prepare
 from repquant_fx.progress import progress
 from repquant_fx.recipe import Recipe
@@ -137,11 +138,12 @@ def analyse(
     tried = {WEIGHTS: _checked(weight_choices), ACTIVATIONS: _checked(activation_choices)}
     graph_module, plan = prepared.graph_module, prepared.plan
     batches = list(prepared.data.split_held_back(HELD_BACK)[0].batches)
-    plan = equalize_layers(graph_module, plan, batches, recipe)
+    padding = find_padding(graph_module, batches)
+    plan = equalize_layers(graph_module, plan, batches, recipe, padding=padding)
     run_passes(graph_module, [InsertObservers(plan, len(batches))])
     names = prepared.captured.input_names
     mask_index = names.index("attention_mask") if "attention_mask" in names else None
-    observed = observe(graph_module, plan, batches, mask_index)
+    observed = observe(graph_module, plan, batches, mask_index, padding)
     units = members(plan, prepared.recipe)
     site_choices, weight_bits = {}, {}
     for unit in units:
@@ -167,6 +169,7 @@ def analyse(
         probes=probes,
         seed=seed,
         mask_index=mask_index,
+        padding=padding,
     )
     measured = tuple(u.measured(estimated, observed.elements, observed.samples) for u in units)
     return Sensitivity(measured, loss, observed.samples, probes, recipe)

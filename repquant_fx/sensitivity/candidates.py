@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,11 @@ from repquant_fx.passes.base import module_path
 from repquant_fx.passes.match_sites import Group, Plan, Site
 from repquant_fx.passes.slots import observer, slot_of
 from repquant_fx.pipeline.choose import as_matrix, choose_quantizers
-from repquant_fx.pipeline.second_moments import as_rows
+from repquant_fx.pipeline.padding import Padding
+from repquant_fx.pipeline.second_moments import as_rows, counted_tokens
 from repquant_fx.progress import progress
 from repquant_fx.quantizers.correction import Moments
+from repquant_fx.quantizers.counted import picked
 from repquant_fx.quantizers.gptq import QuantizedWeight
 from repquant_fx.quantizers.observers import UniformQuantizer
 from repquant_fx.quantizers.weight import round_weight
@@ -73,31 +76,34 @@ class RoundedWeight:
 
 @torch.no_grad()
 def observe(
-    graph_module: GraphModule, plan: Plan, batches: Sequence[tuple[Tensor, ...]], mask_index: int | None
+    graph_module: GraphModule, plan: Plan, batches: Sequence[tuple[Tensor, ...]], mask_index: int | None,
+    padding: Padding | None = None,
 ) -> Observed:
     """Run the float model once; observers in the slots record, and the moments that GPTQ needs are summed up.
 
     Args:
         mask_index: which input says what tokens are real, if one does (see `valid`).
+        padding: what does not count at the sites.
     """
-    observed = Observed()
+    observed, padding = Observed(), padding or Padding()
     slots = {slot_of(graph_module, site): site for group in plan.groups for site in group.sites}
     weighted = {site for group in plan.groups if group.kind != "matmul" for site in group.sites}
-    observers = [observer(graph_module, site) for site in slots.values()]
-    for each in observers:
-        each.start(len(batches))
+    observers = {site.name: observer(graph_module, site) for site in slots.values()}
+    for site in slots.values():
+        observers[site.name].start(len(batches), counts=partial(padding.counts, name=site.value.name))
 
-    def record(slot: Node, value: Tensor) -> Tensor:
+    def record(number: int, slot: Node, value: Tensor) -> Tensor:
         site = slots[slot]
         observed.elements[site.name] = observed.elements.get(site.name, 0) + value.numel()
         rows = as_rows(value, site) if site in weighted else None
         if rows is not None:
-            observed.moments.setdefault(site.name, Moments(rows.shape[1], device=rows.device)).add(rows)
+            which = counted_tokens(value, site, padding.counts(number, site.value.name))
+            moments = observed.moments.setdefault(site.name, Moments(rows.shape[1], device=rows.device))
+            moments.add(picked(rows, which))
         return value
 
-    recorder = Recorder(graph_module, slots, record)
-    for batch in progress(batches, total=len(batches), description="observe"):
-        outputs = tensors_in(recorder.run(*batch))
+    for number, batch in enumerate(progress(batches, total=len(batches), description="observe")):
+        outputs = tensors_in(Recorder(graph_module, slots, partial(record, number)).run(*batch))
         observed.samples += len(batch[0])
         observed.power = observed.power or [0.0] * len(outputs)
         observed.rows = observed.rows or [0.0] * len(outputs)
@@ -105,7 +111,7 @@ def observe(
             real = valid(output, None if mask_index is None else batch[mask_index])
             observed.power[index] += float((output.double().square() * real).sum())
             observed.rows[index] += float(real.expand(output.shape)[..., 0].sum()) if output.ndim else 1.0
-    for each in observers:
+    for each in observers.values():
         each.recording = False
     return observed
 

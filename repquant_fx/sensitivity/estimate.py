@@ -35,7 +35,9 @@ from repquant_fx.frontends.capture import tensors_in
 from repquant_fx.passes.base import attribute
 from repquant_fx.passes.match_sites import Plan
 from repquant_fx.passes.slots import slot_of
+from repquant_fx.pipeline.padding import Padding
 from repquant_fx.progress import progress
+from repquant_fx.quantizers.counted import counted_values
 from repquant_fx.recorder import Recorder
 from repquant_fx.sensitivity.candidates import Observed, RoundedWeight, valid
 
@@ -79,6 +81,7 @@ def estimate(
     probes: int,
     seed: int,
     mask_index: int | None = None,
+    padding: Padding | None = None,
 ) -> Estimate:
     """One forward and `probes` backward passes of the float graph per batch.
 
@@ -90,6 +93,7 @@ def estimate(
         loss: one of LOSSES.
         seed: of the random probes.
         mask_index: which input says what tokens are real, if one does.
+        padding: what does not count of the values' own noise and signal.
 
     Raises:
         InputError: no output can be differentiated.
@@ -98,7 +102,8 @@ def estimate(
                       {node: {b: Tally() for b in tried} for node, tried in weights.items()})
     slots = {slot_of(graph_module, site): site for group in plan.groups for site in group.sites}
     generator = torch.Generator().manual_seed(seed)
-    for batch in progress(batches, total=len(batches), description="estimate"):
+    padding = padding or Padding()
+    for number, batch in enumerate(progress(batches, total=len(batches), description="estimate")):
         recorded: dict[Node, Tensor] = {}
         outputs = tensors_in(Recorder(graph_module, {*slots, *weights}, partial(_with_gradient, recorded)).run(*batch))
         nodes, values = list(recorded), list(recorded.values())
@@ -135,6 +140,7 @@ def estimate(
                         gradients[slot],
                         _samples(site.value, counts),
                         probes,
+                        padding.counts(number, site.value.name),
                     )
                 for consumer in site.consumers:
                     y = recorded[consumer].detach() if consumer in weights else None
@@ -149,6 +155,7 @@ def estimate(
                             gradients[consumer],
                             _samples(consumer, counts),
                             probes,
+                            padding.counts(number, consumer.name),
                         )
     return result
 
@@ -181,9 +188,10 @@ def _cotangents(
     return cotangents
 
 
-def _add(tally: Tally, error: Tensor, value: Tensor, gradients: Sequence[Tensor], samples: int, probes: int) -> None:
-    tally.noise += float(error.double().square().sum())
-    tally.signal += float(value.double().square().sum())
+def _add(tally: Tally, error: Tensor, value: Tensor, gradients: Sequence[Tensor], samples: int, probes: int,
+         counts: Tensor | None) -> None:
+    tally.noise += float(counted_values(error, counts).double().square().sum())
+    tally.signal += float(counted_values(value, counts).double().square().sum())
     for gradient in gradients:
         tally.damage += float((gradient * error).reshape(samples, -1).sum(1).double().square().sum()) / probes
 

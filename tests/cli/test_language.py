@@ -89,6 +89,18 @@ def test_a_text_of_one_repeated_token(place: Path, tmp_path: Path, capsys: pytes
     assert code == 0, capsys.readouterr().err
 
 
+def test_ids_at_padded_positions_do_not_change_the_file(place: Path, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    mask = (np.arange(8) < generator.integers(2, 8, (16, 1))).astype(np.int64)
+    ids, files = generator.integers(3, VOCABULARY, mask.shape), []
+    for filler in (2, 70):
+        np.savez(tmp_path / "ids.npz", input_ids=np.where(mask, ids, filler), attention_mask=mask)
+        out, data = tmp_path / f"{filler}.onnx", str(tmp_path / "ids.npz")
+        assert main(["compile", str(place / "bert"), "--calib", data, "--out", str(out), *FAST]) == 0
+        files.append(out.read_bytes())
+    assert files[0] == files[1]
+
+
 def test_an_encoder_with_the_tokenizer_of_another_directory_and_pairs(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -110,3 +110,19 @@ def test_quantizers_swap_for_an_observer() -> None:
     for module in (UniformQuantizer(torch.tensor(0.1), torch.tensor(0.0), 4), LogQuantizer(1.0, 4, 2), Passthrough()):
         assert module(x).shape == x.shape and module(x).dtype == x.dtype
     assert torch.equal(Passthrough()(x), x)
+
+
+def test_only_what_counts_is_recorded() -> None:
+    x = torch.arange(24.0).reshape(2, 3, 4)
+    counts = {0: torch.tensor([[True, False, True], [True, True, False]])[..., None], 1: torch.zeros(2, 3, 1).bool()}
+    for channels, expected in ((True, x[counts[0][..., 0]].T), (False, x[counts[0][..., 0]].reshape(1, -1))):
+        observer = Observer(channels, 1000, leading=2)
+        observer.start(3, counts=counts.get)
+        observer(x)
+        observer(x + 1000)  # nothing counts
+        sample = observer.sample()
+        assert torch.equal(sample[:, :-2], expected)
+        assert torch.equal(sample[:, -2], expected.amin(1)) and torch.equal(sample[:, -1], expected.amax(1))
+        assert torch.equal(observer.whole()[:2], x * counts[0]) and not observer.whole()[2:].any()
+        observer(x + 2000)  # all does
+        assert observer.sample().max() == 2023
