@@ -76,19 +76,20 @@ class _Walk:
     def __init__(self, graph_module: GraphModule, batch: tuple[Tensor, ...], place: int) -> None:
         self.graph_module, self.counts, self.sizes = graph_module, dict[Node, Any](), dict[Any, int]()
         inputs, mask = _inputs(graph_module), batch[place] != 0
-        self.real, self.device = bool(mask.all()), mask.device
-        tokens = shape_of(inputs[place])
+        self.device = mask.device
+        tokens = list(map(str, shape_of(inputs[place])))  # to compare symbols would bind them
         for node, tensor in zip(inputs, batch):
             shape = shape_of(node)
             self.sizes |= {s.node.expr: n for s, n in zip(shape, tensor.shape) if isinstance(s, torch.SymInt)}
             # ids of the tokens, or their embeddings
-            if node is not inputs[place] and 2 <= len(shape) <= 3 and shape[:2] == tokens:
+            alike = len(shape) in (2, 3) and list(map(str, shape[:2])) == tokens
+            if alike and node is not inputs[place] and not mask.all():
                 self.counts[node] = mask.reshape(*mask.shape, *(1,) * (len(shape) - 2))
 
     def found(self) -> dict[str, Tensor]:
         """By the node's name; equal ones are one tensor."""
         distinct: list[Tensor] = []
-        for node in self.graph_module.graph.nodes if not self.real else ():
+        for node in self.graph_module.graph.nodes if self.counts else ():
             if node.op in ("call_function", "call_module") and any(n in self.counts for n in node.all_input_nodes):
                 try:
                     result = self._through(node)
@@ -96,15 +97,16 @@ class _Walk:
                     result = None
                 if isinstance(result, Tensor) and not any(result is known for known in distinct):
                     result = _narrowed(result.reshape((1,) * (len(shape_of(node)) - result.ndim) + result.shape))
-                    result = next((d for d in distinct if d.shape == result.shape and torch.equal(d, result)), result)
-                    distinct.append(result)
+                    same = next((d for d in distinct if d.shape == result.shape and torch.equal(d, result)), None)
+                    distinct += [result] if same is None else []
+                    result = result if same is None else same
                 if result is not None and not (isinstance(result, Tensor) and bool(result.all())):
                     self.counts[node] = result
         return {node.name: counts for node, counts in self.counts.items() if isinstance(counts, Tensor)}
 
     def _through(self, node: Node) -> Any:
         """What counts of the result; None where all does, or nobody knows."""
-        target, first = node.target, node.args[0]
+        target, first = node.target, node.args[0] if node.args else None
         if node.op == "call_module":  # a slot gives what it takes
             return self.counts[cast(Node, first)]
         if target in MOVES:
