@@ -16,6 +16,7 @@ are not run again (`results.py`).
 from __future__ import annotations
 
 import argparse
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -50,6 +51,14 @@ ABLATED = [(4, 4), (3, 3)]
 def published(wbits: int, abits: int) -> Recipe:
     """RepQuant with the parts of the paper alone."""
     return Recipe(wbits=wbits, abits=abits, correction=False, equalize=(), clipping="adam", softmax="log_sqrt2")
+
+
+def bits_of(text: str) -> tuple[int, int]:
+    """(weights, activations) of a text such as W4A4."""
+    found = re.fullmatch(r"[Ww](\d)[Aa](\d)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r}: bits are written as W4A4")
+    return int(found[1]), int(found[2])
 
 
 def rows() -> Iterator[tuple[str, str, Recipe]]:

@@ -17,12 +17,11 @@ are not run again (`results.py`).
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from accuracy import Bench, published
+from accuracy import Bench, bits_of, published
 from results import FOLDER, Key, Results, Values, cell
 
 from repquant_fx import Recipe, repq_vit
@@ -77,14 +76,6 @@ def source(name: str, weights: Path | None, arch: str | None) -> LoadedModel:
     return load_model(weights, arch=architecture) if weights else load_model(f"{architecture},pretrained")
 
 
-def width(text: str) -> tuple[int, int]:
-    """(weights, activations) of a text such as W4A4."""
-    found = re.fullmatch(r"[Ww](\d)[Aa](\d)", text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r}: bits are written as W4A4")
-    return int(found[1]), int(found[2])
-
-
 def run_all(bench: Bench, widths: Sequence[tuple[int, int]], steps: int, results: Results) -> None:
     results.measure((bench.name, "", "float"), bench.seed, lambda: bench.measure(bench.as_float))
     for w, a in widths:
@@ -124,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         help=f"of {', '.join(PUBLISHED)}, or of timm (all of these)")
     parser.add_argument("--weights", type=Path, help="safetensors file of the one model, instead of a download")
     parser.add_argument("--arch", help="its architecture, timm:NAME,key=value")
-    parser.add_argument("--bits", nargs="+", type=width, default=[(6, 6), (4, 4), (3, 3)], help="(W6A6 W4A4 W3A3)")
+    parser.add_argument("--bits", nargs="+", type=bits_of, default=[(6, 6), (4, 4), (3, 3)], help="(W6A6 W4A4 W3A3)")
     parser.add_argument("--reconstruct", type=int, default=400, metavar="STEPS",
                         help="of block reconstruction (%(default)s); 0 leaves its rows out")
     parser.add_argument("--images", type=int, help="test images, a random subset (all)")

@@ -3,7 +3,7 @@
 A row has a key (model, section, method...), a seed, the settings that it was measured with, and values. The file lists
 commits, versions and machines once. A stored row is used again where commit, versions, machine and settings are those
 of this run, so a benchmark that was interrupted goes on; any other row is measured anew and, once the first row of this
-run is saved, dropped. `keep` uses rows whatever they come from.
+run is saved, dropped. `keep` uses rows whatever they come from. A commit of null is one that was not recorded.
 
     results = Results(path, {"samples": 1024})
     results.measure(("ViT", "RepQuant W4A4"), seed, lambda: {"top1": 84.9})

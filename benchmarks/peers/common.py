@@ -22,7 +22,6 @@ import argparse
 import copy
 import importlib.util
 import os
-import re
 import sys
 import tempfile
 import time
@@ -39,7 +38,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the scripts beside this folder
 
-from accuracy import MODELS, Bench
+from accuracy import MODELS, Bench, bits_of
 from results import Key, Results, Values, add_options, cell, git
 
 from repquant_fx.frontends.loading import load_model
@@ -171,14 +170,6 @@ def commit_of(checkout: Path, given: str | None) -> str:
     if found is None:
         raise SystemExit(f"{checkout} is no git checkout: say its commit with --commit")
     return found
-
-
-def bits_of(text: str) -> tuple[int, int]:
-    """(weights, activations) of a text such as W4A4."""
-    found = re.fullmatch(r"[Ww](\d)[Aa](\d)", text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r}: bits are written as W4A4")
-    return int(found[1]), int(found[2])
 
 
 def arguments(name: str, doc: str | None, steps: bool) -> argparse.ArgumentParser:
