@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Encoder, match, redraw, sequences, vit
+from helpers import Encoder, images, match, output, redraw, sequences, vit
 from torch.fx import GraphModule
 
 from repquant_fx import CompiledModel, Recipe, compile
 from repquant_fx.errors import RecipeError, RepQuantWarning
+from repquant_fx.parity import sqnr
 from repquant_fx.passes.base import run_passes
 from repquant_fx.passes.insert_observers import InsertObservers
 from repquant_fx.pipeline.blocks import find_blocks
@@ -67,8 +68,11 @@ def test_errors_do_not_grow(learned: CompiledModel, plain: CompiledModel) -> Non
         assert feature[1] / feature[0] + 2 * own[1] / own[0] <= 3
         assert block["kept_step"] or (own[0] == own[1] and feature[0] == feature[1])
     assert any(block["kept_step"] for block in blocks)
-    # a model that was never trained, measured on few samples: what its blocks gain is hardly seen at the output
-    assert learned.report["output_sqnr_db"] > plain.report["output_sqnr_db"] - 1
+    # on many images that neither has seen; a model that was never trained gains hardly anything at the output
+    unseen = images(512, seed=2)
+    exact = output(vit(2), unseen)
+    before, after = (sqnr(output(each.graph_module, unseen), exact) for each in (plain, learned))
+    assert after > before - 0.25
     assert "reconstruction" not in plain.report
 
 

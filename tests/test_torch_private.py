@@ -6,7 +6,7 @@ import ast
 import io
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -201,6 +201,51 @@ def test_suggested_shapes() -> None:
     refined = private.suggested_shapes(caught.value, shapes)
     torch.export.export(Table(), (x,), dynamic_shapes=refined).module()(torch.ones(1, 12, 4))
     assert private.suggested_shapes(ValueError("no advice"), shapes) is None
+
+
+def exported_nodes(function: Callable[[Tensor], Tensor]) -> tuple[list[str], bool]:
+    """Operators of the ONNX file of a function, and whether torch traced its program again."""
+    from torch.onnx._internal.exporter import _fx_passes
+
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return function(x)
+
+    program, traced = torch.export.export(Model(), (torch.ones(2, 3),)), []
+    decompose = _fx_passes.decompose_with_registry
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_fx_passes, "decompose_with_registry", lambda *a: traced.append(a) or decompose(*a))
+        with private.quick_translation():
+            made = torch.onnx.export(program, (), dynamo=True, optimize=False, verbose=False)
+    assert made is not None
+    return [node.op_type for node in made.model.graph], bool(traced)
+
+
+def test_quick_translation() -> None:
+    """A program in translated operators is not traced again; any other is, and one that writes into its values."""
+    from torch.onnx._internal.exporter import _fx_passes, _registration
+
+    before = _fx_passes.decompose_with_registry, _registration.ONNXRegistry.__dict__["from_torchlib"]
+    assert exported_nodes(lambda x: x.relu() + x) == (["Relu", "Add"], False)
+    nodes, traced = exported_nodes(lambda x: torch.special.xlog1py(x, x))
+    assert traced and "Log" in nodes
+    nodes, traced = exported_nodes(lambda x: x.clone().add_(x).relu())
+    assert traced and nodes[-2:] == ["Add", "Relu"]
+    assert before == (_fx_passes.decompose_with_registry, _registration.ONNXRegistry.__dict__["from_torchlib"])
+
+
+def test_translations_of_one_export_are_not_those_of_the_next() -> None:
+    """What an export brings for an operator is gone afterwards."""
+    from onnxscript import opset21 as op
+
+    program = torch.export.export(nn.ReLU(), (torch.ones(2),))
+    table = {aten.relu.default: lambda x: op.Neg(op.Neg(x))}
+    for more, expected in ((table, ["Neg", "Neg"]), (None, ["Relu"])):
+        with private.quick_translation():
+            made = torch.onnx.export(
+                program, (), dynamo=True, optimize=False, verbose=False, custom_translation_table=more
+            )
+        assert made is not None and [node.op_type for node in made.model.graph] == expected
 
 
 def test_watched_registration() -> None:

@@ -11,7 +11,7 @@ correction half is applied: the next layers make up for what is left, so that no
 calibration's, and a model that then sees other data (a sentence encoder calibrated on encyclopaedia text) is bent less
 towards what it was calibrated on.
 
-Cross-validation cannot choose that share: both halves are of one kind of data, on which nearly the whole is best (0.75
+Cross-validation cannot choose that share: both halves are of one kind of data, on which more than half is best (0.75
 to 1 in most layers, whether the best share is taken or the smallest within a standard error of it). Measured, that
 gains 0.1 to 0.2 dB on data like the calibration's and no accuracy at 4 bits, and costs a language model that sees other
 text 0.1 nats.

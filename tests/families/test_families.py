@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import fnmatch
 import functools
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,16 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from captures import captured, keywords, model
 from compiled import PLAIN
 from helpers import bypass, calibrate, fused_as_promised, relative
 from models import FAMILIES, TEXT_AXES, VOCABULARY, Family, Inputs
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import Interpreter, Node
 
 from repquant_fx import CompiledModel, Recipe, compile
 from repquant_fx import parity as parity_check
-from repquant_fx.errors import RepQuantWarning
-from repquant_fx.frontends.capture import AXES, Captured, capture, name_outputs, tensors_in
+from repquant_fx.frontends.capture import AXES, name_outputs, tensors_in
 from repquant_fx.frontends.loading import LoadedModel
 from repquant_fx.passes.base import run_pass, run_passes, shared_copy
 from repquant_fx.passes.fuse_requantization import FuseRequantization
@@ -60,33 +59,9 @@ def recipe(family: Family) -> Recipe:
     return Recipe(wbits=6, abits=6, layers=tuple(LayerRule(glob, skip=True) for glob in family.float_modules), **PLAIN)
 
 
-def keywords(inputs: Inputs) -> list[str] | None:
-    return None if list(inputs) == ["x"] else list(inputs)
-
-
 def batches(family: Family) -> list[tuple[Tensor, ...]]:
     """Of different sizes, none that of the example."""
     return [tuple(family.inputs(size, 9, seed).values()) for size, seed in ((4, 1), (3, 2))]
-
-
-@functools.cache
-def model(name: str) -> nn.Module:
-    return FAMILIES[name].model()
-
-
-@functools.cache
-def captured(name: str) -> Captured:
-    family = FAMILIES[name]
-    example = family.inputs(2, 7, 0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", RepQuantWarning)
-        return capture(
-            model(name),
-            list(example.values()),
-            input_names=keywords(example),
-            dynamic_axes=family.free(list(example)),
-            outputs=family.outputs,
-        )
 
 
 @functools.cache

@@ -7,10 +7,11 @@ from collections import Counter
 
 import pytest
 import torch
-from families.models import FAMILIES, Family
+from captures import captured, keywords
+from models import FAMILIES
 from torch.fx import GraphModule
 
-from repquant_fx.frontends.capture import capture, tensors_in
+from repquant_fx.frontends.capture import tensors_in
 from repquant_fx.passes.base import run_passes, shared_copy
 from repquant_fx.passes.normal_form import normalize
 from repquant_fx.passes.rotate_vectors import RotateVectors
@@ -48,24 +49,11 @@ EXPECTED = {
 }
 
 
-def captured(family: Family) -> tuple[GraphModule, list[torch.Tensor]]:
-    inputs = family.inputs(2, 12, 0)
-    names = [n for n in inputs if n != "x"] or None
-    found = capture(
-        family.model(),
-        tuple(inputs.values()),
-        input_names=names,
-        dynamic_axes=family.free(list(inputs)),
-        outputs=family.outputs,
-    )
-    graph_module = normalize(found.graph_module)
-    other = family.inputs(3, 12, 1)
-    return graph_module, [other[n] for n in found.input_names] if names else list(other.values())
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_rotations_are_identities_that_add_no_operator(name: str) -> None:
-    graph_module, inputs = captured(FAMILIES[name])
+    found = captured(name)
+    graph_module, other = normalize(shared_copy(found.graph_module)), FAMILIES[name].inputs(3, 12, 1)
+    inputs = list(other.values()) if keywords(other) is None else [other[n] for n in found.input_names]
     with torch.no_grad():
         before = tensors_in(graph_module(*inputs))
     operators = Counter(n.target for n in graph_module.graph.nodes if n.op == "call_function")
