@@ -75,16 +75,5 @@ class _Computed:
 
 def _call(node: Node) -> tuple[Any, ...]:
     """A node's operator and arguments, its inputs by their places among them."""
-    places = {each: index for index, each in enumerate(node.all_input_nodes)}
-    arguments = torch.fx.map_arg((node.args, node.kwargs), lambda each: _Place(places[each]))
-    return node.op, node.target, repr(arguments)
-
-
-class _Place:
-    """Stands for an input."""
-
-    def __init__(self, index: int) -> None:
-        self._index = index
-
-    def __repr__(self) -> str:
-        return f"input {self._index}"
+    places = {each: f"%{index}" for index, each in enumerate(node.all_input_nodes)}
+    return node.op, node.target, repr(torch.fx.map_arg((node.args, node.kwargs), lambda each: places[each]))

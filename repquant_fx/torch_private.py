@@ -306,7 +306,7 @@ def quick_translation() -> Iterator[None]:
         return program if _is_decomposed(program, translated) else decompose(program, registry)
 
     ONNXRegistry.from_torchlib = staticmethod(remembered)  # type: ignore[method-assign,assignment]
-    _fx_passes.decompose_with_registry = where_needed
+    _fx_passes.decompose_with_registry = where_needed  # type: ignore[assignment]
     try:
         yield
     finally:
