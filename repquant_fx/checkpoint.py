@@ -109,19 +109,42 @@ def open_checkpoint(
         lock.release()
 
 
+def open_cache(work_dir: str | Path | None, digest: str, world: World) -> Checkpoint:
+    """What several compiles share, in a folder of the work directory. It is not locked: whoever writes there writes the
+    same.
+
+    Raises:
+        OutputError: the folder cannot be made.
+    """
+    if work_dir is None:
+        return Checkpoint()
+    folder = Path(work_dir) / digest[:16]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot work in {str(folder)[:200]}: {error.strerror or error}") from error
+    return Checkpoint(folder, world)
+
+
 def fingerprint(graph_module: GraphModule, batches: Sequence[tuple[Tensor, ...]], recipe: Recipe, seed: int) -> str:
     """SHA-256 (hex) of the graph, its constants, the calibration data, the recipe, the seed, and the versions of this
     package and of torch."""
-    digest = hashlib.sha256(json.dumps([VERSION, torch.__version__, recipe.to_dict(), seed], sort_keys=True).encode())
-    for node in graph_module.graph.nodes:
-        digest.update(f"\n{node.format_node()}".encode())
-        if node.op == "get_attr":
-            _update(digest, attribute(graph_module, node))
+    digest = graph_digest(graph_module, recipe.to_dict(), seed)
     for batch in batches:
         digest.update(b"\nbatch")
         for tensor in batch:
             _update(digest, tensor)
     return digest.hexdigest()
+
+
+def graph_digest(graph_module: GraphModule, *settings: Any) -> hashlib._Hash:
+    """SHA-256 of a graph, its constants, plain settings, and the versions of this package and of torch."""
+    digest = hashlib.sha256(json.dumps([VERSION, torch.__version__, *settings], sort_keys=True).encode())
+    for node in graph_module.graph.nodes:
+        digest.update(f"\n{node.format_node()}".encode())
+        if node.op == "get_attr":
+            _update(digest, attribute(graph_module, node))
+    return digest
 
 
 def _update(digest: hashlib._Hash, tensor: Tensor) -> None:

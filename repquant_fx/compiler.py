@@ -74,8 +74,8 @@ def compile(
         model: a module, an ExportedProgram, or what the command line takes (a file, a transformers directory, `hf:ID`,
             `timm:NAME`).
         calibration: an image folder, an array or text file, `module:callable`, tensors, or a callable (see
-            `calibration.data`). Where None the example inputs stored in the model file, else made-up inputs, with a
-            warning.
+            `calibration.data`). Where None the example inputs stored in the model file, else inputs synthesised from
+            the model, with a warning.
         recipe: bits and method, or a mapping or file that says them; RepQuant at W8A8 where None.
         arch, input_shape, allow_pickle, task: see `frontends.loading.load_model`.
         example_inputs: what a module is captured with, positional or by name, batch at least 2. Needed for a module
@@ -116,7 +116,7 @@ def compile_model(
     run = run or Run()
     log.start()
     device = devices.usable(run.device)
-    prepared = prepare(source, calibration, recipe)
+    prepared = prepare(source, calibration, recipe, run)
     notes = _notes(source, prepared.graph_module)
     calibrating, held_back = prepared.data.split_held_back(HELD_BACK)
     log.stage("quantize")

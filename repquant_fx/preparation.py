@@ -18,14 +18,16 @@ from repquant_fx import log
 from repquant_fx.calibration.batching import CalibrationSet
 from repquant_fx.calibration.data import load_calibration
 from repquant_fx.calibration.inputs import InputSpec
-from repquant_fx.calibration.text import TEXT_SAMPLES, Tokenization
+from repquant_fx.calibration.text import TEXT_SAMPLES, Tokenization, frame_of
+from repquant_fx.checkpoint import Checkpoint, graph_digest, open_cache
+from repquant_fx.distributed import World
 from repquant_fx.errors import InputError, RepQuantWarning
 from repquant_fx.frontends import huggingface, signature
 from repquant_fx.frontends.capture import Captured, capture
 from repquant_fx.frontends.loading import LoadedModel, load_source
 from repquant_fx.frontends.memory import from_memory
 from repquant_fx.frontends.tokenizer import load_tokenizer
-from repquant_fx.options import Calibration, Source
+from repquant_fx.options import Calibration, Run, Source
 from repquant_fx.passes.base import aten, left_alone, module_path, run_pass
 from repquant_fx.passes.match_sites import MatchSites, Plan
 from repquant_fx.passes.normal_form import normalize
@@ -79,8 +81,10 @@ def match(source: Source, recipe: RecipeLike | None = None) -> Matched:
     return Matched(loaded, captured, graph_module, plan, recipe)
 
 
-def prepare(source: Source, calibration: Calibration, recipe: RecipeLike | None = None) -> Prepared:
-    """Match, and read the calibration data: what every analysis starts from.
+def prepare(
+    source: Source, calibration: Calibration, recipe: RecipeLike | None = None, run: Run | None = None
+) -> Prepared:
+    """Match, and read the calibration data: what every analysis starts from. `run` says where synthesised data is kept.
 
     Raises:
         InputError: the model or the data cannot be used, or there is nothing to quantize.
@@ -92,7 +96,7 @@ def prepare(source: Source, calibration: Calibration, recipe: RecipeLike | None 
         raise InputError("nothing to quantize: the graph has no Linear, convolution or matrix product that the recipe "
                          "does not skip" + (f" ({reasons})" if reasons else ""))
     log.stage("calibration data")
-    return Prepared(**vars(matched), data=_calibration_data(matched.captured, matched.loaded, calibration))
+    return Prepared(**vars(matched), data=_calibration_data(matched, calibration, run or Run()))
 
 
 def load(source: Source) -> LoadedModel:
@@ -128,14 +132,23 @@ def input_specs(captured: Captured, module: nn.Module | None = None) -> list[Inp
     return specs
 
 
-def _calibration_data(captured: Captured, loaded: LoadedModel, calibration: Calibration) -> CalibrationSet:
+def _calibration_data(matched: Matched, calibration: Calibration, run: Run) -> CalibrationSet:
+    loaded, specs = matched.loaded, input_specs(matched.captured, matched.loaded.module)
     text = _tokenization(loaded, calibration.seq_len, calibration.tokenizer)
     samples = calibration.samples
     if samples is None:
         samples = TEXT_SAMPLES if text is not None else IMAGE_SAMPLES
-    return load_calibration(calibration.data, input_specs(captured, loaded.module), preprocessing=loaded.preprocessing,
-                            samples=samples, batch_size=calibration.batch_size, seed=calibration.seed,
-                            example_inputs=loaded.example_inputs if loaded.inputs_are_data else None, text=text)
+    stored = loaded.example_inputs if loaded.inputs_are_data else None
+    none = calibration.data is None and not stored
+    cache = Checkpoint()
+    if none and run.work_dir is not None:
+        settings = [calibration.seed, samples, calibration.batch_size, str(specs), str(loaded.preprocessing),
+                    None if text is None else [text.length, text.causal, str(text.frame)]]
+        digest = graph_digest(matched.graph_module, "synthesised", *settings).hexdigest()
+        cache = open_cache(run.work_dir, digest, World.current() if run.distributed else World())
+    return load_calibration(calibration.data, specs, preprocessing=loaded.preprocessing, samples=samples,
+                            batch_size=calibration.batch_size, seed=calibration.seed, example_inputs=stored, text=text,
+                            model=matched.graph_module if none else None, cache=cache)
 
 
 def _tokenization(loaded: LoadedModel, seq_len: int | None, tokenizer: Any) -> Tokenization | None:
@@ -152,5 +165,6 @@ def _tokenization(loaded: LoadedModel, seq_len: int | None, tokenizer: Any) -> T
         raise InputError(f"--seq-len {seq_len}: expected {expected}")
     if isinstance(tokenizer, (str, Path)):
         tokenizer = load_tokenizer(huggingface.find_directory(str(tokenizer)))
-    return Tokenization(tokenizer if tokenizer is not None else loaded.tokenizer, seq_len or int(ids.shape[1]),
-                        loaded.task == "causal-lm")
+    tokenizer = tokenizer if tokenizer is not None else loaded.tokenizer
+    frame = signature.frame(loaded.module) if tokenizer is None else frame_of(tokenizer)
+    return Tokenization(tokenizer, seq_len or int(ids.shape[1]), loaded.task == "causal-lm", frame)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 from torch.utils.data import DataLoader
 
 from repquant_fx import limits
@@ -38,8 +39,9 @@ from repquant_fx.calibration.images import (
     unreadable_error,
 )
 from repquant_fx.calibration.inputs import Array, InputSpec, in_order, is_mask, with_masks
-from repquant_fx.calibration.synthetic import DEFAULT_LENGTH, made_up
+from repquant_fx.calibration.synthetic import Synthesis, synthesise
 from repquant_fx.calibration.text import TEXT_SUFFIXES, Tokenization, encode
+from repquant_fx.checkpoint import Checkpoint
 from repquant_fx.errors import CalibrationError, RepQuantWarning
 from repquant_fx.files import irregular
 from repquant_fx.progress import progress
@@ -57,15 +59,16 @@ def load_calibration(
     seed: int = 0,
     example_inputs: Sequence[Tensor] | None = None,
     text: Tokenization | None = None,
+    model: GraphModule | None = None,
+    cache: Checkpoint | None = None,
 ) -> CalibrationSet:
     """Load, check and batch calibration data.
 
     Args:
         spec: an image folder; a .npy, .npz, .pt or .safetensors file; a .txt or .jsonl; `module:callable`; a tensor,
             batches or a callable; or None for the example inputs of the model file and, failing those, synthesised
-            inputs. A callable returns or yields
-            a tensor, tuple or dict: all samples at once, or batches. Names are those of the inputs; a mask that is left
-                out is ones.
+            inputs. A callable returns or yields a tensor, tuple or dict: all samples at once, or batches. Names are
+            those of the inputs; a mask that is left out is ones.
         inputs: the model's inputs. A batch dimension that is not None fixes the batch size.
         preprocessing: timm data config of the model, used for image folders only.
         samples: how many to use at most. Of files and arrays a seeded random choice; of an iterator, the first.
@@ -73,6 +76,8 @@ def load_calibration(
         seed: of the choice and the order.
         example_inputs: one tensor per input, batch first.
         text: how a .txt or .jsonl is read, and the length of sequences that are made up.
+        model: takes the inputs in their order; what inputs are synthesised from.
+        cache: where synthesised inputs are kept, and read again.
 
     Returns:
         Batches with the shapes and dtypes of `inputs`; float tensors are finite.
@@ -88,7 +93,9 @@ def load_calibration(
     own = next((s.shape[0] for s in inputs if s.shape and s.shape[0] is not None), None)
     loader = _Loader(list(inputs), preprocessing or None, samples, own or batch_size, bool(own), seed, text)
     if spec is None:
-        return loader.from_examples(example_inputs) if example_inputs else loader.synthesise()
+        if example_inputs:
+            return loader.from_examples(example_inputs)
+        return loader.synthesise(model, cache or Checkpoint())
     if isinstance(spec, (str, Path)):
         return loader.from_text(str(spec))
     if isinstance(spec, (Tensor, np.ndarray, Mapping)):
@@ -241,18 +248,17 @@ class _Loader:
         columns = self._columns(tuple(example_inputs), origin)
         return self._build(columns, range(min(self.samples, self._length(columns, origin))), origin)
 
-    def synthesise(self) -> CalibrationSet:
-        """Made-up inputs: standard normal, or small integers; masks are all ones."""
+    def synthesise(self, model: GraphModule | None, cache: Checkpoint) -> CalibrationSet:
+        """Inputs made from the model, with a warning that says what they are."""
+        how = Synthesis(self.inputs, model, self.preprocessing, self.text, self.batch_size, self.fixed, self.seed)
+        made = synthesise(how, self.samples, cache)
         warnings.warn(
-            "no calibration data: the ranges come from random inputs, and accuracy will suffer; "
-            "give an image folder, a file of arrays or text, or module:callable",
+            f"no calibration data: {made.notes}; give an image folder, a file of arrays or text, or module:callable",
             RepQuantWarning,
             stacklevel=3,
         )
-        generator = torch.Generator().manual_seed(self.seed)
-        length = self.text.length if self.text is not None else DEFAULT_LENGTH
-        columns = [made_up(spec, self.samples, self.preprocessing, generator, length) for spec in self.inputs]
-        result = self._build(columns, range(self.samples), "random inputs (no calibration data was given)")
+        origin = f"{made.origin} (no calibration data was given)"
+        result = self._build(made.columns, range(len(made.columns[0])), origin)
         result.synthetic = True
         return result
 

@@ -131,8 +131,7 @@ class ImageReader:
         self.size = size
         options = {key: preprocessing[key] for key in _TIMM_KEYS if preprocessing.get(key) is not None} \
             if preprocessing else {"crop_pct": 1.0, "interpolation": "bicubic"}
-        for key, default in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
-            options[key] = _per_channel(key, options.get(key, default), size[0], positive=key == "std")
+        options.update(_normalisation(preprocessing, size[0]))
         try:
             self.transform: Callable[[Image], Tensor] = create_transform(input_size=size, is_training=False, **options)
         except Exception as error:
@@ -155,6 +154,23 @@ class ImageReader:
                 return self.transform(_to_channels(image, self.size[0]))
         except Exception as error:
             return Unreadable(path, str(error).splitlines()[0] if str(error) else type(error).__name__)
+
+
+def mean_and_deviation(preprocessing: Mapping[str, Any] | None, channels: int) -> tuple[Tensor, Tensor]:
+    """What pixels in [0, 1] are normalised by, each (channels, 1, 1); ImageNet's where the preprocessing names none.
+
+    Raises:
+        CalibrationError: the preprocessing is invalid.
+    """
+    mean, deviation = (torch.tensor(v).reshape(-1, 1, 1) for v in _normalisation(preprocessing, channels).values())
+    return mean, deviation
+
+
+def _normalisation(preprocessing: Mapping[str, Any] | None, channels: int) -> dict[str, tuple[float, ...]]:
+    """Mean and std, a float a channel."""
+    found = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    found |= {key: preprocessing[key] for key in found if preprocessing and preprocessing.get(key) is not None}
+    return {key: _per_channel(key, value, channels, positive=key == "std") for key, value in found.items()}
 
 
 def read_ahead(function: Callable[[S], R], items: Iterable[S], ahead: int = 64) -> Iterator[R]:

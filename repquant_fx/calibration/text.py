@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from repquant_fx import limits
+from repquant_fx.calibration.drawn_text import NO_FRAME, Frame
 from repquant_fx.errors import CalibrationError, first_line, is_failure
 from repquant_fx.files import irregular
 
@@ -35,11 +36,27 @@ class Tokenization:
         tokenizer: of transformers; None where the model brings none.
         length: tokens of a window, and the most that a line may have.
         causal: running text in windows, instead of lines.
+        frame: the special tokens around sequences that are made up.
     """
 
     tokenizer: Any | None
     length: int
     causal: bool
+    frame: Frame = NO_FRAME
+
+
+def frame_of(tokenizer: Any) -> Frame:
+    """The special tokens that a tokenizer of transformers puts around a text.
+
+    Raises:
+        CalibrationError: it fails on a letter.
+    """
+    special = frozenset(int(i) for i in tokenizer.all_special_ids)
+    ids = _tokenize(tokenizer, "a", Path("(none)"))
+    words = [i for i, token in enumerate(ids) if token not in special]
+    if not words:  # a letter is no word of its vocabulary
+        return Frame(special=special)
+    return Frame(tuple(ids[:words[0]]), tuple(ids[words[-1] + 1:]), special)
 
 
 def check_text_size(path: Path, what: str) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from repquant_fx import limits
+from repquant_fx.calibration.drawn_text import Frame
 from repquant_fx.errors import InputError, first_line
 from repquant_fx.frontends.architectures import BATCH, config_image_shape
 from repquant_fx.frontends.tasks import TASKS, task_of
@@ -65,6 +66,15 @@ def vocabulary(module: object) -> int | None:
     """Number of token ids that a transformers text model knows; None for any other module."""
     size = getattr(_text_config(module), "vocab_size", None) if is_transformers(module) else None
     return size if isinstance(size, int) and size > 0 else None
+
+
+def frame(module: object) -> Frame:
+    """The special tokens that a transformers configuration names; none where it names none."""
+    config, size = _text_config(module) if is_transformers(module) else None, vocabulary(module)
+    ids = {name: getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "cls", "sep")}
+    known = {name: i for name, i in ids.items() if isinstance(i, int) and 0 <= i < (size or 0)}
+    begin, end = (tuple(known[name] for name in names if name in known) for names in (("bos",), ("eos",)))
+    return Frame(begin, end, frozenset(known.values()))
 
 
 def positions(module: object) -> int | None:

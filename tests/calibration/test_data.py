@@ -381,18 +381,18 @@ def test_example_inputs_come_before_made_up_ones():
 
 
 def test_made_up_inputs_warn_and_are_seeded():
-    inputs = [IMAGE, IDS, MASK, InputSpec("flag", (None, None), torch.bool)]
+    inputs = [InputSpec("x", (None, 200), torch.float32), IDS, MASK, InputSpec("flag", (None, None), torch.bool)]
     with pytest.warns(UserWarning, match="accuracy will suffer"):
         found = load(None, inputs, samples=50, batch_size=20)
     assert found.synthetic and sizes(found) == [20, 20, 10]
-    image, ids, mask, flag = (rows(found, i) for i in range(4))
-    assert image.shape == (50, 3, 8, 8) and abs(float(image.mean())) < 0.05 and abs(float(image.std()) - 1) < 0.05
+    noise, ids, mask, flag = (rows(found, i) for i in range(4))
+    assert noise.shape == (50, 200) and abs(float(noise.mean())) < 0.05 and abs(float(noise.std()) - 1) < 0.05
     assert ids.dtype == torch.int64 and len(ids.unique()) > 4 and int(ids.min()) >= 0
     assert bool((mask == 1).all()) and flag.dtype == torch.bool and bool(flag.all())
     with pytest.warns(UserWarning):
         again = load(None, inputs, samples=50, batch_size=20)
         other = load(None, inputs, samples=50, batch_size=20, seed=1)
-    assert torch.equal(image, rows(again)) and not torch.equal(image, rows(other))
+    assert torch.equal(noise, rows(again)) and not torch.equal(noise, rows(other))
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------

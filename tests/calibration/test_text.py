@@ -99,7 +99,7 @@ def test_ids_without_the_images_they_go_with(tmp_path: Path) -> None:
 
 
 def test_made_up_text_spans_the_vocabulary_at_the_asked_length() -> None:
-    with pytest.warns(RepQuantWarning, match="random inputs"):
+    with pytest.warns(RepQuantWarning, match="random tokens"):
         found = load(None, text=Tokenization(None, 11, True), samples=40)
     values = torch.tensor(rows(found))
     assert (

@@ -736,9 +736,12 @@ def test_evaluate_unreadable_image(place: Path, tmp_path: Path, cli) -> None:
 
 
 def test_models_by_name(tmp_path: Path, cli) -> None:
-    """`timm:NAME` without a file, and random data: a warning, and a model."""
-    found = cli("compile", ARCH, "--out", tmp_path / "m.onnx", "--calib-samples", "8", "--no-check", *FAST)
-    assert found.code == 0 and found.err.count("repquant-fx: warning:") == 1 and "no calibration data" in found.err
+    """`timm:NAME` without a file or data: synthesised images, which are kept, a warning, and a model."""
+    options = ("--calib-samples", "8", "--work-dir", tmp_path / "work", "--no-check", *FAST)
+    found = cli("compile", ARCH, "--out", tmp_path / "m.onnx", *options)
+    assert found.code == 0 and found.err.count("repquant-fx: warning:") == 1
+    assert "no calibration data" in found.err and "8 images of dead leaves" in found.err and "W4A4" in found.err
+    assert len(list((tmp_path / "work").glob("*/inputs.safetensors"))) == 1
 
 
 def test_the_fixture_model_is_what_the_encoder_is(place: Path) -> None:

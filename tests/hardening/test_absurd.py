@@ -311,7 +311,7 @@ def test_expressions_of_windows_and_grids_pass() -> None:
 def test_samples_without_end() -> None:
     with pytest.raises(InputError, match="this machine has"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        load_calibration(None, [InputSpec("x", (None, 3, 8, 8), torch.float32)], preprocessing=None, samples=10**12)
+        load_calibration(None, [InputSpec("x", (None, 8), torch.float32)], preprocessing=None, samples=10**12)
 
 
 # ---- images, recipes, paths ------------------------------------------------------------------------------------------
