@@ -5,20 +5,22 @@
 
 Without `--weights` the two committed models are measured. Noise is what the compiler used to make up, standard normal;
 `synthesised` is what it does without `--calib`. Top-1 and SQNR of the logits are of the exported file under ONNX
-Runtime, on `--images` test images. Rows that `--results` already holds are not run again.
+Runtime, on `--images` test images. Several `--seeds` draw other calibration images each, and give mean and standard
+deviation. Rows that `--results` already holds for the same commit are not run again (`results.py`).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accuracy import MODELS, onnx_predictor
+from results import Key, Results, Values, add_options, cell
 from torch import Tensor
 
 from repquant_fx import Recipe, compile
@@ -35,8 +37,8 @@ BITS = [(8, 8), (4, 4)]
 class Bench:
     """A classifier with the images that it is measured on, and data to calibrate it with."""
 
-    def __init__(self, loaded: LoadedModel, options: argparse.Namespace) -> None:
-        self.loaded, self.samples, self.seed = loaded, options.samples, options.seed
+    def __init__(self, loaded: LoadedModel, options: argparse.Namespace, seed: int) -> None:
+        self.loaded, self.samples, self.seed = loaded, options.samples, seed
         shape = tuple(loaded.example_inputs[0].shape[1:])
         self.images = list(labelled_folder(options.data, loaded.preprocessing, shape, 50, options.images, 0))
         self.labels = torch.cat([labels for _, labels in self.images])
@@ -67,28 +69,24 @@ class Bench:
                 "calibration_seconds": result.report["seconds"]["calibration data"]}
 
 
-def run_all(name: str, weights: Path, options: argparse.Namespace) -> None:
-    bench = Bench(load_model(weights, arch=options.arch), options)
+def run_all(name: str, bench: Bench, results: Results) -> None:
     labels = {f"{kind} W{w}A{a}": (kind, w, a) for w, a in BITS for kind in bench.data}
     for label in ("float", *labels):
-        everything = json.loads(options.results.read_text()) if options.results.exists() else {}
-        rows = everything.setdefault(name, {})
-        if label in rows:
-            continue
-        rows[label] = bench.score(bench.expected) if label == "float" else bench.compiled(*labels[label])
-        options.results.parent.mkdir(parents=True, exist_ok=True)
-        options.results.write_text(json.dumps(everything, indent=1) + "\n")
-        print(f"{name:8s} {label:18s} " + " ".join(f"{k} {v:.2f}" for k, v in rows[label].items()), flush=True)
+        run = partial(bench.score, bench.expected) if label == "float" else partial(bench.compiled, *labels[label])
+        found, new = results.measure((name, label), bench.seed, run)
+        if new:
+            figures = " ".join(f"{k} {v:.2f}" for k, v in found.items())
+            print(f"{name:8s} seed {bench.seed} {label:18s} {figures}", flush=True)
 
 
-def table(results: dict[str, Any]) -> str:
-    """Markdown: a row for each kind of data, a pair of columns for each model."""
-    lines = ["| | " + " | ".join(f"{name} top-1 % | {name} SQNR dB" for name in results) + " |",
-             "|---|" + "---:|---:|" * len(results)]
-    for label in dict.fromkeys(label for rows in results.values() for label in rows):
-        found = [rows.get(label) for rows in results.values()]
-        cells = [f" {row['top1']:.2f} | {'' if label == 'float' else format(row['sqnr_db'], '.2f')} " if row else " | "
-                 for row in found]
+def table(rows: dict[Key, dict[int, Values]]) -> str:
+    """Markdown: a row for each kind of data, a pair of columns for each model; mean and spread over the seeds."""
+    names = list(dict.fromkeys(name for name, _ in rows))
+    lines = ["| | " + " | ".join(f"{name} top-1 % | {name} SQNR dB" for name in names) + " |",
+             "|---|" + "---:|---:|" * len(names)]
+    for label in dict.fromkeys(label for _, label in rows):
+        found = [rows.get((name, label)) for name in names]
+        cells = [f" {cell(r, 'top1')} | {'' if label == 'float' else cell(r, 'sqnr_db')} " for r in found]
         lines.append(f"| {label} |" + "|".join(cells) + "|")
     return "\n".join(lines)
 
@@ -101,13 +99,14 @@ def main() -> None:
     parser.add_argument("--arch", help="its architecture, timm:NAME,...; of a safetensors file that does not say")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--images", type=int, default=1000, help="test images (default 1000)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results/data_free.json")
+    add_options(parser, "data_free.json")
     options = parser.parse_args()
+    results = Results(options.results, {"samples": options.samples, "images": options.images}, options.keep)
     if options.calib and options.data:
         for name, path in ({options.weights.stem: options.weights} if options.weights else MODELS).items():
-            run_all(name, path, options)
-    print(table(json.loads(options.results.read_text()) if options.results.exists() else {}))
+            for seed in options.seeds:
+                run_all(name, Bench(load_model(path, arch=options.arch), options, seed), results)
+    print(table(results.rows()))
 
 
 if __name__ == "__main__":
