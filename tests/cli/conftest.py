@@ -1,8 +1,10 @@
-"""Files that the command line is run on, written once a session."""
+"""The command line in this process, and files that it is run on, written once a session."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +12,28 @@ import torch
 from helpers import Encoder, redraw, sequences, vit
 from pictures import ARCH, predictions_of, write_images
 from safetensors.torch import save_file
+
+from repquant_fx.cli import main
+
+
+class Result:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def json(self) -> Any:
+        """The one JSON object on stdout."""
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]):
+    def run(*arguments: object) -> Result:
+        capsys.readouterr()
+        code = main([str(a) for a in arguments])
+        captured = capsys.readouterr()
+        return Result(code, captured.out, captured.err)
+    return run
 
 
 @pytest.fixture(scope="session")

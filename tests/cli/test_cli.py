@@ -32,26 +32,6 @@ from repquant_fx.recipe import CHOICES
 from repquant_fx.runtime import session
 
 
-class Result:
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-    @property
-    def json(self) -> Any:
-        """The one JSON object on stdout."""
-        return json.loads(self.out)
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]):
-    def run(*arguments: object) -> Result:
-        capsys.readouterr()
-        code = main([str(a) for a in arguments])
-        captured = capsys.readouterr()
-        return Result(code, captured.out, captured.err)
-    return run
-
-
 @pytest.fixture
 def refused(cli, tmp_path: Path):
     """Compile must fail with one error that holds all `words`, exit code 2, nothing on stdout, no traceback and no

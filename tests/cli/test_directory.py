@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +47,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_a_text_model_with_its_tokenizer(place: Path, tmp_path: Path) -> None:
+def test_a_text_model_with_its_tokenizer(place: Path, tmp_path: Path, cli) -> None:
     out = tmp_path / "bert-int8"
     arguments = [
         "compile",
@@ -62,15 +59,9 @@ def test_a_text_model_with_its_tokenizer(place: Path, tmp_path: Path) -> None:
         "--report",
         str(out / "report.json"),
     ]
-    found = subprocess.run(
-        [sys.executable, "-m", "repquant_fx", *arguments, "--json", *FAST],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert found.returncode == 0, found.stderr
-    assert json.loads(found.stdout)["out"] == str(out / "model.onnx") and names(tmp_path) == {"bert-int8"}
+    found = cli(*arguments, "--json", *FAST)
+    assert found.code == 0, found.err
+    assert found.json["out"] == str(out / "model.onnx") and names(tmp_path) == {"bert-int8"}
     assert {"config.json", "tokenizer.json", "tokenizer_config.json", "model.onnx", "report.json"} <= names(out)
     assert not any("safetensors" in name for name in names(out))  # neither weights nor their index
     from transformers import AutoConfig, AutoTokenizer

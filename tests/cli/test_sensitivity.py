@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,29 +19,23 @@ from repquant_fx.sensitivity import Sensitivity
 from repquant_fx.sensitivity.analysis import analyse
 
 
-def _cli(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "repquant_fx", *map(str, arguments)], capture_output=True, text=True)
-
-
-
-
 def _source(place: Path) -> list[object]:
     return [place / "weights.safetensors", "--arch", ARCH, "--calib", place / "images", *FAST]
 
 
-def test_command_sensitivity(place: Path) -> None:
-    result = _cli("sensitivity", *_source(place), "--wbits", 3, "--abits", 4, "--bits", "2,8", "--loss", "kl", "--json")
-    assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout)
+def test_command_sensitivity(place: Path, cli) -> None:
+    result = cli("sensitivity", *_source(place), "--wbits", 3, "--abits", 4, "--bits", "2,8", "--loss", "kl", "--json")
+    assert result.code == 0, result.err
+    found = result.json
     assert found["loss"] == "kl" and {tuple(sorted(r["damage"])) for r in found["ranking"] if not r["pinned"]} == {
         ("2", "3", "8"),
         ("2", "4", "8"),
     }
 
 
-def test_command_search_then_compile(place: Path, tmp_path: Path) -> None:
+def test_command_search_then_compile(place: Path, tmp_path: Path, cli) -> None:
     out = tmp_path / "mixed.yaml"
-    result = _cli(
+    result = cli(
         "search",
         *_source(place),
         "--out",
@@ -58,12 +50,12 @@ def test_command_search_then_compile(place: Path, tmp_path: Path) -> None:
         8,
         "--json",
     )
-    assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout)
+    assert result.code == 0, result.err
+    found = result.json
     assert found["recipe"] == Recipe.from_file(out).to_dict() and yaml.safe_load(out.read_text())["gptq"] is False
     assert any(t["accepted"] for t in found["trials"]) and found["bits_per_weight"] < 8
-    compiled = _cli("compile", *_source(place)[:5], "--recipe", out, "--out", tmp_path / "model.onnx")
-    assert compiled.returncode == 0, compiled.stderr
+    compiled = cli("compile", *_source(place)[:5], "--recipe", out, "--out", tmp_path / "model.onnx")
+    assert compiled.code == 0, compiled.err
 
 
 def test_command_search_says_where_it_falls_back(

@@ -123,8 +123,15 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("loss", ["error", "kl"])
-@pytest.mark.parametrize("name", MODELS)
+# a window's truth takes ten times as long as any other, so one of its losses is for whoever asks for slow tests
+CASES = [
+    pytest.param(name, loss, marks=pytest.mark.slow if (name, loss) == ("swin", "kl") else ())
+    for name in MODELS
+    for loss in ("error", "kl")
+]
+
+
+@pytest.mark.parametrize("name, loss", CASES)
 def test_ranks_as_brute_force(name: str, loss: str) -> None:
     """At equal bits and over all bits; and the damage is right, not the order alone."""
     make, data = MODELS[name]
