@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import onnx
 import torch
-from onnxscript import INT64
+from onnxscript import DOUBLE, FLOAT, INT8, INT16, INT32, INT64, UINT8
 from onnxscript import opset21 as op
 from onnxscript.values import Op, Opset
 
 from repquant_fx.exporters.functions import DOMAIN, VERSION
+
+AnyNumber = TypeVar("AnyNumber", bound=UINT8 | INT8 | INT16 | INT32 | INT64 | FLOAT | DOUBLE)
+NARROW = {onnx.TensorProto.UINT8, onnx.TensorProto.INT8, onnx.TensorProto.INT16}
 
 
 def _local(name: str, value: str, attributes: list[str]) -> Op:
@@ -74,6 +77,14 @@ def rms_norm(x: Any, normalized_shape: Any, weight: Any = None, eps: float | Non
     return normalized if weight is None else op.Mul(normalized, weight)
 
 
+def einsum(equation: str, tensors: Sequence[AnyNumber], path: Any = None) -> Any:
+    """Einsum-12; ONNX Runtime has none of narrow integers, so these are summed as int64 and wrap around afterwards."""
+    dtype = tensors[0].dtype
+    if dtype not in NARROW:
+        return op.Einsum(*tensors, equation=equation)
+    return op.Cast(op.Einsum(*(op.Cast(t, to=INT64.dtype) for t in tensors), equation=equation), to=dtype)
+
+
 def reshape(x: Any, shape: Sequence[INT64]) -> Any:
     """Reshape-21 in which a size of 0 is 0, as in torch, and not that of the input."""
     sizes: list[Any] = []
@@ -94,5 +105,6 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         operators.log2_softmax.default: log2_softmax,
         operators.log2_quantize.default: log2_quantize,
         torch.ops.aten.rms_norm.default: rms_norm,
+        torch.ops.aten.einsum.default: einsum,
         torch.ops.aten.reshape.default: reshape,
     }

@@ -13,9 +13,20 @@ from torch.fx import GraphModule, Node
 
 from repquant_fx.errors import PassError
 from repquant_fx.naming import PATCHES, TRANSPOSED
+from repquant_fx.ops import hold
 from repquant_fx.passes.base import Pass, aten, attribute, constant_node, copy_meta, is_constant, is_tensor, shape_of
 from repquant_fx.passes.metadata import refresh_metadata
-from repquant_fx.passes.operators import CONVOLUTIONS, GLOBAL_POOLS, IDENTITIES, PADS, VIEWS
+from repquant_fx.passes.operators import (
+    ASSERTIONS,
+    BOUNDS,
+    CONVOLUTIONS,
+    GLOBAL_POOLS,
+    IDENTITIES,
+    PADS,
+    ROUNDINGS,
+    SQUEEZES,
+    VIEWS,
+)
 from repquant_fx.passes.spec import CANONICAL
 
 
@@ -37,7 +48,9 @@ class Canonicalize(Pass):
 
     def _rewrite(self, graph_module: GraphModule, node: Node) -> bool:
         target = node.target
-        if target is aten._assert_tensor_metadata.default:
+        if target is aten._assert_scalar.default and not _is_bound(node.args[0]):
+            node.target = hold
+        elif target in ASSERTIONS:
             graph_module.graph.erase_node(node)
         elif target in IDENTITIES or self._does_nothing(node):
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
@@ -71,6 +84,8 @@ class Canonicalize(Pass):
             self._to_matmul(graph_module, node)
         elif target is aten.copy.default:
             self._copy_to_expand(graph_module, node)
+        elif target in SQUEEZES and _other_sizes(node):
+            node.target, node.args = aten.squeeze.dims, (node.args[0], _ones(node))
         elif target is aten.einsum.default:
             return _einsum_to_matmul(graph_module, node)
         elif target in GLOBAL_POOLS and all(size == 1 for size in node.args[1]):  # type: ignore[union-attr]
@@ -91,6 +106,10 @@ class Canonicalize(Pass):
             aten.type_as.default,
         ):
             return source.meta["val"].dtype == node.meta["val"].dtype
+        if node.target in SQUEEZES:
+            return len(shape_of(source)) == len(shape_of(node))
+        if node.target in ROUNDINGS:
+            return not source.meta["val"].is_floating_point()  # ONNX rounds no integers
         if node.target in PADS:
             return all(isinstance(p, int) and p == 0 for p in node.args[1])  # type: ignore[union-attr]
         if node.target is aten.roll.default:
@@ -221,6 +240,30 @@ def _einsum_to_matmul(graph_module: GraphModule, node: Node) -> bool:
     node.replace_all_uses_with(new[-1])
     graph.erase_node(node)
     return True
+
+
+def _is_bound(condition: Any) -> bool:
+    """Whether a check of a traced program only limits a size. Where that size follows from values, the limit is the
+    size of the example, and wrong beyond it.
+    """
+    return isinstance(condition, Node) and condition.target in BOUNDS
+
+
+def _squeezed(node: Node) -> list[int]:
+    """The axes that a squeeze names, or all."""
+    rank = len(shape_of(_n(node.args[0])))
+    given: Any = node.args[1] if len(node.args) > 1 else list(range(rank))
+    return [axis % rank for axis in ([given] if isinstance(given, int) else given)]
+
+
+def _ones(node: Node) -> list[int]:
+    """Those of them that torch squeezes: ONNX would take the others for an error, or for 1 where they happen to be."""
+    sizes = shape_of(_n(node.args[0]))
+    return [axis for axis in _squeezed(node) if isinstance(sizes[axis], int) and sizes[axis] == 1]
+
+
+def _other_sizes(node: Node) -> bool:
+    return is_tensor(node.args[0]) and _ones(node) != _squeezed(node)
 
 
 def _is_bias(added: Any, node: Node) -> bool:

@@ -31,6 +31,8 @@ IDENTITIES = {
     aten.clone.default, aten.alias.default, aten.detach.default, aten.detach_.default, aten.contiguous.default,
     aten.dropout.default, aten.lift_fresh_copy.default, aten.feature_dropout.default,
 }
+ASSERTIONS = {aten._assert_tensor_metadata.default, aten._assert_scalar.default}
+BOUNDS = {operator.ge, operator.gt, operator.le, operator.lt}
 VIEWS = {aten.view.default, aten._unsafe_view.default}
 
 # ---- what only moves elements ----------------------------------------------------------------------------------------
@@ -63,6 +65,8 @@ ELEMENT_WISE = {
     aten.tanh.default, aten.neg.default, aten.hardswish.default, aten.leaky_relu.default, aten.exp.default,
     aten.mul.Tensor, aten.mul.Scalar, aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.div.Tensor,
 }
+SQUEEZES = {aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
+ROUNDINGS = {aten.round.default, aten.round.decimals, aten.floor.default, aten.ceil.default, aten.trunc.default}
 # whether it takes a shift along, too: sum(x + s) is not sum(x) + s
 REDUCTIONS = {aten.mean.dim: True, aten.amax.default: True, aten.sum.dim_IntList: False}
 # over these axes, where they pool to one value

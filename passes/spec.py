@@ -20,6 +20,7 @@ from torch.fx import GraphModule, Node
 
 from repquant_fx.errors import PassError
 from repquant_fx.passes.operators import (
+    ASSERTIONS,
     CODE_MOVES,
     DEQUANTIZE,
     IDENTITIES,
@@ -30,7 +31,7 @@ from repquant_fx.passes.operators import (
 )
 
 aten = torch.ops.aten
-SPELLED_OTHERWISE = frozenset(IDENTITIES | VIEWS | {aten._assert_tensor_metadata.default})  # in every stage
+SPELLED_OTHERWISE = frozenset(IDENTITIES | VIEWS | ASSERTIONS)  # in every stage
 
 SITE = "site"  # key in the meta data of a slot's node: the name of its site
 FLOAT, CODES = frozenset({torch.float32}), frozenset({torch.uint8})

@@ -150,6 +150,7 @@ class VectorFlow:
                 and isinstance(value, Tensor)
                 and value.dtype == torch.float32
                 and value.ndim
+                and isinstance(value.shape[-1], int)
                 and value.shape[-1] > 1
                 and not all(_is_weight_of(user, node) for user in node.users)
             ):

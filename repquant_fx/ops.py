@@ -16,7 +16,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from repquant_fx.errors import InputError
 from repquant_fx.quantizers import logarithmic, uniform
+
+
+def hold(condition: object, what: str) -> None:
+    """A check in a traced program: that a size which follows from values is the one that it was traced for.
+
+    It is no operator of torch: exporting the graph leaves it out.
+
+    Raises:
+        InputError: it is another size.
+    """
+    if condition is False:  # in a fake run it is symbolic
+        expression = what.partition("expression ")[2].partition(" on node")[0] or what
+        raise InputError(
+            f"the model computes a size from values, and was captured for one size alone ({expression}, of the example "
+            "inputs): other data gives another; give example inputs and calibration data that agree, or take that part "
+            "out of the model"
+        )
+
+
+torch.fx.node.has_side_effect(hold)
 
 
 @torch.library.custom_op("repquant_fx::quantize", mutates_args=())

@@ -8,6 +8,7 @@ rarely, and the output only by float rounding. This is judged.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -30,7 +31,9 @@ from repquant_fx.torch_private import pytree, size_hint
 # of a step: this near to the midpoint of two codes either is right; products of quantized values often lie exactly
 # there
 TIE = 1e-3
+BLIND = 0.25  # of a code: where float rounding of a logit moves it by more, its probability says nothing
 SHARE_LIMIT = 0.005  # of codes that may flip by one at one quantizer, on equal inputs
+UNDERFLOW = 200.0  # a logit so far below the largest has the probability zero
 OUTPUT_LIMIT = 1e-3  # of the largest output, on equal codes
 
 
@@ -113,6 +116,8 @@ def compare(
     for name, node in quantizers.items():
         theirs = codes(internal[name], node, graph_module)
         apart = (step.seen[name] - theirs).abs()
+        if name in step.blind:
+            apart[step.blind[name]] = 0
         differences[name] = CodeDifference(
             share=_share(free.seen[name] != theirs),
             share_step=_share((apart > 0) & ~step.ties[name]), largest_step=int(apart.max()) if apart.numel() else 0)
@@ -221,6 +226,7 @@ class CodeRecorder:
     Attributes:
         seen: codes by site name, int16, of the last run.
         ties: where they may differ, boolean, by site name.
+        blind: where logits of a Softmax are so large that float32 does not tell their codes, boolean, by site name.
     """
 
     def __init__(self, graph_module: GraphModule, quantizers: Mapping[str, Node], given: Mapping[str, Tensor]) -> None:
@@ -228,6 +234,7 @@ class CodeRecorder:
         self.names = {node: name for name, node in quantizers.items()}
         self.seen: dict[str, Tensor] = {}
         self.ties: dict[str, Tensor] = {}
+        self.blind: dict[str, Tensor] = {}
         self._tied: dict[Node, Any] = {}  # ties of codes, carried along with them through layout operators
         moving = (n for n in graph_module.graph.nodes if n.target is QUANTIZE or n.target in CODE_MOVES)
         self._recorder = Recorder(graph_module, [*moving, *self.names], self._visit)
@@ -248,8 +255,20 @@ class CodeRecorder:
         if name is None:
             return value
         self.seen[name] = seen = codes(value, node, self.graph_module)
+        if node.target is LOG2_SOFTMAX:
+            self.blind[name] = self._blind(node)
         self.ties[name] = self._tied[node] if node in self._tied else torch.zeros_like(seen, dtype=torch.bool)
         return self.given.get(name, value)
+
+    def _blind(self, node: Node) -> Tensor:
+        """Where the rounding of a logit and of the largest in its row moves a code. One that is far below the largest,
+        as a masked one is, stays at zero all the same.
+        """
+        logits, _, dim, _, steps = self._recorder.fetch_args_kwargs_from_env(node)[0]
+        x = logits.double()
+        largest = x.amax(dim, keepdim=True)
+        rounding = (x.abs() + largest.abs()) * torch.finfo(torch.float32).eps
+        return (rounding * steps / math.log(2) > BLIND) & (largest - x < 8 * rounding + UNDERFLOW)
 
     def _ties(self, node: Node) -> Tensor:
         """Where the value to quantize lies midway between two codes."""

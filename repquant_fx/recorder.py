@@ -21,6 +21,7 @@ class Recorder(Interpreter):
     ) -> None:
         """`visit` gets a node and its value, and gives the value to go on with."""
         super().__init__(graph_module)
+        self.extra_traceback = False  # what is wrong with the data is said in one line
         self.wanted, self.visit = frozenset(wanted), visit
         self.kept: dict[Node, Any] = {}
 

@@ -12,13 +12,12 @@ from torch.fx import GraphModule, Node
 
 from repquant_fx.checkpoint import Checkpoint
 from repquant_fx.distributed import Tensors, World
-from repquant_fx.errors import CalibrationError
 from repquant_fx.passes.base import module_path, run_passes
 from repquant_fx.passes.equalize_layers import Equalizable, EqualizeLayers, channel_rows, describe, find_equalizable
 from repquant_fx.passes.identity import Probe, values
 from repquant_fx.passes.insert_observers import CHANNEL_SAMPLE
 from repquant_fx.passes.match_sites import Plan, Site
-from repquant_fx.pipeline.observing import merge_observers
+from repquant_fx.pipeline.observing import check_finite, merge_observers
 from repquant_fx.pipeline.padding import Padding
 from repquant_fx.progress import progress
 from repquant_fx.quantizers.clipping import Bounds, search_bounds
@@ -110,13 +109,10 @@ def _channel_bounds(
     merge_observers(list(observers.values()), world)
 
     def search() -> Tensors:
-        bounds = {name: search_bounds(observers[name].sample(), site.bits) for name, site in sites.items()}
-        for name, bound in bounds.items():
-            if not bool(torch.isfinite(bound.low).all() and torch.isfinite(bound.up).all()):
-                raise CalibrationError(
-                    f"the activation at {name} is not finite on the calibration data; check the data and the model's "
-                    "weights"
-                )
+        samples = {name: observers[name].sample() for name in sites}  # with the extremes of all data
+        for name, sample in samples.items():
+            check_finite(sample, name)
+        bounds = {name: search_bounds(samples[name], site.bits) for name, site in sites.items()}
         return {f"{part}.{name}": getattr(bound, part) for name, bound in bounds.items() for part in PARTS}
 
     tensors = world.broadcast(search)

@@ -46,11 +46,19 @@ def observe_group(
             observers[site.name].start(total, numbers, partial(padding.counts, name=site.value.name))
     for values in runner.run(segment.first, segment.stop, list(slots)):
         for slot, site in slots.items():
-            if not bool(torch.isfinite(values[slot]).all()):
-                raise CalibrationError(f"the activation at {site.name} is not finite on the calibration data; "
-                                       "check the data and the model's weights")
+            check_finite(values[slot], site.name)
     merge_observers(list(observers.values()), world)
     return observers
+
+
+def check_finite(values: Tensor, name: str) -> None:
+    """
+    Raises:
+        CalibrationError: a value of the site `name` is infinite or no number.
+    """
+    if not bool(torch.isfinite(values).all()):
+        raise CalibrationError(f"the activation at {name} is not finite on the calibration data; "
+                               "check the data and the model's weights")
 
 
 def merge_observers(observers: Sequence[Observer], world: World) -> None:

@@ -25,6 +25,7 @@ from repquant_fx.passes.match_sites import Group, Plan
 from repquant_fx.passes.rotate_vectors import RotateVectors, Rotation, gain_allows
 from repquant_fx.passes.vector_flow import VectorFlow, head_sizes
 from repquant_fx.passes.vector_spaces import Space, where
+from repquant_fx.pipeline.observing import check_finite
 from repquant_fx.pipeline.padding import find_padding
 from repquant_fx.quantizers.clipping import search_bounds
 from repquant_fx.quantizers.counted import counted_rows, zero_elsewhere
@@ -195,12 +196,13 @@ def _noise(
     graph.
     """
     groups = [g for g in plan.groups if g.kind != "conv"]
-    wanted = {twin.get(s.value, s.value) for g in groups for s in g.sites}
+    wanted = {twin.get(s.value, s.value): s.name for g in groups for s in g.sites}
     rows: dict[Node, list[tuple[Tensor, Tensor | None]]] = {}
     some = [tuple(tensor[:SAMPLES] for tensor in batch) for batch in batches[:BATCHES]]
     padding = find_padding(graph_module, some)
 
     def keep(number: int, node: Node, value: Tensor) -> Tensor:
+        check_finite(value, wanted[node])
         rows.setdefault(node, []).append((value, padding.counts(number, node.name)))
         return value
 

@@ -283,3 +283,82 @@ def test_calibration_data_far_from_zero(recipe: Recipe) -> None:
 def test_how_many_values_are_chosen_may_turn_on_rounding() -> None:
     """The last bits of an exponential are those of its implementation."""
     assert compiled(Around(lambda m, x: (m.fc(x).exp() % 1e-6 > 5e-7).nonzero()), shape=(200, 4)).parity
+
+
+@pytest.mark.parametrize("round_it", [torch.round, torch.floor, torch.ceil, torch.trunc])
+def test_integers_are_round(round_it: Callable[[Tensor], Tensor]) -> None:
+    model = Around(lambda m, x: (lambda y: (y, round_it((10 * y).long())))(m.fc(x)))
+    assert compiled(model).parity
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int8, torch.int32])
+def test_an_einsum_of_narrow_integers(kind: torch.dtype) -> None:
+    """It wraps around as torch's does."""
+    def outer(m: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        small = (x > 0).to(kind) * 100
+        return m.fc(x), torch.einsum("bi,bj->bij", small, small)
+
+    result, x = compiled(Around(outer)), torch.randn(3, 4)
+    found = result.session().run(None, {"x": x.numpy()})[1]
+    assert torch.equal(torch.from_numpy(found), Around(outer)(x)[1])
+
+
+def test_values_chosen_of_a_constant() -> None:
+    """How many is not known when rotations are looked for."""
+    def chosen(m: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        table = m.extra.view(4, 4)
+        return m.fc(x) + table[table > 0].sum(), table[table > 0]
+
+    model = Around(chosen, nn.Parameter(torch.randn(2, 8)))
+    assert compiled(model, Recipe(rotate=("residual",))).parity
+
+
+def test_a_number_of_chosen_values_that_the_program_was_traced_for() -> None:
+    """With no value chosen from the example torch traces a program that holds for none."""
+    def few(m: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        chosen = x[x > 5]
+        torch._check(chosen.shape[0] == 0)
+        return m.fc(x), chosen
+
+    model, x = Around(few), torch.zeros(8, 4)
+    assert compile(model, [x], example_inputs=[x[:2]]).parity
+    for recipe in (Recipe(), Recipe(rotate=("residual",))):
+        with pytest.raises(InputError, match=r"captured for one size alone \(Eq\(u0, 0\)") as caught:
+            compile(model, [x + 9], recipe, example_inputs=[x[:2]])
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("squeeze", [lambda x: x.squeeze(0), lambda x: x.squeeze(), lambda x: x.squeeze((0, 2))])
+def test_a_squeeze_of_an_axis_that_is_longer(squeeze: Callable[[Tensor], Tensor]) -> None:
+    """Torch leaves it, ONNX does not; the batch may be 1 in the file."""
+    model = Around(lambda m, x: (m.fc(x), squeeze(x)))
+    result = compiled(model, shape=(1, 1, 4))
+    assert result.parity
+    for count in (1, 3):
+        x = torch.randn(count, 1, 1, 4)
+        with torch.no_grad():
+            expected = result.graph_module(x)[1]
+        assert tuple(result.session().run(None, {"x": x.numpy()})[1].shape) == expected.shape
+
+
+@pytest.mark.parametrize("recipe", [Recipe(rotate=("residual", "heads")), Recipe(equalize=("values", "query_key"))])
+def test_an_overflow_is_named_by_whatever_sees_it_first(recipe: Recipe) -> None:
+    def overflowing(m: nn.Module, x: Tensor) -> Tensor:
+        v = m.fc(x).half().float()
+        return m.extra(nn.functional.scaled_dot_product_attention(v, v, v))
+
+    x = torch.randn(8, 3, 4) * 1e6
+    with pytest.raises(InputError, match="is not finite on the calibration data"):
+        compile(Around(overflowing, nn.Linear(4, 4)), [x], recipe, example_inputs=[x[:2]])
+
+
+def test_logits_that_float32_cannot_tell_apart() -> None:
+    """Of 1e12 the last bit is 1e5: which probability is the largest turns on the order of a sum."""
+    def attention(m: nn.Module, x: Tensor) -> Tensor:
+        q = m.fc(x)
+        return m.extra(nn.functional.scaled_dot_product_attention(q, q, q))
+
+    torch.manual_seed(0)
+    x = torch.randn(40, 16, 4) * 6e6
+    recipe = Recipe(wbits=2, abits=4, softmax="log2", equalize=("query_key",), correction=False)
+    assert compile(Around(attention, nn.Linear(4, 4)), [x], recipe, example_inputs=[x[:2]]).parity
