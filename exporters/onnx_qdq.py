@@ -20,7 +20,7 @@ from repquant_fx.exporters.packing import PACKED_BITS, pack_weights
 from repquant_fx.exporters.simplify import simplify
 from repquant_fx.exporters.translations import translation_table
 from repquant_fx.exporters.zero_points import add_zero_points
-from repquant_fx.frontends.capture import AXES, quiet_torch
+from repquant_fx.frontends.capture import AXES, distinct, quiet_torch
 from repquant_fx.passes.base import aten, attribute, copy_meta
 from repquant_fx.passes.operators import DEQUANTIZE
 from repquant_fx.torch_private import quick_translation
@@ -65,7 +65,7 @@ def export_onnx(
     """
     copy_outputs(graph_module)
     packed = narrow_weights(graph_module)
-    model = _translate(graph_module, tuple(example_inputs), input_names, output_names, dynamic_shapes)
+    model = _translate(graph_module, distinct(example_inputs), input_names, output_names, dynamic_shapes)
     set_apart(model)
     simplify(model)
     separate_outputs(model, output_names)

@@ -78,7 +78,7 @@ def capture(
             not equal the model.
         InputError: a result on the way that this machine cannot hold.
     """
-    inputs = tuple(example_inputs)
+    inputs = distinct(example_inputs)
     eager: nn.Module
     if isinstance(module, torch.export.ExportedProgram):
         try:
@@ -124,6 +124,11 @@ def capture(
     _check_types(dict(zip(labels, expected)), "output")
     difference = _check_equal(graph_module, inputs, expected)
     return Captured(graph_module, names, labels, difference, any(0 in named for named in axes))
+
+
+def distinct(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The inputs, with a copy of each that stands among them before: torch traces one tensor as one input."""
+    return tuple(t.clone() if any(t is other for other in inputs[:i]) else t for i, t in enumerate(inputs))
 
 
 def _check_equal(graph_module: GraphModule, inputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

@@ -362,3 +362,22 @@ def test_logits_that_float32_cannot_tell_apart() -> None:
     x = torch.randn(40, 16, 4) * 6e6
     recipe = Recipe(wbits=2, abits=4, softmax="log2", equalize=("query_key",), correction=False)
     assert compile(Around(attention, nn.Linear(4, 4)), [x], recipe, example_inputs=[x[:2]]).parity
+
+
+def test_one_tensor_given_for_two_inputs() -> None:
+    """Torch traced it as one, and the model read its second input twice."""
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.fc(x) - 2 * y
+
+    model, x = Two(), torch.randn(2, 4)
+    data, exported = [(torch.randn(8, 4), torch.randn(8, 4))], torch.export.export(model, (x, x.clone()))
+    for source, batches in ((model, data), (exported, [tuple(t[:2] for t in data[0])])):
+        result = compile(source, batches, example_inputs=(x, x))
+        assert result.parity and not result.parity.problems()
+        a, b = batches[0]
+        assert (result.graph_module(a, b) - model(a, b)).norm() < 0.1 * model(a, b).norm()
