@@ -15,6 +15,7 @@ from repquant_fx.errors import PassError
 from repquant_fx.naming import PATCHES, TRANSPOSED
 from repquant_fx.ops import hold
 from repquant_fx.passes.base import Pass, aten, attribute, constant_node, copy_meta, is_constant, is_tensor, shape_of
+from repquant_fx.passes.channel_flow import is_empty
 from repquant_fx.passes.metadata import refresh_metadata
 from repquant_fx.passes.operators import (
     ASSERTIONS,
@@ -22,6 +23,7 @@ from repquant_fx.passes.operators import (
     CONVOLUTIONS,
     GLOBAL_POOLS,
     IDENTITIES,
+    NORMS,
     PADS,
     ROUNDINGS,
     SQUEEZES,
@@ -31,6 +33,10 @@ from repquant_fx.passes.spec import CANONICAL
 
 
 class Canonicalize(Pass):
+    """Values keep their shapes and dtypes; a weight (in, out) becomes (out, in), and the kernel (out, in, h, w) of a
+    convolution whose windows tile its input becomes (out, in * h * w).
+    """
+
     name = "canonicalize"
     needs = "a captured ATen graph with tensor metadata"
     guarantees = "no identities; reshape, linear and softmax in one spelling; the outputs are unchanged"
@@ -106,6 +112,8 @@ class Canonicalize(Pass):
             aten.type_as.default,
         ):
             return source.meta["val"].dtype == node.meta["val"].dtype
+        if node.target in NORMS:
+            return is_empty(node)  # ONNX Runtime normalises no vectors of no elements
         if node.target in SQUEEZES:
             return len(shape_of(source)) == len(shape_of(node))
         if node.target in ROUNDINGS:
@@ -223,6 +231,8 @@ def _einsum_to_matmul(graph_module: GraphModule, node: Node) -> bool:
         left, rows, right, columns, names = right, columns, left, rows, names[::-1]
     if len(columns) != 1 or not rows:
         return False
+    if shape_of(left)[names[0].index(summed[0])] != shape_of(right)[names[1].index(summed[0])]:
+        return False  # an einsum broadcasts what it sums, a MatMul does not
     graph = graph_module.graph
     with graph.inserting_before(node):
         a = graph.call_function(aten.permute.default, (left, [names[0].index(i) for i in (*shared, *rows, *summed)]))
@@ -267,7 +277,7 @@ def _other_sizes(node: Node) -> bool:
 
 
 def _is_bias(added: Any, node: Node) -> bool:
-    """Whether what an addmm adds is one constant an output channel, as a Linear's bias is."""
+    """Whether what an addmm adds is one constant per output channel, as a Linear's bias is."""
     return is_constant(added) and shape_of(added) == shape_of(node)[-1:]
 
 

@@ -18,7 +18,7 @@ aten = torch.ops.aten
 
 
 class FoldFactors(Pass):
-    """`linear(x, W, b) * s` becomes `linear(x, W * s[:, None], b * s)`, for a number s or one an output channel."""
+    """`linear(x, W, b) * s` becomes `linear(x, W * s[:, None], b * s)`, for a number s or one per output channel."""
 
     name = "fold factors"
     needs = "the normal form, with a shape at every Linear"
@@ -58,7 +58,7 @@ def _matches(graph_module: GraphModule) -> Iterator[tuple[Node, Node, Any]]:
 
 
 def _per_channel(product: Node, linear: Node, factor: Any) -> bool:
-    """Whether a factor is one number, or one an output channel.
+    """Whether a factor is one number, or one per output channel.
 
     A number beside another reader is part of an activation that is written out: `0.5 * y * (1 + tanh(y))`.
     """

@@ -66,7 +66,9 @@ class Fused:
 
 
 class FuseRequantization(Pass[Fused]):
-    """Given the `quantizers` of `Lowered`, it makes them anew."""
+    """Makes the `quantizers` of `Lowered` anew. A fused Linear gives (rows, out) in steps of each operand's scale (its
+    weight's float32 scale (out,) is divided by it), and one quantizer of scale 1 turns them into uint8.
+    """
 
     name = "fuse requantization"
     needs = "a graph lowered to Q/DQ"

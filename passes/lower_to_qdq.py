@@ -51,6 +51,10 @@ class Lowered:
 
 
 class LowerToQDQ(Pass[Lowered]):
+    """Activations (float32, any shape) become uint8 codes of that shape and float32 again; weights (out, in) are int8
+    with a float32 scale (out,), biases (out,) int32. A Linear runs on a matrix (rows, in).
+    """
+
     name = "lower to Q/DQ"
     needs = "a quantizer at every site and the integer codes of every quantized weight"
     guarantees = (

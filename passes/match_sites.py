@@ -77,7 +77,9 @@ class Plan:
 
 
 class MatchSites(Pass[Plan]):
-    """Makes the plan."""
+    """Makes the plan: sites are float32 values of any shape that Linears (weight (out, in)), convolutions and MatMuls
+    read; channels are the last axis behind a norm.
+    """
 
     name = "match sites"
     needs = "a canonical graph with tensor metadata"

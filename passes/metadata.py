@@ -6,9 +6,11 @@ operator, its arguments or one of its inputs is another than at the last time.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
@@ -53,24 +55,31 @@ class _Propagation(FakeTensorProp):
 
 
 class _Computed:
-    """What a node's value was computed from.
-
-    Attributes:
-        result: what the nodes that read it get.
-    """
+    """What a node's value was computed from, without keeping a replaced weight in memory."""
 
     def __init__(self, node: Node, sources: tuple[Any, ...], result: Any) -> None:
-        self._call, self._sources, self._value = _call(node), sources, node.meta.get("val")
-        self.result = result
+        self._call, self._value = _call(node), node.meta.get("val")
+        self._sources = tuple(_kept(source) for source in sources)
+        self._result = _kept(result)
+
+    @property
+    def result(self) -> Any:
+        """What the nodes that read it get."""
+        return self._result() if isinstance(self._result, weakref.ref) else self._result
 
     def holds(self, node: Node, sources: tuple[Any, ...]) -> bool:
         """Whether the node would give the same again, and nobody has set its value since."""
         return (
             self._value is node.meta.get("val")
             and len(sources) == len(self._sources)
-            and all(a is b for a, b in zip(sources, self._sources, strict=True))
+            and all(a is (b() if isinstance(b, weakref.ref) else b) for a, b in zip(sources, self._sources))
             and self._call == _call(node)
         )
+
+
+def _kept(value: Any) -> Any:
+    """A fake tensor or a size as it is; a real one by a weak reference."""
+    return weakref.ref(value) if isinstance(value, Tensor) and fake_mode(value) is None else value
 
 
 def _call(node: Node) -> tuple[Any, ...]:

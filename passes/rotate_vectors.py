@@ -32,6 +32,10 @@ class Rotation:
 
 
 class RotateVectors(Pass):
+    """Replaces the float32 constants that write and read vectors of C channels by their products with a matrix (C, C);
+    shapes stay. A norm's gain and bias go into the Linears that read it first.
+    """
+
     name = "rotate vectors"
     needs = "a canonical float graph, and rotations of spaces that `vector_flow` found in it"
     guarantees = "the same outputs; the vectors of the spaces are rotated, the operators are the same"

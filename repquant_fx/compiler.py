@@ -45,7 +45,7 @@ from repquant_fx.pipeline import Quantized, equalize_layers, quantize_sequential
 from repquant_fx.pipeline.padding import find_padding
 from repquant_fx.pipeline.reconstruction import Reconstructed
 from repquant_fx.pipeline.rotation import Trial
-from repquant_fx.preparation import HELD_BACK, Prepared, prepare
+from repquant_fx.preparation import HELD_BACK, Prepared, check_runs, prepare
 from repquant_fx.recipe import RecipeLike
 from repquant_fx.statistics import Statistics
 from repquant_fx.version import VERSION
@@ -117,8 +117,9 @@ def compile_model(
     log.start()
     device = devices.usable(run.device)
     prepared = prepare(source, calibration, recipe, run)
-    notes = _notes(source, prepared.graph_module)
+    notes = [*_notes(source, prepared.graph_module), *filter(None, [prepared.data.notes])]
     calibrating, held_back = prepared.data.split_held_back(HELD_BACK)
+    check_runs(prepared.graph_module, [*calibrating.batches, *held_back.batches])
     log.stage("quantize")
     rewritten = _quantize(prepared, list(calibrating.batches), source, calibration, run, device)
     log.stage("export")

@@ -42,7 +42,7 @@ torch.fx.node.has_side_effect(hold)
 
 @torch.library.custom_op("repquant_fx::quantize", mutates_args=())
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int) -> Tensor:
-    """uint8 codes of `x`. `axis = -1` with a 0-d scale is per tensor; else `scale`, `zero_point` hold one value a
+    """uint8 codes of `x`. `axis = -1` with a 0-d scale is per tensor; else `scale`, `zero_point` hold one value per
     channel.
     """
     return uniform.quantize(x, scale, zero_point.to(x.dtype), bits, axis if scale.ndim else None).to(torch.uint8)

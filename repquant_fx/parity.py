@@ -32,6 +32,7 @@ from repquant_fx.torch_private import pytree, size_hint
 # there
 TIE = 1e-3
 BLIND = 0.25  # of a code: where float rounding of a logit moves it by more, its probability says nothing
+SHAKE = 2.0**-21  # a few roundings of float32
 SHARE_LIMIT = 0.005  # of codes that may flip by one at one quantizer, on equal inputs
 UNDERFLOW = 200.0  # a logit so far below the largest has the probability zero
 OUTPUT_LIMIT = 1e-3  # of the largest output, on equal codes
@@ -40,11 +41,12 @@ OUTPUT_LIMIT = 1e-3  # of the largest output, on equal codes
 @dataclass(frozen=True)
 class CodeDifference:
     """Codes of one quantizer: `share` that differ in a free run; on equal inputs, `share_step` that differ where the
-    value is no tie, and `largest_step` anywhere."""
+    value is no tie, and `largest_step` anywhere; `share_blind` that float32 does not tell, and that are not judged."""
 
     share: float
     share_step: float
     largest_step: int
+    share_blind: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -116,12 +118,15 @@ def compare(
     for name, node in quantizers.items():
         theirs = codes(internal[name], node, graph_module)
         apart = (step.seen[name] - theirs).abs()
-        if name in step.blind:
-            apart[step.blind[name]] = 0
+        blind = step.blind.get(name, torch.zeros_like(apart, dtype=torch.bool))
+        judged_codes = apart[~blind]
         differences[name] = CodeDifference(
-            share=_share(free.seen[name] != theirs),
-            share_step=_share((apart > 0) & ~step.ties[name]), largest_step=int(apart.max()) if apart.numel() else 0)
-    judged = zip(exposed_values[:outputs], forced, _sized(graph_module), strict=True)
+            share=_share(free.seen[name] != theirs), share_step=_share((judged_codes > 0) & ~step.ties[name][~blind]),
+            largest_step=int(judged_codes.max()) if judged_codes.numel() else 0, share_blind=_share(blind))
+    given = exposed_values[:outputs]
+    if any(not each.is_floating_point() for each in forced):
+        given = _where_sure(given, forced, _shaken(graph_module, quantizers, internal, inputs))
+    judged = zip(given, forced, _sized(graph_module), strict=True)
     step_difference = max((_difference(a, b) for a, b, sized in judged if sized), default=0.0)
     return Parity(len(inputs[0]), min(sqnr(a, b) for a, b in zip(found, expected)), step_difference, differences)
 
@@ -132,6 +137,34 @@ def _sized(graph_module: GraphModule) -> list[bool]:
         all(size_hint(size) is not None for size in node.meta["val"].shape)
         for node in pytree.tree_leaves(graph_module.graph.output_node().args[0])
         if isinstance(node, Node)
+    ]
+
+
+@torch.no_grad()
+def _shaken(
+    graph_module: GraphModule, quantizers: Mapping[str, Node], given: Mapping[str, Tensor], inputs: Sequence[Tensor]
+) -> list[Tensor]:
+    """The outputs on the same codes, with every value in between moved by the rounding of float32."""
+    names = {node: name for name, node in quantizers.items()}
+    generator = torch.Generator().manual_seed(0)
+
+    def shake(node: Node, value: Any) -> Any:
+        if node in names:
+            return given[names[node]]
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        signs = torch.randint(0, 2, value.shape, generator=generator).to(value.dtype) * 2 - 1
+        return value * (1 + SHAKE * signs)
+
+    moving = [node for node in graph_module.graph.nodes if node.op == "call_function"]
+    return tensors_in(Recorder(graph_module, moving, shake).run(*inputs))
+
+
+def _where_sure(found: Sequence[Tensor], expected: Sequence[Tensor], shaken: Sequence[Tensor]) -> list[Tensor]:
+    """Outputs that are no floats, such as of comparisons and argmax, count where they do not turn on rounding."""
+    return [
+        f if e.is_floating_point() or f.shape != e.shape or s.shape != e.shape else torch.where(e == s, f, e)
+        for f, e, s in zip(found, expected, shaken, strict=True)
     ]
 
 

@@ -6,12 +6,13 @@ Compiling, the analysis of sensitivity and the preview of a model all start here
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from repquant_fx import log
@@ -21,19 +22,19 @@ from repquant_fx.calibration.inputs import InputSpec
 from repquant_fx.calibration.text import TEXT_SAMPLES, Tokenization, frame_of
 from repquant_fx.checkpoint import Checkpoint, graph_digest, open_cache
 from repquant_fx.distributed import World
-from repquant_fx.errors import InputError, RepQuantWarning
+from repquant_fx.errors import CalibrationError, InputError, RepQuantWarning, first_line
 from repquant_fx.frontends import huggingface, signature
 from repquant_fx.frontends.capture import Captured, capture
 from repquant_fx.frontends.loading import LoadedModel, load_source
 from repquant_fx.frontends.memory import from_memory
 from repquant_fx.frontends.tokenizer import load_tokenizer
 from repquant_fx.options import Calibration, Run, Source
-from repquant_fx.passes.base import aten, left_alone, module_path, run_pass
+from repquant_fx.passes.base import left_alone, module_path, run_pass
 from repquant_fx.passes.match_sites import MatchSites, Plan
 from repquant_fx.passes.normal_form import normalize
+from repquant_fx.passes.operators import PRODUCTS
 from repquant_fx.recipe import LayerRule, Recipe, RecipeLike
 
-CONSUMERS = {aten.linear.default, aten.conv2d.default, aten.matmul.default, aten.bmm.default}
 HELD_BACK = 16  # samples kept out of calibration, to measure on
 IMAGE_SAMPLES = 1024
 
@@ -75,7 +76,7 @@ def match(source: Source, recipe: RecipeLike | None = None) -> Matched:
         graph_module = normalize(captured.graph_module)
         plan = run_pass(graph_module, MatchSites(recipe))
         plan = replace(plan, left_alone=(*plan.left_alone, *left_alone(graph_module)))
-    paths = [module_path(node) for node in graph_module.graph.nodes if node.target in CONSUMERS]
+    paths = [module_path(node) for node in graph_module.graph.nodes if node.target in PRODUCTS]
     for sentence in replace(recipe, layers=given).unmatched(paths):
         warnings.warn(f"the recipe's {sentence}", RepQuantWarning, stacklevel=2)
     return Matched(loaded, captured, graph_module, plan, recipe)
@@ -97,6 +98,24 @@ def prepare(
                          "does not skip" + (f" ({reasons})" if reasons else ""))
     log.stage("calibration data")
     return Prepared(**vars(matched), data=_calibration_data(matched, calibration, run or Run()))
+
+
+def check_runs(graph_module: GraphModule, batches: Iterable[Sequence[Tensor]]) -> None:
+    """Run the captured graph on one batch of each shape.
+
+    Raises:
+        CalibrationError: it does not run.
+    """
+    for batch in {str([t.shape for t in batch]): batch for batch in batches}.values():
+        try:
+            with torch.no_grad():
+                graph_module(*batch)
+        except InputError:
+            raise
+        except Exception as error:
+            shapes, why = ", ".join(str(tuple(t.shape)) for t in batch), first_line(error)
+            raise CalibrationError(f"the model does not run on calibration data of shape {shapes}: {why}; give samples "
+                                   "like the example inputs, and as many of them") from error
 
 
 def load(source: Source) -> LoadedModel:

@@ -25,6 +25,7 @@ class CalibrationSet:
         synthetic: whether they were made up.
         batch_size: wanted size; 0 stands for that of the first batch.
         fixed_batch: the model takes batches of `batch_size` only.
+        notes: what a person must know of data that was made up, in words.
     """
 
     batches: list[Batch]
@@ -32,6 +33,7 @@ class CalibrationSet:
     synthetic: bool
     batch_size: int = 0
     fixed_batch: bool = False
+    notes: str = ""
 
     @property
     def samples(self) -> int:

@@ -259,7 +259,7 @@ class _Loader:
         )
         origin = f"{made.origin} (no calibration data was given)"
         result = self._build(made.columns, range(len(made.columns[0])), origin)
-        result.synthetic = True
+        result.synthetic, result.notes = True, made.notes
         return result
 
     def _build(self, columns: Sequence[Array], order: Sequence[int], origin: str) -> CalibrationSet:

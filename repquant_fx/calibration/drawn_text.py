@@ -46,7 +46,7 @@ def affordable(samples: int, length: int, flops: float) -> tuple[int, int]:
     ((128, 128), (19, 64))
     """
     length = min(length, LONGEST)
-    while (count := int(BUDGET / (flops * length * length / 2))) < min(samples, ENOUGH) and length > SHORTEST:
+    while (count := int(BUDGET / (max(flops, 1.0) * length * length / 2))) < min(samples, ENOUGH) and length > SHORTEST:
         length = max(SHORTEST, length // 2)
     return min(samples, max(FEWEST, count)), length
 

@@ -28,7 +28,7 @@ from repquant_fx.calibration.images import DEFAULT_SIDE, mean_and_deviation
 from repquant_fx.calibration.inputs import InputSpec, is_mask
 from repquant_fx.calibration.text import Tokenization
 from repquant_fx.checkpoint import Checkpoint
-from repquant_fx.errors import CalibrationError, first_line
+from repquant_fx.errors import CalibrationError, InputError, first_line
 from repquant_fx.frontends.capture import tensors_in
 
 DEFAULT_LENGTH = 16
@@ -117,6 +117,8 @@ def _images_alone(how: Synthesis, samples: int, generator: torch.Generator) -> S
     images, made = _plain(spec, how, samples, generator), f"{samples} images of dead leaves"
     try:
         moved = _moved(how, images, generator)
+    except InputError:
+        raise
     except Exception as error:  # whatever runs backwards through a stranger's model
         reason = f"not moved towards the model's classes ({first_line(error)})"
         return Synthesised([images], made, f"the ranges come from {made}, {reason}, and accuracy may suffer")
@@ -144,6 +146,8 @@ def _own_text(how: Synthesis, spec: InputSpec, samples: int, generator: torch.Ge
     """Sequences that a causal language model draws itself."""
     try:
         ids = _drawn(how, spec, samples, generator)
+    except InputError:
+        raise
     except Exception as error:  # see `_images_alone`
         columns = [_plain(each, how, samples, generator) for each in how.inputs]
         reason = f"nothing could be drawn from the model ({first_line(error)})"

@@ -142,6 +142,9 @@ def _check_equal(graph_module: GraphModule, inputs: Sequence[Tensor], expected: 
             outputs = tensors_in(graph_module(*inputs))
     except Exception as error:
         raise CaptureError(f"the captured graph does not run on the example inputs: {_first_line(error)}") from error
+    if len(outputs) != len(expected):
+        raise CaptureError(f"the captured graph gives {len(outputs)} tensors where the model gives {len(expected)}: it "
+                           "may return one that it writes into")
     difference = max((_difference(e, o) for e, o in zip(expected, outputs, strict=True)), default=0.0)
     if not difference < 1e-3:
         raise CaptureError(f"the captured graph does not equal the model: relative difference {difference:.3g}; "

@@ -93,7 +93,7 @@ class _Walk:
             if node.op in ("call_function", "call_module") and any(n in self.counts for n in node.all_input_nodes):
                 try:
                     result = self._through(node)
-                except _Unknown:
+                except (_Unknown, RuntimeError, NotImplementedError):  # a size, or an operator that takes no booleans
                     result = None
                 if isinstance(result, Tensor) and not any(result is known for known in distinct):
                     result = _narrowed(result.reshape((1,) * (len(shape_of(node)) - result.ndim) + result.shape))

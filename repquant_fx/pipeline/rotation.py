@@ -35,7 +35,7 @@ from repquant_fx.quantizers.weight import chosen_grid
 from repquant_fx.recipe import ROTATE, Recipe
 from repquant_fx.recorder import Recorder
 
-BATCHES, SAMPLES = 4, 16  # of the calibration data that a trial runs, and of each batch
+BATCHES = 2  # of the calibration data that a trial runs
 ROWS = 1024  # of a layer's input that it looks at
 PRODUCTS = 4  # samples of each batch, of an attention product
 
@@ -198,7 +198,7 @@ def _noise(
     groups = [g for g in plan.groups if g.kind != "conv"]
     wanted = {twin.get(s.value, s.value): s.name for g in groups for s in g.sites}
     rows: dict[Node, list[tuple[Tensor, Tensor | None]]] = {}
-    some = [tuple(tensor[:SAMPLES] for tensor in batch) for batch in batches[:BATCHES]]
+    some = batches[:BATCHES]  # whole: a model may take no fewer samples
     padding = find_padding(graph_module, some)
 
     def keep(number: int, node: Node, value: Tensor) -> Tensor:

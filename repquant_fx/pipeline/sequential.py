@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -161,7 +161,7 @@ def _quantize_group(state: _State, segment: Segment, group: Group, name: str) ->
     if group.kind != "matmul":
         weights = _choose_weights(state, segment, group, statistics) if restored is None else dict(restored.weights)
         if state.recipe.reconstruct:
-            state.result.latents |= {c: attribute(state.graph_module, c.args[1]) for c in weights}  # type: ignore[arg-type]
+            state.result.latents |= {c: attribute(state.graph_module, cast(Node, c.args[1])) for c in weights}
         run_passes(state.graph_module, [InstallDecision(group, Decision(weights=weights))])
     state.result.weights |= {c: chosen.weight for c, chosen in weights.items()}
     state.result.errors |= {c: chosen.errors for c, chosen in weights.items() if chosen.errors is not None}

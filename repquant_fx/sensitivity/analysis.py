@@ -14,7 +14,7 @@ from repquant_fx.passes.base import run_passes
 from repquant_fx.passes.insert_observers import InsertObservers
 from repquant_fx.pipeline import equalize_layers
 from repquant_fx.pipeline.padding import find_padding
-from repquant_fx.preparation import HELD_BACK, Prepared, prepare
+from repquant_fx.preparation import HELD_BACK, Prepared, check_runs, prepare
 from repquant_fx.progress import progress
 from repquant_fx.recipe import Recipe
 from repquant_fx.security.escape import printable
@@ -138,6 +138,7 @@ def analyse(
     tried = {WEIGHTS: _checked(weight_choices), ACTIVATIONS: _checked(activation_choices)}
     graph_module, plan = prepared.graph_module, prepared.plan
     batches = list(prepared.data.split_held_back(HELD_BACK)[0].batches)
+    check_runs(graph_module, batches)
     padding = find_padding(graph_module, batches)
     plan = equalize_layers(graph_module, plan, batches, recipe, padding=padding)
     run_passes(graph_module, [InsertObservers(plan, len(batches))])

@@ -381,3 +381,32 @@ def test_one_tensor_given_for_two_inputs() -> None:
         assert result.parity and not result.parity.problems()
         a, b = batches[0]
         assert (result.graph_module(a, b) - model(a, b)).norm() < 0.1 * model(a, b).norm()
+
+
+def test_a_norm_over_no_channels_beside_a_linear() -> None:
+    model = Around(lambda m, x: (m.fc(x), nn.functional.layer_norm(x[..., :0], (0,))))
+    assert compiled(model).parity
+
+
+def test_fewer_samples_than_the_model_needs() -> None:
+    """A row is chosen that no batch of the calibration data has."""
+    model, x = Around(lambda m, x: m.fc(x) * x[torch.tensor([20])].mean()), torch.randn(32, 4)
+    with pytest.raises(InputError, match=r"does not run on calibration data of shape \(6, 4\)"):
+        compile(model, [x[:8]], Recipe(rotate=("residual",)), example_inputs=[x])
+
+
+def test_an_einsum_that_broadcasts_what_it_sums() -> None:
+    for wide, narrow in (((4, 8), (1, 5)), ((4, 1), (8, 5))):
+        weight = nn.Parameter(torch.randn(narrow))
+        model = Around(lambda m, x, w=weight, n=wide[1]: torch.einsum("bi,ij->bj", m.fc(x).repeat(1, 2)[:, :n], w))
+        model.weight = weight
+        assert compiled(model).parity
+
+
+def test_what_is_decided_from_floats_may_turn_on_rounding() -> None:
+    """Hardswish is 0 up to -3, and there the last bit decides; a decision that is clear is judged."""
+    def decide(m: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = m.fc(x)
+        return y, (nn.functional.hardswish(y - y.detach() - 3) > 0) & (y > 0)
+
+    assert compiled(Around(decide), shape=(64, 4)).parity
