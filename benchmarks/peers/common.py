@@ -36,7 +36,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the scripts beside this folder
+sys.path.append(str(Path(__file__).parents[1]))  # the scripts beside this folder
 
 from accuracy import MODELS, Bench, bits_of
 from results import Key, Results, Values, add_options, cell, git

@@ -101,11 +101,23 @@ def check(command: Command, block: Block, capsys: pytest.CaptureFixture[str]) ->
                 Path(command.output).write_text(said.out, encoding="utf-8")
 
 
+def with_neighbours(script: Path) -> set[Path]:
+    """A script, and those beside it or above it that it imports: some options are shared."""
+    found, pending = set[Path](), [script]
+    while pending:
+        path = pending.pop()
+        found.add(path)
+        names = re.findall(r"^from (\w+) import", path.read_text(encoding="utf-8"), re.MULTILINE)
+        candidates = [folder / f"{name}.py" for name in names for folder in (path.parent, path.parents[1])]
+        pending += [each for each in candidates if each.is_file() and each not in found]
+    return found
+
+
 def check_other(name: str, arguments: list[str]) -> None:
     """What a sample names exists: scripts and their options, extras, targets of make."""
     assert name in ELSEWHERE, f"unknown command {name}"
     if name == "python" and arguments[0] != "-m":
-        script = (ROOT / arguments[0]).read_text(encoding="utf-8")
+        script = "".join(path.read_text(encoding="utf-8") for path in with_neighbours(ROOT / arguments[0]))
         missing = [
             a for a in arguments[1:] if a.startswith("--") and f'"{a}"' not in script and "--{name}" not in script
         ]

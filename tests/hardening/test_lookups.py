@@ -18,8 +18,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import language
 import pytest
+from language import make as make_language_model
 from torch import Tensor, nn
 
 from repquant_fx.errors import ModelFileError
@@ -194,7 +194,7 @@ class Mark:
 
 @pytest.mark.parametrize("name", ["bert", "llama", "opt", "vit", "clip"])
 def test_no_attribute_of_a_file_reaches_a_model_of_transformers(name: str) -> None:
-    model = language.make(name)
+    model = make_language_model(name)
     tensors = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     for module in model.modules():
         state, own = vars(module), vars(nn.Module())
