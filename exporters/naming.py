@@ -77,7 +77,7 @@ def name_by_module(model: ir.Model) -> None:
 
 
 def name_axes(model: ir.Model, names: Sequence[Mapping[int, str]]) -> None:
-    """Call the symbolic axes of the inputs by `names`, one mapping from axis to name an input, and their symbols so
+    """Call the symbolic axes of the inputs by `names`, one mapping from axis to name per input, and their symbols so
     everywhere.
     """
     graph = model.graph

@@ -1,8 +1,8 @@
 """Fold: what is computed from parameters and buffers alone becomes a constant, so that matchers see constants.
 
 A bias put together from parts (BEiT's q and v biases around zeros), `1 + weight` of an RMS norm, a relative position
-bias looked up
-in its table: each is one tensor afterwards, under the name of what it came from where that is one tensor.
+bias looked up in its table: each is one tensor afterwards, under the name of what it came from where that is one
+tensor.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Where whole channel vectors go: one dataflow analysis for every rotation that a graph's constants can absorb.
+"""Where whole channel vectors go: one dataflow analysis for every rotation that a graph's constants can take in.
 
 `channel_flow` follows single channels, which is enough for a factor. A rotation mixes the channels of a vector, so it
 passes only operators that keep the vector together: token selection, windows, residual additions, concatenation along
 tokens, a norm. All values that such operators join live in one *space*, and one orthogonal matrix R serves it: what
-writes into the space (a Linear, an embedding, a constant) absorbs R in its rows, what reads it (a Linear) absorbs the
-inverse in its columns. Whatever else meets a vector of a space fixes that space, with the reason.
+writes into the space (a Linear, an embedding, a constant) takes R into its rows, what reads it (a Linear) takes the
+inverse into its columns. Whatever else meets a vector of a space fixes that space, with the reason.
 
 Each element of a value carries the number of the vector it belongs to and its channel there; operators that only move
 elements are run on these numbers, so that splits, windows and merged patches need no rule of their own.

@@ -28,7 +28,7 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int 
 
     Args:
         x: any shape.
-        scale, zero_point: scalars, or one value a channel of `axis`; the zero point holds integers in a float tensor.
+        scale, zero_point: scalars, or one value per channel of `axis`; the zero point holds integers in a float tensor.
         bits: 1 to 16.
     """
     s, z = _along(scale, x, axis), _along(zero_point, x, axis)

@@ -160,7 +160,7 @@ def test_a_module_without_tensors_that_is_called_as_the_slots_are() -> None:
     assert compiled(model, shape=(3, 4)).parity
 
 
-def test_layers_in_double_precision_absorb_nothing() -> None:
+def test_layers_in_double_precision_take_in_nothing() -> None:
     """Beside layers that do."""
 
     def use(m: nn.Module, x: Tensor) -> Any:
