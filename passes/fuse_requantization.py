@@ -1,7 +1,7 @@
 """Let a Linear write the integer codes of the attention operands that read it.
 
 `Linear -> reshape, split, permute, times 1/sqrt(d) -> quantize` runs, as written, as an integer product with a float
-result that is moved about and quantized afterwards, once per operand. Layout operators commute with quantization, and so
+result that is moved about and quantized later, once per operand. Layout operators commute with quantization, and so
 does a constant factor. The operands' scales and zero points go into the Linear instead: row r of the weight's scale is
 divided by the scale of the operand that row feeds. Then *one* quantization with scale 1 right behind the Linear gives
 every operand's codes, ONNX Runtime fuses it into the integer product, and a quarter of the bytes is moved about.
