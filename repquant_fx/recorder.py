@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 from torch.fx import Interpreter, Node
+
+from repquant_fx.errors import CalibrationError, first_line
+
+OUTSIDE = re.compile(r"out of (bounds|range)")
+
+
+@contextmanager
+def naming(node: Node) -> Iterator[None]:
+    """An index that the data leads beyond a tensor is the data's fault, and says where.
+
+    Raises:
+        CalibrationError: in place of torch's error.
+    """
+    try:
+        yield
+    except (RuntimeError, IndexError) as error:
+        if not OUTSIDE.search(str(error)):
+            raise
+        raise CalibrationError(f"{node.name} does not run on this data: "
+                               f"{first_line(error)}; give samples like the example inputs") from error
 
 
 class Recorder(Interpreter):
@@ -30,7 +52,8 @@ class Recorder(Interpreter):
         return super().run(*args, **options)
 
     def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
+        with naming(n):
+            value = super().run_node(n)
         if n not in self.wanted:
             return value
         if self.visit is not None:

@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from repquant_fx.offload import Values, cuts_of
 from repquant_fx.pipeline.segments import between
+from repquant_fx.recorder import naming
 
 
 class SegmentRunner:
@@ -63,7 +64,8 @@ class SegmentRunner:
             for parent in node.all_input_nodes:
                 if parent.op == "get_attr" and parent not in env:
                     env[parent] = interpreter.run_node(parent)
-            env[node] = interpreter.run_node(node)
+            with naming(node):
+                env[node] = interpreter.run_node(node)
             self.node_executions += 1
             for parent in node.all_input_nodes:
                 remaining[parent] -= 1

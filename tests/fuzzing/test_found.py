@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from repquant_fx import Recipe, compile
 from repquant_fx.compiler import CompiledModel
 from repquant_fx.errors import InputError
+from repquant_fx.recorder import Recorder
 
 
 class Around(nn.Module):
@@ -410,3 +411,20 @@ def test_what_is_decided_from_floats_may_turn_on_rounding() -> None:
         return y, (nn.functional.hardswish(y - y.detach() - 3) > 0) & (y > 0)
 
     assert compiled(Around(decide), shape=(64, 4)).parity
+
+
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe(rotate=("residual",), equalize=())])
+def test_an_index_in_the_data_that_leads_outside(recipe: Recipe) -> None:
+    """It is named by the data's shape, and in one of several batches of a shape by the operator."""
+    def look_up(m: nn.Module, x: Tensor) -> Tensor:
+        return m.fc(x) + torch.gather(x, -1, x[:, :1].long().abs()).sum()
+
+    x = torch.rand(8, 4)
+    far = torch.cat([x[:1] + 9, x[1:]])
+    with pytest.raises(InputError, match=r"does not run on calibration data .*out of bounds"):
+        compile(Around(look_up), [far, x, x, x], recipe, example_inputs=[x[:2]])
+    graph_module = compiled(Around(lambda m, x: m.fc(torch.gather(x, -1, x.long().abs() % 4)))).graph_module
+    (node,) = graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.remainder.Scalar)
+    node.update_arg(1, 99)
+    with pytest.raises(InputError, match=r"gather\w* does not run on this data: .*out of bounds"):
+        Recorder(graph_module, []).run(far)
