@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from results import Key, Results, Values, add_options, cell
+from results import Key, Results, Values, accuracy_table, add_options
 from torch import Tensor
 
 from repquant_fx import Recipe, compile, repq_vit, session
@@ -261,15 +261,9 @@ def run_all(bench: Bench, results: Results, only: str | None, sections: str | No
 def tables(rows: dict[Key, dict[int, Values]]) -> str:
     """Markdown: one table per section, one pair of columns per model; mean and spread over the seeds."""
     names = list(dict.fromkeys(name for name, _, _ in rows))
-    lines: list[str] = []
-    for section in dict.fromkeys(section for _, section, _ in rows):
-        lines += [f"\n**{section}**\n", "| | " + " | ".join(f"{n} top-1 % | {n} SQNR dB" for n in names) + " |",
-                  "|---|" + "---:|---:|" * len(names)]
-        for label in dict.fromkeys(label for _, each, label in rows if each == section):
-            found = [rows.get((name, section, label)) for name in names]
-            cells = [f" {cell(r, 'top1')} | {'' if label == 'float' else cell(r, 'sqnr_db')} " for r in found]
-            lines.append(f"| {label} |" + "|".join(cells) + "|")
-    return "\n".join(lines)
+    sections = dict.fromkeys(section for _, section, _ in rows)
+    parts = {s: {(name, label): row for (name, section, label), row in rows.items() if section == s} for s in sections}
+    return "\n".join(f"\n**{section}**\n\n{accuracy_table(part, names)}" for section, part in parts.items())
 
 
 if __name__ == "__main__":

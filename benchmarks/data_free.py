@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from accuracy import MODELS, onnx_predictor
-from results import Key, Results, Values, add_options, cell
+from results import Results, accuracy_table, add_options
 from torch import Tensor
 
 from repquant_fx import Recipe, compile
@@ -79,18 +79,6 @@ def run_all(name: str, bench: Bench, results: Results) -> None:
             print(f"{name:8s} seed {bench.seed} {label:18s} {figures}", flush=True)
 
 
-def table(rows: dict[Key, dict[int, Values]]) -> str:
-    """Markdown: a row for each kind of data, a pair of columns for each model; mean and spread over the seeds."""
-    names = list(dict.fromkeys(name for name, _ in rows))
-    lines = ["| | " + " | ".join(f"{name} top-1 % | {name} SQNR dB" for name in names) + " |",
-             "|---|" + "---:|---:|" * len(names)]
-    for label in dict.fromkeys(label for _, label in rows):
-        found = [rows.get((name, label)) for name in names]
-        cells = [f" {cell(r, 'top1')} | {'' if label == 'float' else cell(r, 'sqnr_db')} " for r in found]
-        lines.append(f"| {label} |" + "|".join(cells) + "|")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calib", help="image folder to calibrate with")
@@ -106,7 +94,7 @@ def main() -> None:
         for name, path in ({options.weights.stem: options.weights} if options.weights else MODELS).items():
             for seed in options.seeds:
                 run_all(name, Bench(load_model(path, arch=options.arch), options, seed), results)
-    print(table(results.rows()))
+    print(accuracy_table(results.rows()))
 
 
 if __name__ == "__main__":

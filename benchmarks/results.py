@@ -226,6 +226,18 @@ def cell(seeds: Mapping[int, Values] | None, name: str, digits: int = 2) -> str:
     return f"{mean:.{digits}f} ± {spread:.{digits}f}" if spread else f"{mean:.{digits}f}"
 
 
+def accuracy_table(rows: Mapping[Key, Mapping[int, Values]], models: Sequence[str] = ()) -> str:
+    """Markdown: a row for each label, a pair of columns for each model; keys are (model, label)."""
+    models = models or list(dict.fromkeys(name for name, _ in rows))
+    lines = ["| | " + " | ".join(f"{name} top-1 % | {name} SQNR dB" for name in models) + " |",
+             "|---|" + "---:|---:|" * len(models)]
+    for label in dict.fromkeys(label for _, label in rows):
+        found = [rows.get((name, label)) for name in models]
+        cells = [f" {cell(r, 'top1')} | {'' if label == 'float' else cell(r, 'sqnr_db')} " for r in found]
+        lines.append(f"| {label} |" + "|".join(cells) + "|")
+    return "\n".join(lines)
+
+
 def add_options(parser: argparse.ArgumentParser, file: str | None, *, seeds: bool = True) -> None:
     """The options that all benchmarks share; `file` is the default name in `benchmarks/results`, if there is one."""
     parser.add_argument("--results", type=Path, default=FOLDER / file if file else None,

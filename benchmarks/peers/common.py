@@ -39,7 +39,7 @@ from torch import Tensor, nn
 sys.path.append(str(Path(__file__).parents[1]))  # the scripts beside this folder
 
 from accuracy import MODELS, Bench, bits_of
-from results import Key, Results, Values, add_options, cell, git
+from results import Results, Values, accuracy_table, add_options, git
 
 from repquant_fx.frontends.loading import load_model
 
@@ -219,7 +219,7 @@ def run(name: str, doc: str | None, quantize: Quantize, *, rules: str = SEEN, st
                                            lambda b=bench, w=w, a=a: measured(b, checkout, quantize, w, a, args))
                 print(f"{model} {name} W{w}A{a} seed {seed}: " + ", ".join(f"{k} {v:.2f}" for k, v in found.items()),
                       flush=True)
-    print(table(results.rows()))
+    print(accuracy_table(results.rows()))
     print(f"\n{name} at commit {settings['peer commit'][:12]}, under torch; {rules}.")
 
 
@@ -238,15 +238,3 @@ def measured(bench: Bench, checkout: Path, quantize: Quantize, w: int, a: int, a
                 return model(images)
 
         return {**bench.measure(predict), "quantize_seconds": seconds}
-
-
-def table(rows: dict[Key, dict[int, Values]]) -> str:
-    """Markdown: a row for each width, two columns for each model."""
-    names = list(dict.fromkeys(name for name, _ in rows))
-    lines = ["| | " + " | ".join(f"{n} top-1 % | {n} SQNR dB" for n in names) + " |",
-             "|---|" + "---:|---:|" * len(names)]
-    for label in dict.fromkeys(label for _, label in rows):
-        found = [rows.get((name, label)) for name in names]
-        cells = [f" {cell(r, 'top1')} | {'' if label == 'float' else cell(r, 'sqnr_db')} " for r in found]
-        lines.append(f"| {label} |" + "|".join(cells) + "|")
-    return "\n".join(lines)

@@ -204,7 +204,7 @@ def _plain(spec: InputSpec, how: Synthesis, samples: int, generator: torch.Gener
         return ((leaves - mean) / deviation).to(spec.dtype)
     if spec.dtype.is_floating_point:
         return torch.randn(shape, generator=generator).to(spec.dtype)
-    if spec.dtype == torch.bool or "mask" in spec.name.lower():
+    if spec.dtype == torch.bool or is_mask(spec):
         return torch.ones(shape, dtype=spec.dtype)
     if "type" in spec.name.lower():
         return torch.zeros(shape, dtype=spec.dtype)
