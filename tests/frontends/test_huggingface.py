@@ -404,27 +404,34 @@ def test_a_processor_that_cannot_be_read_is_no_obstacle(tmp_path: Path) -> None:
 # ---- the whole way ---------------------------------------------------------------------------------------------------
 
 
+def drawn(loaded: LoadedModel, *, texts: int, length: int, images: int) -> dict[str, Tensor]:
+    """Inputs of one kind, whatever their number: what calibrates a model is what it is tried on."""
+    assert loaded.input_names is not None
+    seeded = torch.Generator().manual_seed(length)
+    ids = torch.randint(0, VOCABULARY, (texts, length), generator=seeded)
+    sides = dict(zip(loaded.input_names, (tensor.shape[1:] for tensor in loaded.example_inputs)))
+    made = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(images, *sides.get("pixel_values", ()), generator=seeded),
+        "input_points": torch.rand(images, 1, 2, 2, generator=seeded) * 32,
+    }
+    return {name: made[name] for name in loaded.input_names}
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_models_in_memory_become_files_that_take_any_size(name: str) -> None:
-    compiled = compile(make(name), recipe=FAST, samples=24, batch_size=8)
+    model = make(name)
+    loaded = from_memory(model)
+    assert loaded.module is not None
+    compiled = compile(model, [drawn(loaded, texts=24, length=LENGTH, images=24)], recipe=FAST, batch_size=8)
     assert name != "sam" or {layer["path"].split(".")[0] for layer in compiled.report["layers"]} == {"vision_encoder"}
     session = compiled.session()
-    assert tuple(i.name for i in session.get_inputs()) == NAMES[name]
-    loaded = from_memory(make(name))
+    assert tuple(i.name for i in session.get_inputs()) == loaded.input_names == NAMES[name]
     assert loaded.outputs == tuple(o.name for o in session.get_outputs())
     for texts, length, images in ((1, 7, 1), (3, 20, 5)):
-        ids = torch.randint(0, VOCABULARY, (texts, length), generator=torch.Generator().manual_seed(length))
-        made = {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "pixel_values": torch.randn(images, *loaded.example_inputs[-1].shape[1:])
-            if "pixel_values" == loaded.input_names[-1]
-            else torch.randn(images, 3, 32, 32),  # type: ignore[index]
-            "input_points": torch.rand(images, 1, 2, 2) * 32,
-        }
-        feed = {key: made[key] for key in NAMES[name]}
+        feed = drawn(loaded, texts=texts, length=length, images=images)
         found = session.run(None, {key: value.numpy() for key, value in feed.items()})
-        assert loaded.module is not None
         with torch.no_grad():
             expected = loaded.module(**feed)
         for output, value in zip(loaded.outputs, found):
