@@ -49,7 +49,7 @@ class Moments:
         self.r, self.rx = [zeros(n) for n in outputs], [zeros(n, inputs) for n in outputs]
 
     def add(self, x: Tensor, residuals: Sequence[Tensor] = ()) -> None:
-        """Accumulate one batch; products in float32, of x about its mean: what is far from zero would lose its
+        """Accumulate one batch; products in float32 (see `_product`), of x about its mean: what is far from zero would lose its
         variance. Sums in float64.
         """
         if not len(x):
@@ -60,11 +60,11 @@ class Moments:
         self.count += len(x)
         self.x += y_sum + len(x) * center
         crossed = center[:, None] * y_sum
-        self.xx += (y.T @ y).double() + crossed + crossed.T + len(x) * center[:, None] * center
+        self.xx += _product(y, y) + crossed + crossed.T + len(x) * center[:, None] * center
         for r, rx, residual in zip(self.r, self.rx, residuals):
             r_sum = residual.sum(0, dtype=torch.float64)
             r += r_sum
-            rx += (residual.T @ y).double() + r_sum[:, None] * center
+            rx += _product(residual, y) + r_sum[:, None] * center
 
     def __add__(self, other: Moments) -> Moments:
         result = Moments(0)
@@ -101,6 +101,12 @@ class Moments:
     def cross_covariance(self, layer: int) -> Tensor:
         """Centred second moments of a layer's r with x a token, shape (out, in)."""
         return self.rx[layer] / self.count - self.mean_residual(layer)[:, None] * self.mean
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """`a^T b` in float64; computed in float32 unless that overflows."""
+    product = (a.T @ b).double()
+    return product if bool(product.isfinite().all()) else a.double().T @ b.double()
 
 
 def fit(first: Moments, second: Moments) -> list[Tensor]:

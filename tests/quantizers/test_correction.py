@@ -86,3 +86,10 @@ def test_the_ridge_is_the_best_on_data_that_was_not_fitted() -> None:
 def test_without_a_second_half_nothing_is_added() -> None:
     (found,) = fit(_moments(*_half(50, 1)), Moments(INPUTS, [OUTPUTS]))
     assert found.shape == (OUTPUTS, INPUTS) and not found.any()
+
+
+def test_products_beyond_float32_are_summed_in_float64() -> None:
+    x, r = _half(100, 1)
+    small, large = _moments(x, r), _moments(x * 2.0**70, r * 2.0**70)
+    torch.testing.assert_close(large.xx * 2.0**-140, small.xx)
+    torch.testing.assert_close(large.rx[0] * 2.0**-140, small.rx[0])
