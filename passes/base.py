@@ -6,7 +6,7 @@ import copy
 import itertools
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
@@ -122,7 +122,7 @@ class Pass(PassBase, Generic[T]):
 
 def run_pass(graph_module: GraphModule, each: Pass[T], probe: Probe | None = None) -> T:
     """Run one pass that makes something, and give what it made. Arguments and errors are those of `run_passes`."""
-    return _run(graph_module, each, probe).made
+    return _run(graph_module, each, _Watch(probe)).made
 
 
 def run_passes(graph_module: GraphModule, passes: Sequence[Pass[Any]], probe: Probe | None = None) -> GraphModule:
@@ -135,18 +135,19 @@ def run_passes(graph_module: GraphModule, passes: Sequence[Pass[Any]], probe: Pr
         PassError: a pass failed, broke its contract or an identity it claims; the message names it and all passes that
             ran before it on this graph.
     """
+    watch = _Watch(probe)
     for each in passes:
-        graph_module = _run(graph_module, each, probe).graph_module
+        graph_module = _run(graph_module, each, watch).graph_module
     return graph_module
 
 
-def _run(graph_module: GraphModule, each: Pass[Any], probe: Probe | None) -> Outcome:
-    before = probe(graph_module) if probe is not None and each.identity else None
+def _run(graph_module: GraphModule, each: Pass[Any], watch: _Watch) -> Outcome:
+    watch.before(graph_module, each)
     try:
         outcome = each(graph_module)
         assert isinstance(outcome, Outcome)
-        if probe is not None and before is not None and outcome.modified:
-            identity.check(before, probe(outcome.graph_module))
+        if outcome.modified:
+            watch.after(outcome.graph_module, each)
     except Exception as error:
         if isinstance(error, RepQuantError) and not isinstance(error, PassError):
             raise
@@ -156,6 +157,28 @@ def _run(graph_module: GraphModule, each: Pass[Any], probe: Probe | None) -> Out
     meta[HISTORY] = (*meta.get(HISTORY, ()), each.name)
     meta[LEFT_ALONE] = tuple(dict.fromkeys((*left_alone(outcome.graph_module), *each.left_alone)))
     return outcome
+
+
+class _Watch:
+    """A probe, and what it gave last: what one pass leaves is what the next one finds."""
+
+    def __init__(self, probe: Probe | None) -> None:
+        self.probe = probe
+        self.values: Mapping[str, Any] | None = None
+
+    def before(self, graph_module: GraphModule, each: Pass[Any]) -> None:
+        if self.probe is not None and each.identity and self.values is None:
+            self.values = self.probe(graph_module)
+
+    def after(self, graph_module: GraphModule, each: Pass[Any]) -> None:
+        """
+        Raises:
+            PassError: the pass claims an identity and broke it.
+        """
+        before, self.values = self.values, None
+        if self.probe is not None and each.identity and before is not None:
+            self.values = self.probe(graph_module)
+            identity.check(before, self.values, partial(self.probe.shaken, graph_module))
 
 
 def left_alone(graph_module: GraphModule) -> tuple[LeftAlone, ...]:

@@ -7,6 +7,7 @@ over unfolded patches, which is what it is.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch.fx import GraphModule, Node
@@ -29,7 +30,7 @@ from repquant_fx.passes.operators import (
     SQUEEZES,
     VIEWS,
 )
-from repquant_fx.passes.spec import CANONICAL
+from repquant_fx.passes.spec import CANONICAL, CAPTURED
 
 
 class Canonicalize(Pass):
@@ -40,7 +41,8 @@ class Canonicalize(Pass):
     name = "canonicalize"
     needs = "a captured ATen graph with tensor metadata"
     guarantees = "no identities; reshape, linear and softmax in one spelling; the outputs are unchanged"
-    gives = CANONICAL
+    takes, gives = CAPTURED, CANONICAL
+    identity = "float"
 
     def run(self, graph_module: GraphModule) -> bool:
         modified = False
@@ -93,12 +95,22 @@ class Canonicalize(Pass):
         elif target in SQUEEZES and _other_sizes(node):
             node.target, node.args = aten.squeeze.dims, (node.args[0], _ones(node))
         elif target is aten.einsum.default:
-            return _einsum_to_matmul(graph_module, node)
+            return self._einsum_to_matmul(graph_module, node)
         elif target in GLOBAL_POOLS and all(size == 1 for size in node.args[1]):  # type: ignore[union-attr]
             node.target = aten.mean.dim
             node.args = (node.args[0], GLOBAL_POOLS[target], True)  # type: ignore[index]
         else:
+            if target in (aten.addmm.default, aten.baddbmm.default):
+                self.leave(node, "it weights its terms (alpha, beta), which a Linear or MatMul does not")
             return False
+        return True
+
+    def _einsum_to_matmul(self, graph_module: GraphModule, node: Node) -> bool:
+        product = _as_product(node)
+        if isinstance(product, str):
+            self.leave(node, product)
+            return False
+        _write_product(graph_module, node, product)
         return True
 
     def _does_nothing(self, node: Node) -> bool:
@@ -200,56 +212,69 @@ class Canonicalize(Pass):
         graph.erase_node(node)
 
 
-def _einsum_to_matmul(graph_module: GraphModule, node: Node) -> bool:
-    """A sum over one index of a product of two tensors, as a MatMul that broadcasts; what is no such sum stays.
+@dataclass(frozen=True)
+class _Product:
+    """An einsum as a MatMul that broadcasts: `left` (shared, rows, summed) @ `right` (shared, summed, column).
+
+    Attributes:
+        left, right: the operands; terms: their indices as the equation writes them.
+        output: indices of the result; shared: those of both operands and the result.
+        rows, columns: the operands' own (one column); summed: what is summed over.
+    """
+
+    left: Node
+    right: Node
+    terms: tuple[str, str]
+    output: str
+    shared: list[str]
+    rows: list[str]
+    columns: list[str]
+    summed: str
+
+
+def _as_product(node: Node) -> _Product | str:
+    """The MatMul that an einsum is; why it is none, in words, where it is none.
 
     `bhwc,hkc->bhwk`: h is in both and the result, so it goes first; (h, b, w, c) @ (h, 1, c, k) gives (h, b, w, k).
     """
     equation = str(node.args[0]).replace(" ", "")
     inputs, _, output = equation.partition("->")
     terms, tensors = inputs.split(","), node.args[1]
-    if (
-        len(terms) != 2
-        or not equation.isascii()
-        or "." in equation
-        or not output
-        or any(len(set(t)) < len(t) for t in (*terms, output))
-    ):
-        return False
+    repeated = any(len(set(t)) < len(t) for t in (*terms, output))
+    if len(terms) != 2 or not equation.isascii() or "." in equation or not output or repeated:
+        return "it is no product of two tensors whose indices are all written out, each once in each"
     summed = [i for i in terms[0] if i in terms[1] and i not in output]
     shared = [i for i in output if i in terms[0] and i in terms[1]]
     own = [[i for i in output if i in term and i not in shared] for term in terms]
-    if (
-        len(summed) != 1
-        or len(shared) + 1 + len(own[0]) != len(terms[0])
-        or len(shared) + 1 + len(own[1]) != len(terms[1])
-    ):
-        return False
+    if len(summed) != 1 or any(len(shared) + 1 + len(mine) != len(term) for mine, term in zip(own, terms)):
+        return "it does not sum over exactly one index, which both tensors have"
     (left, rows), (right, columns) = zip(tensors, own, strict=True)  # type: ignore[arg-type]
-    names = list(terms)
     if len(columns) != 1:
-        left, rows, right, columns, names = right, columns, left, rows, names[::-1]
+        left, rows, right, columns, terms = right, columns, left, rows, terms[::-1]
     if len(columns) != 1 or not rows:
-        return False
-    if shape_of(left)[names[0].index(summed[0])] != shape_of(right)[names[1].index(summed[0])]:
-        return False  # an einsum broadcasts what it sums, a MatMul does not
-    graph = graph_module.graph
+        return "neither tensor has exactly one index of its own beside the other's"
+    if shape_of(left)[terms[0].index(summed[0])] != shape_of(right)[terms[1].index(summed[0])]:
+        return "it repeats the one element along the index that it sums over, which a MatMul does not"
+    return _Product(left, right, (terms[0], terms[1]), output, shared, rows, columns, summed[0])
+
+
+def _write_product(graph_module: GraphModule, node: Node, product: _Product) -> None:
+    graph, shared, summed = graph_module.graph, product.shared, product.summed
+    left, right = ([term.index(i) for i in order] for term, order in zip(
+        product.terms, ((*shared, *product.rows, summed), (*shared, summed, *product.columns))))
     with graph.inserting_before(node):
-        a = graph.call_function(aten.permute.default, (left, [names[0].index(i) for i in (*shared, *rows, *summed)]))
-        b = graph.call_function(
-            aten.permute.default, (right, [names[1].index(i) for i in (*shared, *summed, *columns)])
-        )
+        a = graph.call_function(aten.permute.default, (product.left, left))
+        b = graph.call_function(aten.permute.default, (product.right, right))
         new = [a, b]
-        for _ in rows[1:]:
+        for _ in product.rows[1:]:
             new.append(graph.call_function(aten.unsqueeze.default, (new[-1], len(shared))))
         new.append(graph.call_function(aten.matmul.default, (a, new[-1])))
-        order = [*shared, *rows, *columns]
-        new.append(graph.call_function(aten.permute.default, (new[-1], [order.index(i) for i in output])))
+        order = [*shared, *product.rows, *product.columns]
+        new.append(graph.call_function(aten.permute.default, (new[-1], [order.index(i) for i in product.output])))
     for each in new:
         copy_meta(node, each)
     node.replace_all_uses_with(new[-1])
     graph.erase_node(node)
-    return True
 
 
 def _is_bound(condition: Any) -> bool:

@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from repquant_fx.passes.base import Pass, add_tensor, attribute, copy_meta, drop_constant, module_path
+from repquant_fx.passes.spec import CAPTURED
 from repquant_fx.torch_private import OpOverload, schema
 
 GROWTH = 4  # a folded tensor may be this many times larger than all it came from...
@@ -30,6 +31,8 @@ class FoldConstants(Pass):
     guarantees = (
         "no operator reads constants alone, but for some that would make much larger ones; the outputs are unchanged"
     )
+    takes = gives = CAPTURED
+    identity = "float"
 
     def run(self, graph_module: GraphModule) -> bool:
         constant = {n for n in graph_module.graph.nodes if n.op == "get_attr" and _is_tensor_at(graph_module, n)}
@@ -50,6 +53,7 @@ class FoldConstants(Pass):
         most = max(SMALL, GROWTH * sum(attribute(graph_module, n).numel() for n in _sources(node)))
         size = expected.numel() if isinstance(expected, Tensor) else None
         if isinstance(size, int) and size > most:
+            self.leave(node, f"it is computed from constants alone, but {size} elements would be too many to store")
             return False
         values: dict[Node, Any] = {}
         with torch.no_grad():

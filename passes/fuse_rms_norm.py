@@ -21,6 +21,7 @@ class FuseRMSNorm(Pass):
     needs = "a canonical graph with folded constants"
     guarantees = "every RMS norm over the last axis is `aten.rms_norm`; the outputs change by float rounding at most"
     takes = gives = CANONICAL
+    identity = "float"
 
     def run(self, graph_module: GraphModule) -> bool:
         matches = [match for node in graph_module.graph.nodes if (match := _match(node)) is not None]

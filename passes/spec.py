@@ -2,6 +2,7 @@
 
 | stage | spelling | operators of `repquant_fx` | integer codes are read by | modules |
 |---|---|---|---|---|
+| captured | as torch.export gives it | none | - | none |
 | canonical | no identities, views are reshapes | none | - | none |
 | observed | the same | `dequantize` of weights | `dequantize` | an observer or quantizer at every site |
 | lowered | the same | all | `dequantize` | none |
@@ -31,7 +32,7 @@ from repquant_fx.passes.operators import (
 )
 
 aten = torch.ops.aten
-SPELLED_OTHERWISE = frozenset(IDENTITIES | VIEWS | ASSERTIONS)  # in every stage
+SPELLED_OTHERWISE = frozenset(IDENTITIES | VIEWS | ASSERTIONS)
 
 SITE = "site"  # key in the meta data of a slot's node: the name of its site
 FLOAT, CODES = frozenset({torch.float32}), frozenset({torch.uint8})
@@ -53,12 +54,14 @@ class Stage:
         operators: those of `repquant_fx` that it may hold.
         readers: what may read integer codes of activations.
         slots: whether observers and quantizers are called as modules.
+        spelled: whether each operation has its one spelling.
     """
 
     name: str
     operators: frozenset[object] = frozenset()
     readers: frozenset[object] = frozenset({DEQUANTIZE})
     slots: bool = False
+    spelled: bool = True
 
     def check(self, graph_module: GraphModule) -> None:
         """
@@ -78,7 +81,7 @@ class Stage:
             return "calls a method"
         if node.op != "call_function":
             return None
-        if node.target in SPELLED_OTHERWISE:
+        if self.spelled and node.target in SPELLED_OTHERWISE:
             return "has another spelling in a canonical graph"
         if node.target in SIGNATURES and node.target not in self.operators:
             return "belongs to a later form"
@@ -119,6 +122,7 @@ def _either(dtypes: frozenset[torch.dtype]) -> str:
     return " or ".join(sorted(map(str, dtypes)))
 
 
+CAPTURED = Stage("captured", spelled=False)
 CANONICAL = Stage("canonical")
 OBSERVED = Stage("observed", frozenset({DEQUANTIZE}), slots=True)
 LOWERED = Stage("lowered", frozenset(SIGNATURES))

@@ -73,7 +73,7 @@ def match(source: Source, recipe: RecipeLike | None = None) -> Matched:
     log.stage("capture")
     with loaded.guard:
         captured = _capture(loaded)
-        graph_module = normalize(captured.graph_module)
+        graph_module = normalize(captured.graph_module, loaded.example_inputs)
         plan = run_pass(graph_module, MatchSites(recipe))
         plan = replace(plan, left_alone=(*plan.left_alone, *left_alone(graph_module)))
     paths = [module_path(node) for node in graph_module.graph.nodes if node.target in PRODUCTS]

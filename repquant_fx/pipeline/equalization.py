@@ -14,7 +14,7 @@ from repquant_fx.checkpoint import Checkpoint
 from repquant_fx.distributed import Tensors, World
 from repquant_fx.passes.base import module_path, run_passes
 from repquant_fx.passes.equalize_layers import Equalizable, EqualizeLayers, channel_rows, describe, find_equalizable
-from repquant_fx.passes.identity import Probe, values
+from repquant_fx.passes.identity import NodeProbe
 from repquant_fx.passes.insert_observers import CHANNEL_SAMPLE
 from repquant_fx.passes.match_sites import Plan, Site
 from repquant_fx.pipeline.observing import check_finite, merge_observers
@@ -60,21 +60,17 @@ def equalize_layers(graph_module: GraphModule, plan: Plan, batches: Sequence[tup
     }
     equalization = equalize(bounds, equalizable.signed, equalizable.shiftable)
     shard = checkpoint.world.shard(len(batches))
-    probe = _probe(equalizable, batches[shard[0]]) if len(shard) else None
+    probe = NodeProbe(batches[shard[0]], partial(_must_stay, equalizable)) if len(shard) else None
     run_passes(graph_module, [EqualizeLayers(equalizable, equalization)], probe)
     return describe(plan, equalizable)
 
 
-def _probe(equalizable: Equalizable, batch: tuple[Tensor, ...]) -> Probe:
+def _must_stay(equalizable: Equalizable, graph_module: GraphModule) -> dict[str, Node]:
     """What equalization must leave as it is: the Linears that undo factors and carry none themselves, and the
     outputs.
     """
     readers = {f"{n.name} in {module_path(n)}": n for n in equalizable.columns if n not in equalizable.rows}
-
-    def probe(graph_module: GraphModule) -> dict[str, Any]:
-        return values(graph_module, {**readers, "the output": graph_module.graph.output_node()}, batch)
-
-    return probe
+    return {**readers, "the output": graph_module.graph.output_node()}
 
 
 def _channel_bounds(

@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 
 from repquant_fx.checkpoint import Checkpoint
 from repquant_fx.passes.base import aten, attribute, is_constant, run_passes, shared_copy
-from repquant_fx.passes.identity import Probe, values
+from repquant_fx.passes.identity import NodeProbe
 from repquant_fx.passes.match_sites import Group, Plan
 from repquant_fx.passes.rotate_vectors import RotateVectors, Rotation, gain_allows
 from repquant_fx.passes.vector_flow import VectorFlow, head_sizes
@@ -129,7 +129,6 @@ def rotate(graph_module: GraphModule, plan: Plan, batches: Sequence[tuple[Tensor
     checkpoint = checkpoint or Checkpoint()
     if not recipe.rotate or not batches:
         return []
-    probe = _probe(batches[0])
     candidates = find_candidates(graph_module, recipe.rotate)
     possible = [candidate for candidate in candidates if not candidate.reason]
     noise = checkpoint.load("rotations")
@@ -141,16 +140,8 @@ def rotate(graph_module: GraphModule, plan: Plan, batches: Sequence[tuple[Tensor
     trials = [Trial(candidate, *figures.get(id(candidate), (math.nan, math.nan))) for candidate in candidates]
     chosen = [trial.candidate for trial in trials if trial.rotated]
     if chosen:
-        run_passes(graph_module, [RotateVectors(rotations(chosen, seed))], probe)
+        run_passes(graph_module, [RotateVectors(rotations(chosen, seed))], NodeProbe(batches[0]))
     return trials
-
-
-def _probe(batch: tuple[Tensor, ...]) -> Probe:
-    """A rotation must leave the outputs as they are."""
-    def probe(graph_module: GraphModule) -> dict[str, Any]:
-        return values(graph_module, {"the output": graph_module.graph.output_node()}, batch)
-
-    return probe
 
 
 def _try(

@@ -155,7 +155,7 @@ def _quantize_group(state: _State, segment: Segment, group: Group, name: str) ->
         quantizers = _calibrate(state, segment, group, statistics)
     else:
         quantizers = dict(restored.quantizers)
-    probe = _probe(state.runner, segment, group) if restored is None and group.norm is not None else None
+    probe = _GroupProbe(state.runner, segment, group) if restored is None and group.norm is not None else None
     _rewrite_activations(state, group, quantizers, probe)
     weights: dict[Node, ChosenWeight] = {}
     if group.kind != "matmul":
@@ -216,13 +216,21 @@ def _rewrite_activations(state: _State, group: Group, quantizers: dict[str, nn.M
     run_passes(state.graph_module, [ReparameterizeSoftmax(group)])
 
 
-def _probe(runner: SegmentRunner, segment: Segment, group: Group) -> Probe:
-    """What the first batch gives at the group's consumers, and all else that leaves the segment, without the group's
+@dataclass(frozen=True)
+class _GroupProbe:
+    """What the first batch gives at a group's consumers, and all else that leaves the segment, without the group's
     quantizers.
 
-    Groups behind this one are not calibrated yet and hold observers: no code lies between that could flip.
+    Groups behind this one are not calibrated yet and hold observers: no code lies between that could flip. A group that
+    is restored is not run: the same rewriting was compared when it was decided.
     """
-    def probe(graph_module: GraphModule) -> dict[str, Any]:
+
+    runner: SegmentRunner
+    segment: Segment
+    group: Group
+
+    def __call__(self, graph_module: GraphModule) -> dict[str, Any]:
+        segment, group = self.segment, self.group
         inside = dict.fromkeys(between(segment.first, segment.stop))
         leaving = [
             n for n in inside if any(u not in inside and u.target is not torch.ops.aten.sym_size.int for u in n.users)
@@ -232,12 +240,14 @@ def _probe(runner: SegmentRunner, segment: Segment, group: Group) -> Probe:
         quantizers = {site: slot_module(graph_module, site) for site in group.sites}
         for site in group.sites:
             install(graph_module, site, Passthrough())
-        computed = next(runner.run(segment.first, segment.stop, list(wanted.values())), {})
+        computed = next(self.runner.run(segment.first, segment.stop, list(wanted.values())), {})
         for site, quantizer in quantizers.items():
             install(graph_module, site, quantizer)
         return {name: computed[node] for name, node in wanted.items() if node in computed}
 
-    return probe
+    def shaken(self, graph_module: GraphModule) -> dict[str, Any]:
+        """As it is: nothing is excused."""
+        return self(graph_module)
 
 
 def _choose_weights(

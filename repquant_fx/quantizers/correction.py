@@ -49,8 +49,8 @@ class Moments:
         self.r, self.rx = [zeros(n) for n in outputs], [zeros(n, inputs) for n in outputs]
 
     def add(self, x: Tensor, residuals: Sequence[Tensor] = ()) -> None:
-        """Accumulate one batch; products in float32 (see `_product`), of x about its mean: what is far from zero would lose its
-        variance. Sums in float64.
+        """Accumulate one batch; products in float32 unless they overflow, of x about its mean: what is far from zero
+        would lose its variance. Sums in float64.
         """
         if not len(x):
             return
