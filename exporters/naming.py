@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
-from repquant_fx.naming import DEQUANTIZED, QUANTIZED, ROUNDED, SCALE, Names, Suffix
+from repquant_fx.naming import DEQUANTIZED, QUANTIZED, ROUNDED, SCALE, Names, Suffix, onnx_input, onnx_node, onnx_output
 from repquant_fx.passes.base import NO_MODULE
 
 PARAMETERS = {
@@ -64,16 +64,16 @@ def name_by_module(model: ir.Model) -> None:
             _rename(value, values.unique(name))
     for node in graph:
         path = scope(node)
-        node.name = nodes.unique(f"{path}/{node.op_type}" if path else node.op_type)
+        node.name = nodes.unique(onnx_node(path, node.op_type))
         for index, value in enumerate(node.outputs):
             if value in outputs:
                 continue
             label = (_quantized_name(node) if index == 0 else None) or _moved_codes_name(node, value)
-            value.name = values.unique(label or (node.name if index == 0 else f"{node.name}:{index}"))
+            value.name = values.unique(label or onnx_output(node.name, index))
         for index, operand in enumerate(node.inputs):
             if operand is not None and operand in invented:
                 invented.remove(operand)
-                _rename(operand, values.unique(f"{node.name}.{_parameter(node, index)}"))
+                _rename(operand, values.unique(onnx_input(node.name, _parameter(node, index))))
 
 
 def name_axes(model: ir.Model, names: Sequence[Mapping[int, str]]) -> None:

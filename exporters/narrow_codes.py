@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from repquant_fx.naming import SCALE, ZERO_POINT_INT4, ZERO_POINT_UINT4
+from repquant_fx.naming import HIGHEST, SCALE, ZERO_POINT_INT4, ZERO_POINT_UINT4, onnx_node
 
 TOP = 15
 
@@ -50,8 +50,8 @@ def _narrow_activation(graph: ir.Graph, saturate: ir.Node) -> bool:
         # the highest code's own value: what rounds up to it does so still. No Clip: ONNX Runtime's fusion of it fails
         # on UINT4.
         high = np.float32((int(top) - float(zero_point)) * float(scale))
-        bounded = ir.Node("", "Min", [value, _constant(graph, f"{quantize.name}.highest", ir.tensor(high))])
-        bounded.name = bounded.outputs[0].name = f"{quantize.name}/Min"
+        bounded = ir.Node("", "Min", [value, _constant(graph, HIGHEST.of(str(quantize.name)), ir.tensor(high))])
+        bounded.name = bounded.outputs[0].name = onnx_node(str(quantize.name), bounded.op_type)
         bounded.outputs[0].dtype, bounded.outputs[0].shape = ir.DataType.FLOAT, value.shape
         graph.insert_before(quantize, bounded)
         quantize.replace_input_with(0, bounded.outputs[0])

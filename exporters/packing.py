@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from repquant_fx.naming import INT8
+from repquant_fx.naming import INT8, onnx_node
 
 PACKED_BITS = 4
 
@@ -31,7 +31,7 @@ def pack_weights(model: ir.Model, names: set[str]) -> int:
         cast.outputs[0].name = INT8.of(name)
         cast.outputs[0].dtype, cast.outputs[0].shape = ir.DataType.INT8, ir.Shape(codes.shape)
         cast.metadata_props.update(users[0].node.metadata_props)
-        cast.name = f"{users[0].node.name}/unpack"
+        cast.name = onnx_node(str(users[0].node.name), "unpack")
         graph.insert_before(users[0].node, cast)
         for user, index in users:
             user.replace_input_with(index, cast.outputs[0])

@@ -20,6 +20,7 @@ from repquant_fx import naming
 from repquant_fx.errors import PassError, RepQuantError
 from repquant_fx.passes import identity
 from repquant_fx.passes.identity import Probe
+from repquant_fx.torch_private import version
 
 if TYPE_CHECKING:
     from repquant_fx.passes.spec import Stage
@@ -220,15 +221,15 @@ class _Snapshot:
         self.modules = dict(graph_module.named_modules())
         tensors = itertools.chain(graph_module.named_parameters(remove_duplicate=False),
                                   graph_module.named_buffers(remove_duplicate=False))
-        self.tensors = {name: (tensor, 0 if tensor.is_inference() else tensor._version) for name, tensor in tensors}
+        self.tensors = {name: (tensor, version(tensor)) for name, tensor in tensors}
 
     def same(self, graph_module: GraphModule) -> bool:
         now = _Snapshot(graph_module)
         if self.modules.keys() != now.modules.keys() or self.tensors.keys() != now.tensors.keys():
             return False
         modules = all(module is now.modules[name] for name, module in self.modules.items())
-        tensors = all(tensor is now.tensors[name][0] and version == now.tensors[name][1]
-                      for name, (tensor, version) in self.tensors.items())
+        tensors = all(tensor is now.tensors[name][0] and written == now.tensors[name][1]
+                      for name, (tensor, written) in self.tensors.items())
         return self.nodes == now.nodes and modules and tensors
 
 
@@ -372,7 +373,7 @@ def own_tensors(graph_module: GraphModule) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
         for name, buffer in list(module.named_buffers(recurse=False)):
-            module._buffers[name] = buffer.detach().clone()
+            setattr(module, name, buffer.detach().clone())
 
 
 def copy_meta(source: Node, target: Node, value: Tensor | None = None) -> Node:

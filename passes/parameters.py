@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from repquant_fx.naming import beside
+from repquant_fx.naming import WEIGHT, beside
 from repquant_fx.passes.base import attribute, replace_constant
 from repquant_fx.passes.operators import PARAMETERS
 
@@ -32,7 +32,7 @@ def set_parameters(graph_module: GraphModule, node: Node, weight: Tensor | None,
     """Replace both; None leaves what is there. Names are kept, and a new bias is named beside the weight."""
     places = PARAMETERS[node.target]
     old = _argument(node, places[0])
-    name = str(old.target) if old is not None else f"{node.name}.weight"
+    name = str(old.target) if old is not None else WEIGHT.of(node.name)
     if weight is not None:
         replace_constant(graph_module, node, places[0], weight.float(), name)
     if bias is not None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from repquant_fx.naming import MASK_CLOSED, MASK_OPEN
 from repquant_fx.passes.base import Pass, aten, attribute, constant_node, copy_meta, is_constant, is_tensor, shape_of
 from repquant_fx.passes.channel_flow import hinted
 from repquant_fx.passes.metadata import refresh_metadata
@@ -47,7 +48,7 @@ class ShareMasks(Pass):
             if value not in constants:
                 first = next(iter(graph_module.graph.nodes))
                 constants[value] = constant_node(
-                    graph_module, "mask_open" if value == 0 else "mask_closed", torch.tensor(value), first
+                    graph_module, MASK_OPEN if value == 0 else MASK_CLOSED, torch.tensor(value), first
                 )
             return constants[value]
 

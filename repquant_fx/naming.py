@@ -38,6 +38,9 @@ QUANTIZED, DEQUANTIZED = Suffix("_quantized"), Suffix("_dequantized")
 ROUNDED = Suffix("_rounded")  # codes before they saturate
 ZERO_POINT_UINT4, ZERO_POINT_INT4 = Suffix("_zero_point_uint4"), Suffix("_zero_point_int4")
 INT8, UINT8 = Suffix("_int8"), Suffix("_uint8")  # codes unpacked from, and widened from, four bits
+HIGHEST = Suffix(".highest")  # the value of the highest code, of the node that saturates there
+WEIGHT = Suffix(".weight")  # of a node, for one that was not read from a constant of its own
+MASK_OPEN, MASK_CLOSED = "mask_open", "mask_closed"  # what a mask adds to scores
 TRANSPOSED, PATCHES = Suffix("_t"), Suffix("_patches")  # weights whose axes were put in another order
 # what a stem may carry
 DERIVED = (SCALE, ZERO_POINT, SHIFT, QUANTIZED, ROUNDED, DEQUANTIZED, ZERO_POINT_UINT4, ZERO_POINT_INT4)
@@ -58,6 +61,21 @@ def site_operand(name: str) -> str:
 def site_stem(name: str) -> str:
     """What the constants of a site are called after: `blocks.0.fc.input` for `blocks.0.fc/input`."""
     return name.replace("/", ".")
+
+
+def onnx_node(path: str, operator: str) -> str:
+    """A node of the file: `blocks.0.fc/MatMul` for a module's path, or that of the node that it stands beside."""
+    return f"{path}/{operator}" if path else operator
+
+
+def onnx_output(node: str, index: int) -> str:
+    """What a node of the file gives: called as it is, and numbered from the second output."""
+    return node if index == 0 else f"{node}:{index}"
+
+
+def onnx_input(node: str, parameter: str) -> str:
+    """A constant that a node of the file reads and that has no name of its own: `blocks.0.fc/Reshape.shape`."""
+    return f"{node}.{parameter}"
 
 
 def attribute_name(name: str) -> str:

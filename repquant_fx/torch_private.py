@@ -2,12 +2,13 @@
 
 All of it was tried with torch 2.15.0 and with no other version; `docs/reference/versions.md` says which are promised.
 When a torch release breaks one of these functions, its test in `tests/test_torch_private.py` fails: mend the function
-here, keeping its contract.
+here, keeping its contract. Long because it is the one place for all of it.
 """
 
 from __future__ import annotations
 
 import io
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -39,6 +40,7 @@ __all__ = [
     "allowed_globals",
     "archive_reader",
     "build_program",
+    "children",
     "dtype_codes",
     "fake_mode",
     "has_kernel",
@@ -46,7 +48,9 @@ __all__ = [
     "load_archive",
     "native_functions",
     "parameters_on_meta",
+    "plain_path",
     "propagating",
+    "put_child",
     "pytree",
     "quick_translation",
     "schema",
@@ -54,10 +58,54 @@ __all__ = [
     "size_hint",
     "suggested_shapes",
     "value_errors",
+    "version",
     "watched_registration",
 ]
 
+# functions that torch's pickles name: one calls a function that the file chooses and sets attributes on the result; one
+# writes out what was expanded; and those that make tensors of storages
+REBUILDS_ANY_TYPE = "torch._tensor._rebuild_from_type_v2"
+REBUILDS_FROM_DEVICE = "torch._utils._rebuild_device_tensor_from"
+REBUILDS_TENSORS = frozenset(
+    f"torch._utils._rebuild_{name}" for name in ("tensor_v2", "tensor_v3", "parameter", "parameter_with_state")
+)
+# the dicts of an nn.Module that hold what it is made of, as its pickled state spells them, and its flags
+SLOTS = PARAMETERS, BUFFERS, MODULES = "_parameters", "_buffers", "_modules"
+FLAGS = {"_compiled_call_impl": type(None), "_version": int, "_is_fsdp_managed_module": bool}
+# loggers of what an export does
+EXPORT_LOGGERS = (
+    "torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor", "torch.export", "torch.onnx"
+)
 _FIXES = "Suggested fixes"
+
+
+# ---- modules and tensors -------------------------------------------------------------------------------------------
+
+
+def children(module: nn.Module) -> dict[str, nn.Module]:
+    """The modules that a module holds, by name; one that has two names has two here (`named_children` gives one)."""
+    return {name: child for name, child in module._modules.items() if child is not None}
+
+
+def put_child(module: nn.Module, name: str, child: nn.Module) -> None:
+    """Hold another module under a name. No method of the module runs: it may come from a file."""
+    module._modules[name] = child
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was written into; 0 for one made in inference mode, which keeps no count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def plain_path(path: str) -> str:
+    """A module's path in dots: strict export writes `L['self'].layers[0]` or `getattr(L['self'].layers, '0')`."""
+    while (called := re.fullmatch(r"getattr\((.*), '(\w[\w\-]*)'\)(.*)", path)) is not None:
+        path = f"{called.group(1)}.{called.group(2)}{called.group(3)}"
+    return (
+        re.sub(r"\[['\"]?(\w[\w\-]*)['\"]?\]", r".\1", re.sub(r"^L\['self'\]\.?", "", path))
+        .replace("._modules.", ".")
+        .strip(".")
+    )
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from repquant_fx import torch_private as private
 
 aten = torch.ops.aten
-PRIVATE_ATTRIBUTES = {"_schema", "_example_inputs"}
+PRIVATE_ATTRIBUTES = {"_schema", "_example_inputs", "_modules", "_parameters", "_buffers", "_version"}
 UNDOCUMENTED = {
     "torch.nn.modules.module",
     "torch.fx.experimental.symbolic_shapes",
@@ -72,6 +72,10 @@ def private_names(tree: ast.AST) -> Iterator[str]:
             names = [ast.unparse(node)]
             if node.attr in PRIVATE_ATTRIBUTES:
                 yield node.attr
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if node.value in PRIVATE_ATTRIBUTES:
+                yield node.value
+            names = [node.value]
         yield from filter(is_private, names)
 
 
@@ -87,13 +91,15 @@ def test_no_other_file_spells_a_private_name() -> None:
 def test_what_counts_as_private() -> None:
     text = (
         "from torch._ops import A\nfrom torch.utils import _pytree\nimport torch.nn\n"
-        "torch._C.f(f(n)._schema.name)\n_x.y"
+        "torch._C.f(f(n)._schema.name)\n_x.y\nf('torch._tensor.g', '_modules', 'see torch._ops')"
     )
     assert sorted(set(private_names(ast.parse(text)))) == [
+        "_modules",
         "_schema",
         "torch._C",
         "torch._C.f",
         "torch._ops.A",
+        "torch._tensor.g",
         "torch.utils._pytree",
     ]
 

@@ -28,7 +28,7 @@ from torch.fx.graph import CodeGen
 from repquant_fx import limits
 from repquant_fx.errors import CaptureError, RepQuantWarning
 from repquant_fx.frontends.attention import VisibleAttention, decomposed
-from repquant_fx.torch_private import pytree, suggested_shapes
+from repquant_fx.torch_private import EXPORT_LOGGERS, pytree, suggested_shapes
 
 _TYPES = {torch.float64, torch.float32, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
           torch.bool}
@@ -270,15 +270,7 @@ def _export_once(
 @contextlib.contextmanager
 def quiet_torch() -> Iterator[None]:
     """Hold back what torch logs and prints during an export: a failure repeats in many lines what the error says."""
-    loggers = [
-        logging.getLogger(name)
-        for name in (
-            "torch.fx.experimental.symbolic_shapes",
-            "torch._subclasses.fake_tensor",
-            "torch.export",
-            "torch.onnx",
-        )
-    ]
+    loggers = [logging.getLogger(name) for name in EXPORT_LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)

@@ -27,7 +27,7 @@ from repquant_fx.frontends.rehearsal import rehearse
 from repquant_fx.frontends.state import activation_functions, check_state, check_tensors
 from repquant_fx.security.guard import guarded
 from repquant_fx.security.names import check_calls, check_module_names, modules_in
-from repquant_fx.torch_private import allowed_globals
+from repquant_fx.torch_private import allowed_globals, children, put_child
 
 # Only modules that match may be imported because a file names them: they define layers, models and configurations.
 _IMPORTABLE = re.compile(
@@ -320,9 +320,8 @@ def _settle(module: nn.Module, where: str, path: str, known: dict[int, nn.Module
         )
     known[id(module)] = module
     check_state(module, place, (ClassStandIn, InertPartial))
-    for name, child in module._modules.items():
-        if child is not None:
-            module._modules[name] = _settle(child, where, f"{path}.{name}".strip("."), known)
+    for name, child in children(module).items():
+        put_child(module, name, _settle(child, where, f"{path}.{name}".strip("."), known))
     return module
 
 

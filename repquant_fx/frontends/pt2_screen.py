@@ -19,6 +19,7 @@ from repquant_fx.frontends.pt2_archive import MODEL, refuse
 from repquant_fx.frontends.pt2_expressions import is_safe_expression
 from repquant_fx.frontends.pt2_operators import is_safe_target
 from repquant_fx.security.names import check_names
+from repquant_fx.torch_private import plain_path
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,500}", re.ASCII)
 _TEXT = re.compile(r"[\w.+<=\- ]{0,80}", re.ASCII)  # versions and names of verifiers
@@ -168,23 +169,12 @@ class _Walk:
         entries = []
         for entry in stack[:_LONGEST_TEXT].split(";"):
             key, path = (entry.split(",", 2) + [""])[:2]
-            path = _plain_path(path.strip())
+            path = plain_path(path.strip())
             if not _STACK_KEY.fullmatch(key):
                 refuse(self.where, MODEL, f"names a module {entry[:80]!a}")
             check_names([path.split("@")[0]] if path else [], self.where)
             entries.append(f"{key},{path},torch.nn.Module")  # nothing reads its class
         return {_KEPT_METADATA: ";".join(entries)}
-
-
-def _plain_path(path: str) -> str:
-    """A module's path in dots: strict export writes `L['self'].layers[0]` or `getattr(L['self'].layers, '0')`."""
-    while (called := re.fullmatch(r"getattr\((.*), '(\w[\w\-]*)'\)(.*)", path)) is not None:
-        path = f"{called.group(1)}.{called.group(2)}{called.group(3)}"
-    return (
-        re.sub(r"\[['\"]?(\w[\w\-]*)['\"]?\]", r".\1", re.sub(r"^L\['self'\]\.?", "", path))
-        .replace("._modules.", ".")
-        .strip(".")
-    )
 
 
 def _is_name(text: str) -> bool:

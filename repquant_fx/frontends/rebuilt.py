@@ -23,6 +23,7 @@ from repquant_fx.frontends.members import members_of
 from repquant_fx.frontends.screening import REFUSED, is_dropped, screen
 from repquant_fx.frontends.tables import check_tables
 from repquant_fx.security.names import modules_in
+from repquant_fx.torch_private import BUFFERS, PARAMETERS, children, put_child
 
 Settle = Callable[[nn.Module, str], nn.Module]
 _ATTENTION = ("sdpa", "eager")
@@ -109,7 +110,7 @@ def _check_amounts(module: nn.Module, arguments: dict[str, Any], where: str) -> 
         raise
     except Exception:  # some models need values; what else is wrong, building in earnest says
         pass
-    slots = [vars(child)[slot] for child in modules_in(module, where) for slot in ("_parameters", "_buffers")]
+    slots = [vars(child)[slot] for child in modules_in(module, where) for slot in (PARAMETERS, BUFFERS)]
     held = [tensor for slot in slots for tensor in slot.values() if isinstance(tensor, Tensor)]
     limits.check_amount(skeleton, dict(enumerate(held)), f"{place} describes a {type(module).__name__}")
 
@@ -235,7 +236,7 @@ def _transplant(made: nn.Module, old: nn.Module, where: str, path: str, settle: 
     if type(made) is not type(old):
         _misfit(where, path, f"is a {type(old).__name__} where the configuration makes a {type(made).__name__}")
     new_state, old_state = vars(made), vars(old)
-    for slot, kind in (("_parameters", nn.Parameter), ("_buffers", Tensor)):
+    for slot, kind in ((PARAMETERS, nn.Parameter), (BUFFERS, Tensor)):
         new, given = new_state[slot], old_state[slot]
         if names := sorted(set(_present(new)) ^ set(_present(given))):
             _misfit(where, path, f"differs in {', '.join(names[:4])}")
@@ -257,18 +258,18 @@ def _transplant(made: nn.Module, old: nn.Module, where: str, path: str, settle: 
             path,
             f"has {changed} = {old_state[changed]!a:.40} where the configuration makes {new_state[changed]!a:.40}",
         )
-    if names := sorted(set(_present(made._modules)) ^ set(_present(old._modules))):
+    if names := sorted(set(children(made)) ^ set(children(old))):
         _misfit(where, path, f"differs in its layers {', '.join(names[:4])}")
-    for name, child in _present(old._modules).items():
+    for name, child in children(old).items():
         inner = f"{path}.{name}".strip(".")
-        before = made._modules[name]
-        if type(child).__module__.startswith("torch.nn.modules.") and not child._modules:
-            made._modules[name] = settle(child, inner)
+        before = children(made)[name]
+        if type(child).__module__.startswith("torch.nn.modules.") and not children(child):
+            put_child(made, name, settle(child, inner))
             cls: type = type(child)
             known = {*vars(nn.Module()), *members_of(cls).kinds}
             for key in [key for key in vars(child) if key not in known]:
                 del vars(child)[key]
-        elif before is not None:
+        else:
             _transplant(before, child, where, inner, settle)
 
 

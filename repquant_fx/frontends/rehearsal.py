@@ -13,15 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 from repquant_fx.errors import first_line
-from repquant_fx.torch_private import archive_reader
+from repquant_fx.torch_private import REBUILDS_ANY_TYPE, REBUILDS_FROM_DEVICE, REBUILDS_TENSORS, archive_reader
 
-# torch admits this by default; it calls a function that the file chooses and sets attributes on the result. A tensor
-# that carries Python attributes is saved so; nothing else needs it.
-_INDIRECT_CALL = "torch._tensor._rebuild_from_type_v2"
-_FROM_OTHER_DEVICES = "torch._utils._rebuild_device_tensor_from"  # they write out what was expanded
-_TENSOR_BUILDERS = {
-    f"torch._utils._rebuild_{name}" for name in ("tensor_v2", "tensor_v3", "parameter", "parameter_with_state")
-}
 _MOST_BYTES = 16 << 20  # of the pickle without its tensors; those of large models have a few hundred thousand
 _MOST_GLOBALS = 10_000
 _MOST_NESTED, _DEEPEST = 10_000_000, 100  # objects in a tuple, counted once for each way to them, and levels
@@ -79,9 +72,9 @@ class _Symbol(type):
     named: str
 
     def __call__(cls, *args: object) -> object:
-        if cls.named == _INDIRECT_CALL and not _rebuilds_plain_tensor(args):
-            raise pickle.UnpicklingError(f"{_INDIRECT_CALL} of something that is not a tensor")
-        if cls.named.startswith(_FROM_OTHER_DEVICES):
+        if cls.named == REBUILDS_ANY_TYPE and not _rebuilds_plain_tensor(args):
+            raise pickle.UnpicklingError(f"{REBUILDS_ANY_TYPE} of something that is not a tensor")
+        if cls.named.startswith(REBUILDS_FROM_DEVICE):
             raise pickle.UnpicklingError(f"{cls.named}, which writes out any claimed size; save it from the CPU")
         return _Inert.__new__(cls, *args)  # type: ignore[arg-type]
 
@@ -196,7 +189,7 @@ for _code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
 def _rebuilds_plain_tensor(args: tuple[object, ...]) -> bool:
     return (
         len(args) == 4
-        and getattr(args[0], "named", None) in _TENSOR_BUILDERS
+        and getattr(args[0], "named", None) in REBUILDS_TENSORS
         and getattr(args[1], "named", None) in ("torch.Tensor", "torch.nn.parameter.Parameter")
     )
 

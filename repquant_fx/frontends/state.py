@@ -22,15 +22,13 @@ from repquant_fx.errors import ModelFileError
 from repquant_fx.frontends import members
 from repquant_fx.frontends.members import MAPPING, MODULE, NUMBER, OTHER, STRING, TENSOR, members_of
 from repquant_fx.security.escape import printable
-from repquant_fx.torch_private import native_functions
+from repquant_fx.torch_private import BUFFERS, FLAGS, MODULES, PARAMETERS, SLOTS, native_functions
 
 _DEEPEST = 64  # levels of lists in lists
 _MOST_ITEMS = 200_000  # of the plain data of one module, counted once for each way to them
 _MOST_BITS = 64
 _SMALL_BYTES = 16 << 20  # up to here a tensor may claim more than its storage holds
 _ADVICE = "Pass --allow-pickle if you trust the file"
-_SLOTS = ("_parameters", "_buffers", "_modules")
-_FLAGS = {"_compiled_call_impl": type(None), "_version": int, "_is_fsdp_managed_module": bool}
 
 
 class Unfit(Exception):
@@ -53,18 +51,18 @@ def check_state(module: nn.Module, where: str, inert: tuple[type, ...] = ()) -> 
     known = members_of(cls)
     _check_own(state, cls, where)
     children: dict[str, Any] = {}
-    for slot, kind in zip(_SLOTS, (Tensor, Tensor, nn.Module)):
+    for slot, kind in ((PARAMETERS, Tensor), (BUFFERS, Tensor), (MODULES, nn.Module)):
         for name, value in state[slot].items():
             if value is not None and not isinstance(value, kind):
                 _refuse(
                     where,
                     name,
-                    f"is {_a(value)} where {cls.__name__} holds {_A[MODULE if slot == '_modules' else TENSOR]}",
+                    f"is {_a(value)} where {cls.__name__} holds {_A[MODULE if slot == MODULES else TENSOR]}",
                 )
             if name in state or name in children:
                 _refuse(where, name, "is there twice")
             children[name] = value
-    plain = {name: value for name, value in state.items() if name not in _own_attributes() and name not in _FLAGS}
+    plain = {name: value for name, value in state.items() if name not in _own_attributes() and name not in FLAGS}
     count = [0]
     for name, value in plain.items():
         _check_shadow(cls, name, value, where)
@@ -136,17 +134,17 @@ def _check_own(state: dict[str, Any], cls: type, where: str) -> None:
                 or (not all(isinstance(key, str) for key in value) and not name.endswith("hooks"))
             ):
                 _refuse(where, name, f"is {_a(value)} where every module holds a dict")
-            if value and name not in _SLOTS:
+            if value and name not in SLOTS:
                 raise ModelFileError(
                     f"{where} carries hooks ({name}); hooks are code. Remove them before saving, or pass "
                     "--allow-pickle if you trust the file"
                 )
         elif not isinstance(value, type(made)) and not (made is None and isinstance(value, bool)):
             _refuse(where, name, f"is {_a(value)}")
-    for name, kind in _FLAGS.items():
+    for name, kind in FLAGS.items():
         if name in state and not isinstance(state[name], kind):
             _refuse(where, name, f"is {_a(state[name])}")
-    if missing := [slot for slot in _SLOTS if slot not in state]:
+    if missing := [slot for slot in SLOTS if slot not in state]:
         raise ModelFileError(f"{where} is not whole: {cls.__name__} without {missing[0]}")
 
 
@@ -265,7 +263,7 @@ def activation_functions() -> dict[str, Callable[..., Any]]:
         "softsign",
         "tanh",
     )
-    spaces = {"torch.nn.functional": nn.functional, "torch._C._nn": native_functions()}
+    spaces = {module.__name__: module for module in (nn.functional, native_functions())}
     return {
         f"{space}.{name}": getattr(module, name)
         for space, module in spaces.items()

@@ -8,11 +8,11 @@ from keyword import iskeyword
 from torch import nn
 
 from repquant_fx.errors import ModelFileError
+from repquant_fx.torch_private import MODULES, SLOTS
 
 _LONGEST = 1_000  # characters; the names of deep models have about a hundred
 _SHOWN = 80
 _MOST_WAYS = 100_000  # to the layers of a module, those of a shared one counted for each who shares it
-_SLOTS = ("_modules", "_parameters", "_buffers")
 
 
 def check_names(names: Iterable[str], where: str) -> None:
@@ -41,7 +41,7 @@ def check_module_names(module: nn.Module, where: str) -> None:
         ModelFileError: see there; also a single name with a dot in it.
     """
     for child in modules_in(module, where):
-        for slot in _SLOTS:
+        for slot in SLOTS:
             names = vars(child)[slot]
             check_names(names, where)
             if dotted := next((name for name in names if "." in name), None):
@@ -66,11 +66,11 @@ def modules_in(module: nn.Module, where: str) -> Iterator[nn.Module]:
         if id(found) in seen:
             continue
         seen.add(id(found))
-        for slot in _SLOTS:
+        for slot in SLOTS:
             held = vars(found).get(slot)
             if not isinstance(held, dict) or getattr(held, "__dict__", None):
                 raise ModelFileError(f"{where} is not whole: {type(found).__name__} without a plain dict {slot}")
-        waiting.extend(child for child in vars(found)["_modules"].values() if isinstance(child, nn.Module))
+        waiting.extend(child for child in vars(found)[MODULES].values() if isinstance(child, nn.Module))
         yield found
 
 
@@ -85,7 +85,7 @@ def check_calls(module: nn.Module, where: str) -> None:
     def count(found: nn.Module) -> int:
         if id(found) not in ways:
             ways[id(found)] = _MOST_WAYS  # while it is counted; who meets it again is inside of it
-            children = (child for child in vars(found)["_modules"].values() if isinstance(child, nn.Module))
+            children = (child for child in vars(found)[MODULES].values() if isinstance(child, nn.Module))
             ways[id(found)] = 1 + sum(count(child) for child in children)
         return ways[id(found)]
 
