@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch.fx import GraphModule, Node
 
 from repquant_fx.decision import Decision
 from repquant_fx.errors import PassError
 from repquant_fx.naming import QUANTIZED, SCALE, beside
-from repquant_fx.passes.base import Pass, constant_node, copy_meta, drop_constant, free_stem, replace_constant
-from repquant_fx.passes.match_sites import Group
+from repquant_fx.passes.base import (
+    Pass,
+    attribute,
+    constant_node,
+    copy_meta,
+    drop_constant,
+    free_stem,
+    replace_constant,
+)
+from repquant_fx.passes.match_sites import Group, Plan
 from repquant_fx.passes.operators import DEQUANTIZE
 from repquant_fx.passes.slots import install
 from repquant_fx.passes.spec import OBSERVED
+from repquant_fx.quantizers.gptq import QuantizedWeight
 from repquant_fx.quantizers.weight import ChosenWeight
 
 
@@ -48,6 +59,17 @@ class InstallDecision(Pass):
             weight = consumer.args[1]
             if not isinstance(weight, Node) or weight.target is not DEQUANTIZE:
                 raise PassError(f"{consumer.name} does not read integer codes")
+
+
+def installed_weights(graph_module: GraphModule, plan: Plan) -> dict[Node, QuantizedWeight]:
+    """The integer weights that a plan's consumers read, in its order; one whose weight is float is left out."""
+    weights = {}
+    for consumer in (consumer for group in plan.groups for consumer in group.consumers):
+        read = consumer.args[1]
+        if isinstance(read, Node) and read.target is DEQUANTIZE:
+            codes, scale = (attribute(graph_module, cast(Node, constant)) for constant in read.args[:2])
+            weights[consumer] = QuantizedWeight(codes, scale)
+    return weights
 
 
 def _install_weight(graph_module: GraphModule, consumer: Node, chosen: ChosenWeight, bits: int) -> None:

@@ -38,6 +38,7 @@ from repquant_fx.offload import on_disk
 from repquant_fx.options import Calibration, Run, Source
 from repquant_fx.passes.base import LeftAlone, own_tensors, run_pass, run_passes, shared_copy
 from repquant_fx.passes.insert_observers import InsertObservers
+from repquant_fx.passes.install_decision import installed_weights
 from repquant_fx.passes.lower_to_qdq import LowerToQDQ
 from repquant_fx.passes.match_sites import Plan
 from repquant_fx.passes.runtime_form import optimize_for_runtime
@@ -206,7 +207,6 @@ def _quantize(
                                  calibration.seed, checkpoint, source.offload_dir, padding)
     for each in (graph_module, float_graph):
         devices.move(each, torch.device("cpu"))
-    quantized.weights = {node: weight.to("cpu") for node, weight in quantized.weights.items()}
     return _Rewritten(graph_module, float_graph, plan, quantized, statistics, trials, blocks, checkpoint.world.rank)
 
 
@@ -256,7 +256,7 @@ def _export(prepared: Prepared, rewritten: _Rewritten, probe: list[Tensor]) -> _
     graph_module, captured, recipe = rewritten.graph_module, prepared.captured, prepared.recipe
     # before lowering, while the quantizers are modules
     layers = reports.describe_layers(graph_module, rewritten.plan, rewritten.quantized, gptq=recipe.gptq)
-    lowering = LowerToQDQ(rewritten.plan, rewritten.quantized.weights)
+    lowering = LowerToQDQ(rewritten.plan, installed_weights(graph_module, rewritten.plan))
     lowered = run_pass(graph_module, lowering)
     shipped = optimize_for_runtime(graph_module, lowered.quantizers, adjacent=recipe.container == "int4")
     names = [entry["node"] for entry in layers]

@@ -15,6 +15,7 @@ from repquant_fx import audit
 from repquant_fx.audit import Product
 from repquant_fx.parity import Parity, signal_and_noise
 from repquant_fx.passes.base import LeftAlone, module_path
+from repquant_fx.passes.install_decision import installed_weights
 from repquant_fx.passes.match_sites import Group, Plan, Site
 from repquant_fx.passes.slots import slot_module
 from repquant_fx.pipeline import Quantized
@@ -36,7 +37,7 @@ def describe_layers(
     Args:
         gptq: whether the recipe asks for it.
     """
-    entries = []
+    entries, weights = [], installed_weights(graph_module, plan)
     for group in plan.groups:
         for consumer in group.consumers:
             sites = [s for s in group.sites if consumer in s.consumers]
@@ -48,8 +49,8 @@ def describe_layers(
                 "inputs": [describe_site(graph_module, s) for s in sites],
                 "rewritten": _rewritten(group, quantized),
             }
-            if consumer in quantized.weights:
-                weight, plan_of = quantized.weights[consumer], group.plans[consumer]
+            if consumer in weights:
+                weight, plan_of = weights[consumer], group.plans[consumer]
                 wanted = gptq and plan_of.gptq
                 entry["weight"] = {
                     "bits": plan_of.wbits,

@@ -19,13 +19,14 @@ from repquant_fx.parity import TIE, CodeRecorder
 from repquant_fx.passes.base import Pass, attribute, run_pass, run_passes
 from repquant_fx.passes.fuse_requantization import SLACK, Fused, FuseRequantization
 from repquant_fx.passes.insert_observers import InsertObservers
-from repquant_fx.passes.install_decision import InstallDecision
+from repquant_fx.passes.install_decision import InstallDecision, installed_weights
 from repquant_fx.passes.match_sites import Group, MatchSites, Plan
 from repquant_fx.passes.normal_form import PASSES
 from repquant_fx.passes.operators import QUANTIZE
 from repquant_fx.passes.slots import install
 from repquant_fx.pipeline import Quantized, quantize_sequentially
 from repquant_fx.pipeline.choose import choose_quantizers
+from repquant_fx.quantizers.gptq import QuantizedWeight
 from repquant_fx.quantizers.observers import Observer, Passthrough
 from repquant_fx.recipe import Recipe
 
@@ -197,6 +198,11 @@ class Run:
     graph_module: GraphModule
     plan: Plan
     result: Quantized
+
+    @property
+    def weights(self) -> dict[Node, QuantizedWeight]:
+        """Before lowering."""
+        return installed_weights(self.graph_module, self.plan)
 
 
 def observed(graph_module: GraphModule, batches: Sequence[Tensor], recipe: Recipe | None = None) -> Plan:

@@ -16,6 +16,7 @@ from repquant_fx.options import Source
 from repquant_fx.parity import sqnr
 from repquant_fx.passes.base import run_pass, run_passes, shared_copy
 from repquant_fx.passes.insert_observers import InsertObservers
+from repquant_fx.passes.install_decision import installed_weights
 from repquant_fx.passes.match_sites import MatchSites
 from repquant_fx.passes.normal_form import normalize
 from repquant_fx.pipeline import equalize_layers, quantize_sequentially, reconstruct, rotate
@@ -73,13 +74,14 @@ def decisions(name: str, batches: Batches, recipe: Recipe) -> dict[str, Tensor]:
     quantized = quantize_sequentially(graph_module, plan, batches, recipe, padding=padding)
     blocks = reconstruct(graph_module, float_graph, plan, quantized, batches, recipe.reconstruct, 0, padding=padding)
     found |= {f"block {i}": torch.tensor([*block.own, *block.feature]) for i, block in enumerate(blocks)}
-    for consumer, weight in quantized.weights.items():
+    weights = installed_weights(graph_module, plan)
+    for consumer, weight in weights.items():
         found |= {f"{consumer.name} codes": weight.codes, f"{consumer.name} scale": weight.scale}
     slots = {name: module for name, module in graph_module.named_modules() if not isinstance(module, Observer)}
     found |= {f"{name} {part}": value for name, module in slots.items() for part, value in
               module.named_buffers(recurse=False) if part in ("scale", "zero_point")}
     found["biases"] = torch.cat([b.flatten() for n, b in sorted(graph_module.named_buffers()) if n.endswith("bias")])
-    names = [consumer.name for consumer in quantized.weights]
+    names = [consumer.name for consumer in weights]
     found["report"] = torch.tensor(list(layer_sqnr(float_graph, graph_module, names, batches[0]).values()))
     return found
 

@@ -95,8 +95,8 @@ def test_runner_equals_the_graph(vit_graph) -> None:
 
 def test_deterministic(vit_graph) -> None:
     first, second = (quantized(vit_graph(), Recipe(wbits=4, abits=4), batches(images())) for _ in range(2))
-    assert len(first.result.weights) == 10
-    for a, b in zip(first.result.weights.values(), second.result.weights.values()):
+    assert len(first.weights) == 10
+    for a, b in zip(first.weights.values(), second.weights.values()):
         assert torch.equal(a.codes, b.codes) and torch.equal(a.scale, b.scale)
     assert torch.equal(output(first.graph_module, images()), output(second.graph_module, images()))
 

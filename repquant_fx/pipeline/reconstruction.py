@@ -25,7 +25,7 @@ from repquant_fx.checkpoint import Checkpoint
 from repquant_fx.distributed import Tensors, World
 from repquant_fx.errors import RepQuantWarning
 from repquant_fx.offload import Values
-from repquant_fx.passes.base import attribute, module_path, run_passes
+from repquant_fx.passes.base import module_path, run_passes
 from repquant_fx.passes.match_sites import Plan
 from repquant_fx.passes.operators import DEQUANTIZE
 from repquant_fx.pipeline.blocks import Block, find_blocks, last_group
@@ -37,7 +37,6 @@ from repquant_fx.pipeline.segments import between, first_computed
 from repquant_fx.pipeline.sequential import Quantized
 from repquant_fx.progress import progress
 from repquant_fx.quantizers.counted import counted_values
-from repquant_fx.quantizers.gptq import QuantizedWeight
 
 LOCAL = 2.0  # weight of the block's own error beside the shared feature's
 HELD_BACK = 8  # one batch in so many is looked at and not learned from
@@ -74,7 +73,7 @@ def reconstruct(
     batches: Sequence[Batch], steps: int, seed: int, checkpoint: Checkpoint | None = None,
     offload_dir: str | Path | None = None, padding: Padding | None = None,
 ) -> list[Reconstructed]:
-    """Learn every block in `steps` steps, a calibration batch each, editing the graph and `quantized.weights` in place.
+    """Learn every block in `steps` steps, a calibration batch each, editing the graph in place.
 
     Args:
         graph_module: with a quantizer at every site and integer codes in place of weights.
@@ -106,9 +105,6 @@ def reconstruct(
             before, after, kept = _resumed(task, checkpoint, f"block-{index:04d}")
             run_passes(graph_module, [learned.install()])
             results.append(Reconstructed(*_ends(block), (before[0], after[0]), (before[1], after[1]), kept))
-    for consumer in quantized.weights:
-        codes, scale = (attribute(graph_module, cast(Node, a)) for a in cast(Node, consumer.args[1]).args[:2])
-        quantized.weights[consumer] = QuantizedWeight(codes, scale)
     return results
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,19 +32,17 @@ from repquant_fx.pipeline.runner import SegmentRunner
 from repquant_fx.pipeline.second_moments import second_moments
 from repquant_fx.pipeline.segments import Segment, between, cut_into_segments
 from repquant_fx.progress import progress
-from repquant_fx.quantizers.gptq import QuantizedWeight
 from repquant_fx.quantizers.observers import Passthrough
 from repquant_fx.quantizers.weight import ChosenWeight
 from repquant_fx.recipe import Recipe
 from repquant_fx.statistics import Statistics
 
 
-@dataclass
+@dataclass(frozen=True)
 class Quantized:
     """What the pipeline produced besides the rewritten graph.
 
     Attributes:
-        weights: integer weights by consumer node.
         latents: the float weights in their place, after the activations' reparameterization, where the recipe asks
             for reconstruction.
         errors: (round-to-nearest, chosen) output error by consumer node, on the calibration Hessian.
@@ -52,12 +50,11 @@ class Quantized:
         node_executions: how many graph nodes were run in all, over all batches.
     """
 
-    weights: dict[Node, QuantizedWeight] = field(default_factory=dict)
-    latents: dict[Node, Tensor] = field(default_factory=dict)
-    errors: dict[Node, tuple[float, float]] = field(default_factory=dict)
-    notes: dict[Group, tuple[str, ...]] = field(default_factory=dict)
-    node_executions: int = 0
-    segments: int = 0
+    latents: Mapping[Node, Tensor]
+    errors: Mapping[Node, tuple[float, float]]
+    notes: Mapping[Group, tuple[str, ...]]
+    node_executions: int
+    segments: int
 
 
 def quantize_sequentially(
@@ -104,7 +101,10 @@ class _State:
         self.float_model = FloatModel(graph_module, shard, offload_dir) if recipe.correction else None
         self.runner = SegmentRunner(graph_module, shard, offload_dir)
         self.reached = segments[0].first if segments else None
-        self.result = Quantized(segments=len(segments))
+        self.segments = len(segments)
+        self.latents: dict[Node, Tensor] = {}
+        self.errors: dict[Node, tuple[float, float]] = {}
+        self.notes: dict[Group, tuple[str, ...]] = {}
         self.unseen = 0  # groups decided before, when no statistics were asked for
         self.reparameterizes = recipe.norm in ("reparameterize", "smooth")
 
@@ -136,10 +136,9 @@ class _State:
                 RepQuantWarning,
                 stacklevel=2,
             )
-        self.result.node_executions = self.runner.node_executions + (
-            self.float_model.runner.node_executions if self.float_model is not None else 0
-        )
-        return self.result
+        runners = [self.runner, *([self.float_model.runner] if self.float_model is not None else [])]
+        return Quantized(self.latents, self.errors, self.notes, sum(runner.node_executions for runner in runners),
+                         self.segments)
 
 
 def _quantize_group(state: _State, segment: Segment, group: Group, name: str) -> None:
@@ -161,10 +160,9 @@ def _quantize_group(state: _State, segment: Segment, group: Group, name: str) ->
     if group.kind != "matmul":
         weights = _choose_weights(state, segment, group, statistics) if restored is None else dict(restored.weights)
         if state.recipe.reconstruct:
-            state.result.latents |= {c: attribute(state.graph_module, cast(Node, c.args[1])) for c in weights}
+            state.latents |= {c: attribute(state.graph_module, cast(Node, c.args[1])) for c in weights}
         run_passes(state.graph_module, [InstallDecision(group, Decision(weights=weights))])
-    state.result.weights |= {c: chosen.weight for c, chosen in weights.items()}
-    state.result.errors |= {c: chosen.errors for c, chosen in weights.items() if chosen.errors is not None}
+    state.errors |= {c: chosen.errors for c, chosen in weights.items() if chosen.errors is not None}
     state.count(statistics)
     if restored is None:
         figures = {} if statistics is None else statistics.to_tensors()
@@ -212,7 +210,7 @@ def _rewrite_activations(state: _State, group: Group, quantizers: dict[str, nn.M
     run_passes(state.graph_module, [InstallDecision(group, Decision(quantizers))])
     if state.reparameterizes:
         note = run_pass(state.graph_module, ReparameterizeNorms(group), probe)
-        state.result.notes[group] = () if note is None else (note,)
+        state.notes[group] = () if note is None else (note,)
     run_passes(state.graph_module, [ReparameterizeSoftmax(group)])
 
 

@@ -29,7 +29,7 @@ PLAIN = {"correction": False, "gptq": False, "clipping": "none", "activations": 
 
 def lowered(recipe: Recipe, **options: object) -> GraphModule:
     run = quantized(canonical(redraw(Encoder(**options)), sequences()), recipe, [sequences(16)])
-    return run_passes(run.graph_module, [LowerToQDQ(run.plan, run.result.weights)])
+    return run_passes(run.graph_module, [LowerToQDQ(run.plan, run.weights)])
 
 
 @pytest.fixture(scope="module")

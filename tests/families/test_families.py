@@ -26,6 +26,7 @@ from repquant_fx.frontends.loading import LoadedModel
 from repquant_fx.passes.base import run_pass, run_passes, shared_copy
 from repquant_fx.passes.fuse_requantization import FuseRequantization
 from repquant_fx.passes.insert_observers import InsertObservers
+from repquant_fx.passes.install_decision import installed_weights
 from repquant_fx.passes.lower_to_qdq import LowerToQDQ
 from repquant_fx.passes.match_sites import MatchSites, Plan
 from repquant_fx.passes.normal_form import normalize
@@ -167,7 +168,8 @@ def test_linears_write_the_codes_that_are_promised(name: str) -> None:
     graph_module, plan = matched(name)
     data, settings = batches(FAMILIES[name]), replace(recipe(FAMILIES[name]), wbits=4, abits=5)
     run_passes(graph_module, [InsertObservers(plan, len(data))])
-    weights = quantize_sequentially(graph_module, plan, data, settings).weights
+    quantize_sequentially(graph_module, plan, data, settings)
+    weights = installed_weights(graph_module, plan)
     fuse = FuseRequantization(run_pass(graph_module, LowerToQDQ(plan, weights)).quantizers)
     fused = fused_as_promised(graph_module, fuse, *data[0])
     assert fused.codes or fuse.left_alone

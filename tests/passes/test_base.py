@@ -100,7 +100,7 @@ def test_lowered_graphs() -> None:
     OBSERVED.check(run.graph_module)
     with pytest.raises(PassError, match=r"not canonical: .* belongs to a later form|calls a module"):
         CANONICAL.check(run.graph_module)
-    graph_module = run_passes(run.graph_module, [LowerToQDQ(run.plan, run.result.weights)])
+    graph_module = run_passes(run.graph_module, [LowerToQDQ(run.plan, run.weights)])
     with pytest.raises(PassError, match="belongs to a later form"):
         OBSERVED.check(graph_module)
     quantize = next(n for n in graph_module.graph.nodes if n.target is QUANTIZE)
@@ -126,7 +126,7 @@ def test_lowering_asks_for_quantizers(encoder_graph) -> None:
 
 def runtime(graph_module: GraphModule, x: torch.Tensor) -> tuple[GraphModule, list[Pass]]:
     run = quantized(graph_module, FAST, [x])
-    lowered = run_pass(run.graph_module, LowerToQDQ(run.plan, run.result.weights))
+    lowered = run_pass(run.graph_module, LowerToQDQ(run.plan, run.weights))
     return run.graph_module, [FuseRequantization(lowered.quantizers), FlattenRows(), ShareMasks()]
 
 

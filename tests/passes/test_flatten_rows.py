@@ -32,7 +32,7 @@ def flattened(graph_module: GraphModule, x: Tensor, **changes: object) -> tuple[
     """
     run = quantized(graph_module, Recipe(**changes), [x])  # type: ignore[arg-type]
     graph_module = run.graph_module
-    quantizers = list(run_pass(graph_module, LowerToQDQ(run.plan, run.result.weights)).quantizers.values())
+    quantizers = list(run_pass(graph_module, LowerToQDQ(run.plan, run.weights)).quantizers.values())
     codes, expected = values_at(graph_module, quantizers, x), output(graph_module, x)
     before = count(graph_module, aten.reshape.default)
     result = run_passes(graph_module, [FlattenRows()])

@@ -30,7 +30,7 @@ from repquant_fx.recipe import LayerRule, Recipe
 
 def lowered(graph_module: GraphModule, x: Tensor, **changes: object) -> tuple[GraphModule, dict[str, Node]]:
     run = quantized(graph_module, Recipe(**changes), [x])  # type: ignore[arg-type]
-    return run.graph_module, run_pass(run.graph_module, LowerToQDQ(run.plan, run.result.weights)).quantizers
+    return run.graph_module, run_pass(run.graph_module, LowerToQDQ(run.plan, run.weights)).quantizers
 
 
 def fused_outputs(graph_module: GraphModule) -> list[Node]:

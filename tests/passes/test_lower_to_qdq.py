@@ -36,7 +36,7 @@ from repquant_fx.recipe import Recipe
 
 def lowered(run: Run) -> tuple[GraphModule, Lowered]:
     """A lowered graph; the fake-quantized one in `run` is used up."""
-    return run.graph_module, run_pass(run.graph_module, LowerToQDQ(run.plan, run.result.weights))
+    return run.graph_module, run_pass(run.graph_module, LowerToQDQ(run.plan, run.weights))
 
 
 def check(graph_module: GraphModule, x: Tensor, recipe: Recipe, floor: float = 30.0) -> GraphModule:
@@ -170,7 +170,7 @@ def test_dead_rows_keep_their_bias_in_integers() -> None:
     biases = [n.args[2].op for n in graph_module.graph.nodes if n.target is aten.linear.default]
     assert biases == ["call_function", "call_function"]
     run = quantized(canonical(model, sequences()), recipe, [sequences()])
-    lowering = LowerToQDQ(run.plan, run.result.weights)
+    lowering = LowerToQDQ(run.plan, run.weights)
     run_pass(run.graph_module, lowering)
     assert not lowering.left_alone
     for linear in (n for n in graph_module.graph.nodes if n.target is aten.linear.default):

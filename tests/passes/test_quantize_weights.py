@@ -32,8 +32,8 @@ def value_of(graph_module: GraphModule, consumer: Node) -> Tensor:
 def test_codes_times_scale_is_the_weight_in_the_graph(encoder_graph, bits: int) -> None:
     run = quantized(encoder_graph(), Recipe(wbits=bits, abits=8), list(sequences().split(8)))
     consumers = [c for g in run.plan.groups if g.kind != "matmul" for c in g.consumers]
-    assert set(run.result.weights) == set(consumers) and len(consumers) == 8
-    for consumer, weight in run.result.weights.items():
+    assert set(run.weights) == set(consumers) and len(consumers) == 8
+    for consumer, weight in run.weights.items():
         found = value_of(run.graph_module, consumer)
         assert weight.codes.dtype == torch.int8 and weight.scale.dtype == found.dtype == torch.float32
         assert torch.equal(found, weight.codes.float() * weight.scale[:, None])
@@ -47,7 +47,7 @@ def test_codes_times_scale_is_the_weight_in_the_graph(encoder_graph, bits: int) 
 
 def test_gptq_is_never_worse_than_nearest(vit_graph) -> None:
     run = quantized(vit_graph(), Recipe(wbits=3, abits=8, **PLAIN), list(images(16).split(4)))
-    assert set(run.result.errors) == set(run.result.weights)
+    assert set(run.result.errors) == set(run.weights)
     assert all(chosen <= nearest * (1 + 1e-6) for nearest, chosen in run.result.errors.values())
     assert sum(c for _, c in run.result.errors.values()) < 0.9 * sum(n for n, _ in run.result.errors.values())
 
@@ -56,7 +56,7 @@ def test_without_gptq_the_codes_are_the_nearest(encoder_graph) -> None:
     run = quantized(
         encoder_graph(), Recipe(wbits=4, abits=8, gptq=False, norm="layerwise", **PLAIN), list(sequences().split(8))
     )
-    for consumer, weight in run.result.weights.items():
+    for consumer, weight in run.weights.items():
         name = name_of(consumer)
         original = run.reference.get_parameter(name).detach()
         codes = torch.round(original / weight.scale[:, None]).clamp(-8, 7)
@@ -72,7 +72,7 @@ def test_rules_by_layer(encoder_graph) -> None:
     )
     run = quantized(encoder_graph(), Recipe(wbits=4, abits=8, layers=rules, **PLAIN), list(sequences().split(8)))
     spans, same = {}, {}
-    for consumer, weight in run.result.weights.items():
+    for consumer, weight in run.weights.items():
         name = name_of(consumer).removesuffix(".weight")
         spans[name] = int((weight.codes.int().amax(1) - weight.codes.int().amin(1)).max())
         if consumer in run.result.errors:
@@ -86,7 +86,7 @@ def test_a_skipped_layer_keeps_its_weight(encoder_graph) -> None:
     assert torch.equal(
         run.graph_module.get_parameter("blocks.0.fc2.weight"), run.reference.get_parameter("blocks.0.fc2.weight")
     )
-    assert "blocks.0.fc2.weight" not in {name_of(c) for c in run.result.weights}
+    assert "blocks.0.fc2.weight" not in {name_of(c) for c in run.weights}
 
 
 def test_convolutions() -> None:
@@ -103,9 +103,9 @@ def test_convolutions() -> None:
             return self.head(self.depthwise(torch.relu(self.stem(x))).mean((2, 3)))
 
     run = quantized(canonical(redraw(Stem()), images()), Recipe(wbits=4, abits=8), list(images(16).split(4)))
-    shapes = {tuple(w.codes.shape) for w in run.result.weights.values()}
+    shapes = {tuple(w.codes.shape) for w in run.weights.values()}
     assert shapes == {(8, 3, 3, 3), (8, 1, 3, 3), (3, 8)}
-    for consumer, weight in run.result.weights.items():
+    for consumer, weight in run.weights.items():
         found = value_of(run.graph_module, consumer)
         assert torch.equal(found, weight.codes.float() * weight.scale.reshape(-1, *[1] * (found.ndim - 1)))
 
@@ -130,7 +130,7 @@ def test_a_weight_read_twice_is_quantized_for_each_reader() -> None:
             return self.fc(torch.relu(self.fc(self.norm(x))))
 
     run = quantized(canonical(redraw(Tied()), sequences()), Recipe(), list(sequences().split(8)))
-    assert len(run.result.weights) == 2
+    assert len(run.weights) == 2
     with torch.no_grad():
         noise = (run.graph_module(sequences()) - run.reference(sequences())).square().mean() / run.reference(
             sequences()
@@ -161,7 +161,7 @@ def test_dead_inputs_and_dead_rows() -> None:
 
 def test_weights_keep_their_names() -> None:
     run = quantized(canonical(vit(1), images()), Recipe(), [images()])
-    names = {name_of(c) for c in run.result.weights}
+    names = {name_of(c) for c in run.weights}
     assert {"blocks.0.attn.qkv.weight", "blocks.0.mlp.fc2.weight", "head.weight"} <= names
 
 

@@ -90,7 +90,7 @@ def test_causal_attention_does_not_look_ahead(softmax: str, lower: bool) -> None
     x = sequences()
     run = quantized(canonical(redraw(Last()), x), Recipe(wbits=4, abits=4, softmax=softmax), list(x.split(8)))
     if lower:
-        run_passes(run.graph_module, [LowerToQDQ(run.plan, run.result.weights)])
+        run_passes(run.graph_module, [LowerToQDQ(run.plan, run.weights)])
     changed = x.clone()
     changed[:, 3:] += torch.randn(changed[:, 3:].shape, generator=torch.Generator().manual_seed(5))
     first, second = output(run.graph_module, x), output(run.graph_module, changed)
@@ -113,7 +113,7 @@ def test_a_softmax_with_another_reader_is_quantized_for_the_product_alone() -> N
 
     x = sequences()
     run = quantized(canonical(redraw(Shown()), x), Recipe(), list(x.split(8)))
-    run_passes(run.graph_module, [LowerToQDQ(run.plan, run.result.weights)])
+    run_passes(run.graph_module, [LowerToQDQ(run.plan, run.weights)])
     targets = [n.target for n in run.graph_module.graph.nodes]
     assert log2_quantize in targets and log2_softmax not in targets and aten.softmax.int in targets
     shown = run.graph_module(x)[1]
