@@ -99,6 +99,7 @@ METRICS = {**dict.fromkeys(MODELS, Images.metric), "MiniLM-L6": Sentences.metric
 
 
 def run_all(name: str, bench: Any, results: Results, only: str | None, seed: int, loss: str) -> None:
+    """Measure every row of a model. Long because its steps share one sensitivity analysis."""
     count = len(bench.calibration["input_ids"] if isinstance(bench.calibration, dict) else bench.calibration)
     source = {"calibration": bench.calibration, "samples": count, "batch_size": bench.batch_size, "seed": seed}
     analysed: dict[bool, Sensitivity] = {}

@@ -157,7 +157,7 @@ def accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, batch
     return 100 * hits / len(labels)
 
 
-def main() -> None:
+def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=sorted(ARCHITECTURES))
     parser.add_argument("--data", type=Path, required=True)
@@ -176,8 +176,21 @@ def main() -> None:
     )
     parser.add_argument("--cutmix", type=float, default=0.0, help="share of the steps that use CutMix")
     parser.add_argument("--compile", action="store_true")
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+def optimizers_of(model: nn.Module, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of hidden layers, AdamW for the rest."""
+    hidden = [p for n, p in model.named_parameters()
+              if p.ndim == 2 and p.requires_grad and not any(k in n for k in ("head", "embed", "table"))]
+    others = [p for p in model.parameters() if all(p is not q for q in hidden)]
+    return [torch.optim.AdamW(others, lr=args.lr, weight_decay=args.weight_decay),
+            Muon(hidden, lr=args.muon_lr, weight_decay=args.weight_decay)]
+
+
+def main() -> None:
+    """Long because it is one loop of training."""
+    args = options()
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -192,11 +205,7 @@ def main() -> None:
     else:
         mimetic_init(model, generator)
     model.to(device)
-    hidden = [p for n, p in model.named_parameters()
-              if p.ndim == 2 and p.requires_grad and not any(k in n for k in ("head", "embed", "table"))]
-    others = [p for p in model.parameters() if all(p is not q for q in hidden)]
-    optimizers = [torch.optim.AdamW(others, lr=args.lr, weight_decay=args.weight_decay),
-                  Muon(hidden, lr=args.muon_lr, weight_decay=args.weight_decay)]
+    optimizers = optimizers_of(model, args)
     peak = [args.lr, args.muon_lr]
     ema = copy.deepcopy(model)
     forward = torch.compile(model) if args.compile else model

@@ -1,4 +1,7 @@
-"""Calibration data: every form loads what was put in, and every fault is named."""
+"""Calibration data: every form loads what was put in, and every fault is named.
+
+Long because each form of data has its faults.
+"""
 
 from __future__ import annotations
 

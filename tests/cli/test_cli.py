@@ -1,4 +1,7 @@
-"""The command line: every switch, every way to fail, and what is left on the disk."""
+"""The command line: every switch, every way to fail, and what is left on the disk.
+
+Long because all of it starts from one compiled place.
+"""
 
 from __future__ import annotations
 
@@ -132,51 +135,12 @@ def test_a_recipe_file_and_switches_on_top(suffix: str, text: str, tmp_path: Pat
 
 def test_switches_reach_report_and_file(place: Path, tmp_path: Path, cli) -> None:
     """One compilation with nearly everything off its default."""
-    found = cli(
-        "compile",
-        place / "weights.pt",
-        "--arch",
-        ARCH,
-        "--calib",
-        place / "calib.npy",
-        "--calib-samples",
-        "12",
-        "--batch-size",
-        "4",
-        "--seed",
-        "3",
-        "--out",
-        tmp_path / "m.onnx",
-        "--report",
-        tmp_path / "r.json",
-        "--json",
-        "--wbits",
-        "5",
-        "--abits",
-        "6",
-        "--input-bits",
-        "7",
-        "--norm",
-        "layerwise",
-        "--softmax",
-        "log2",
-        "--softmax-scale",
-        "percentile",
-        "--clipping",
-        "none",
-        "--activations",
-        "percentile",
-        "--percentile",
-        "99.9",
-        "--weights",
-        "minmax",
-        "--no-correction",
-        "--gptq-damping",
-        "0.02",
-        "--gptq-block",
-        "16",
-        "--no-gptq-activation-order",
-    )
+    places = ["--calib", place / "calib.npy", "--out", tmp_path / "m.onnx", "--report", tmp_path / "r.json"]
+    numbers = "--calib-samples 12 --batch-size 4 --seed 3 --wbits 5 --abits 6 --input-bits 7 --percentile 99.9"
+    names = "--norm layerwise --softmax log2 --softmax-scale percentile --clipping none --activations percentile"
+    weights = "--weights minmax --no-correction --gptq-damping 0.02 --gptq-block 16 --no-gptq-activation-order"
+    switches = f"--json {numbers} {names} {weights}".split()
+    found = cli("compile", place / "weights.pt", "--arch", ARCH, *places, *switches)
     assert found.code == 0, found.err
     report = json.loads((tmp_path / "r.json").read_text())
     assert found.json == {"out": str(tmp_path / "m.onnx"), **report}

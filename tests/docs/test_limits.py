@@ -44,7 +44,7 @@ def size(count: int) -> str:
 
 
 def rows() -> list[tuple[str, str, str]]:
-    """What is limited, the limit, and the file where it stands ("" for the file above)."""
+    """What is limited, the limit, and the file where it stands ("" for the file above). Long because it is a table."""
     screen, expressions, growth = pt2_screen, pt2_expressions, tokenizer_growth
     code = "repquant_fx/"
     return [

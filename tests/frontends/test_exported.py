@@ -112,6 +112,7 @@ def test_inputs_are_drawn_where_none_are_stored() -> None:
 
 
 def hostile(kind: str, sentinel: Path) -> bytes:
+    """A program whose document holds code. Long because it is the list of places where it may."""
     code = expression(sentinel)
 
     def sizes(document: Any) -> None:

@@ -1,4 +1,6 @@
 """transformers models: directories, tasks, what a model takes and gives, image processors, and the whole way to ONNX.
+
+Long because all of it needs the same small models.
 """
 
 from __future__ import annotations

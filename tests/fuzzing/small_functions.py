@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 
 def plain(draw: Draw, x: Tensor) -> nn.Module:
-    """A function of `x` alone."""
+    """A function of `x` alone. Long because it is the list of them."""
     axis = int(draw(st.integers(-x.ndim, x.ndim - 1))) if x.ndim else 0
     number = draw(st.integers(-2, 3))
     shape = list(x.shape)

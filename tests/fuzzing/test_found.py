@@ -1,4 +1,7 @@
-"""Models that the fuzzer found, each of which once ended in something other than a file or a refusal."""
+"""Models that the fuzzer found, each of which once ended in something other than a file or a refusal.
+
+Long because it is a list that grows.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Absurd sizes, bombs and files without end: refused with one clear message, before memory is taken."""
+"""Absurd sizes, bombs and files without end: refused with one clear message, before memory is taken.
+
+Long because it is a list of bombs.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Model directories that would have transformers open something else than what was screened, or build without end."""
+"""Model directories that would have transformers open something else than what was screened, or build without end.
+
+Long because it is a list of directories.
+"""
 
 from __future__ import annotations
 

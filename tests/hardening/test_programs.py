@@ -1,4 +1,7 @@
-"""`.pt2` files whose graphs would read or write out of bounds, fill the memory or not end are refused."""
+"""`.pt2` files whose graphs would read or write out of bounds, fill the memory or not end are refused.
+
+Long because it is a list of programs.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +76,7 @@ def _meta(change: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 def hostile(kind: str) -> bytes:
-    """A program that does harm where nothing stops it."""
+    """A program that does harm where nothing stops it. Long because it is the list of them."""
     table, indices = torch.ones(4, 3), torch.tensor([0, 1])
     looks_up = program(
         lambda x, table, indices: x.sum() + torch.nn.functional.embedding(indices, table), table, indices

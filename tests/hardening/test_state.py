@@ -1,4 +1,7 @@
-"""Known classes with a state that no constructor makes: refused by name and path, and nothing runs."""
+"""Known classes with a state that no constructor makes: refused by name and path, and nothing runs.
+
+Long because it is a list of states.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The written file against the FX reference, code for code, and what the file is made of."""
+"""The written file against the FX reference, code for code, and what the file is made of.
+
+Long because all of it looks at the same compiled models.
+"""
 
 from __future__ import annotations
 
