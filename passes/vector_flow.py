@@ -161,7 +161,7 @@ class VectorFlow:
                 return
             shape = hinted(node)
             size = shape[axis] if self.head_size is None else self.head_size
-            if shape[axis] % size == 0 and (self.head_size is None or axis == -1):
+            if size and shape[axis] % size == 0 and (self.head_size is None or axis == -1):
                 self._values[node] = self._vectors(
                     shape, axis, [self._new(size, node, block) for block in range(shape[axis] // size)]
                 )

@@ -222,7 +222,7 @@ def _linears(graph_module: GraphModule, group: Group, rows: Values, twin: Mappin
                 x, *parameters_from_range(bounds.low, bounds.up, site.bits, include_zero=False), site.bits, axis=-1
             )
         else:
-            quantized = _per_tensor(x, site.bits)
+            (quantized,) = _per_tensor([x], site.bits)
         for consumer in site.consumers:
             weight_node = twin.get(consumer, consumer).args[1]
             if consumer.target is not aten.linear.default or not is_constant(weight_node):
@@ -233,19 +233,25 @@ def _linears(graph_module: GraphModule, group: Group, rows: Values, twin: Mappin
 
 
 def _products(group: Group, rows: Values, twin: Mapping[Node, Node]) -> Iterator[tuple[Node, float]]:
-    left, right = (
-        torch.cat([zero_elsewhere(value, counts)[:PRODUCTS] for value, counts in rows[twin.get(s.value, s.value)]])
-        for s in group.sites
-    )
-    parts = [v if s.role == "softmax" else _per_tensor(v, s.bits) for v, s in zip((left, right), group.sites)]
-    yield group.consumers[0], _ratio(torch.matmul(*parts), torch.matmul(left, right))
+    """The operands of each batch are multiplied apart: a product of matrices without a batch axis has none to join."""
+    batches = []
+    for operands in zip(*(rows[twin.get(site.value, site.value)] for site in group.sites), strict=True):
+        left, right = (zero_elsewhere(value, counts) for value, counts in operands)
+        some = PRODUCTS if min(left.ndim, right.ndim) > 2 and left.shape[0] == right.shape[0] else None
+        batches.append((left[:some], right[:some]))
+    sides = zip(*batches, strict=True)
+    parts = [list(v) if s.role == "softmax" else _per_tensor(v, s.bits) for v, s in zip(sides, group.sites)]
+    found, exact = (torch.cat([torch.matmul(*pair).flatten() for pair in pairs]) for pairs in (zip(*parts), batches))
+    yield group.consumers[0], _ratio(found, exact)
 
 
-def _per_tensor(x: Tensor, bits: int) -> Tensor:
-    flat = x.reshape(1, -1)
+def _per_tensor(values: Sequence[Tensor], bits: int) -> list[Tensor]:
+    """Quantized with one scale for all of them."""
+    flat = torch.cat([value.reshape(1, -1) for value in values], 1)
     some = flat[:, :: max(1, flat.shape[1] >> 16)].contiguous()
     bounds = search_bounds(some, bits, include_zero=True)
-    return fake_quantize(x, *parameters_from_range(bounds.low[0], bounds.up[0], bits, include_zero=True), bits)
+    grid = parameters_from_range(bounds.low[0], bounds.up[0], bits, include_zero=True)
+    return [fake_quantize(value, *grid, bits) for value in values]
 
 
 def _ratio(approximate: Tensor, exact: Tensor) -> float:

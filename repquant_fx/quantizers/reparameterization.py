@@ -50,7 +50,7 @@ def reparameterize(scale: Tensor, zero_point: Tensor, bits: int) -> ChannelAffin
     """Choose `s~`, `z~` for per-channel `s`, `z` of shape (D,) and return the affine that links them.
 
     Any scalars are exact. As in the paper `s~ = mean(s)`, `z~ = mean(z)`; the latter is rounded and brought into
-    [0, 2^bits - 1], which a stored zero point must satisfy, and `r2` absorbs the difference exactly.
+    [0, 2^bits - 1], which a stored zero point must satisfy, and `r2` takes up the difference exactly.
     Arithmetic is done in the dtype given; pass float64 to keep the identity tight.
     """
     tensor_scale = scale.mean()

@@ -431,3 +431,19 @@ def test_an_index_in_the_data_that_leads_outside(recipe: Recipe) -> None:
     node.update_arg(1, 99)
     with pytest.raises(InputError, match=r"gather\w* does not run on this data: .*out of bounds"):
         Recorder(graph_module, []).run(far)
+
+
+@pytest.mark.parametrize("rotate", ["residual", "heads"])
+def test_rotations_of_what_has_no_channels_or_no_batch_axis(rotate: str) -> None:
+    """A product of no columns; attention from sample to sample, whose batches cannot be joined."""
+    def empty(m: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        return m.fc(x), m.fc(x) @ torch.zeros(4, 0)
+
+    def across(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.fc(x)
+        return torch.softmax(y @ y.mT, -1) @ y
+
+    for function in (empty, across):
+        result = compile(Around(function), [torch.randn(n, 4) for n in (8, 8, 6)], Recipe(rotate=(rotate,)),
+                         example_inputs=[torch.randn(2, 4)])
+        assert result.parity and not result.parity.problems()
