@@ -447,3 +447,22 @@ def test_rotations_of_what_has_no_channels_or_no_batch_axis(rotate: str) -> None
         result = compile(Around(function), [torch.randn(n, 4) for n in (8, 8, 6)], Recipe(rotate=(rotate,)),
                          example_inputs=[torch.randn(2, 4)])
         assert result.parity and not result.parity.problems()
+
+
+@pytest.mark.parametrize(("equal", "factor", "drawn"), [(3, 1e3, 1), (7, 1e5, 1), (11, 1e3, 0)])
+def test_a_norm_of_values_that_are_equal_but_for_their_last_bits(equal: int, factor: float, drawn: int) -> None:
+    """Its sign is that of a rounding error, which ONNX Runtime makes elsewhere."""
+    class Signs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.norm, self.read = nn.Linear(4, 1), nn.RMSNorm(1), nn.Linear(1, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            alike = (factor * self.fc(x)).expand(-1, equal).unsqueeze(1)
+            return self.read(self.norm(nn.functional.group_norm(alike, 1).mT))
+
+    torch.manual_seed(drawn)
+    x, model = torch.randn(8, 4), Signs()
+    recipe = Recipe(abits=2, gptq=False, correction=False, clipping="none")
+    parity = compile(model, [x], recipe, example_inputs=[x[:2]]).parity
+    assert parity and not parity.problems()
