@@ -85,6 +85,11 @@ def einsum(equation: str, tensors: Sequence[AnyNumber], path: Any = None) -> Any
     return op.Cast(op.Einsum(*(op.Cast(t, to=INT64.dtype) for t in tensors), equation=equation), to=dtype)
 
 
+def affine(x: Any, weight: Any, bias: Any) -> Any:
+    """Mul-14, Add-14."""
+    return op.Add(op.Mul(x, weight), bias)
+
+
 def reshape(x: Any, shape: Sequence[INT64]) -> Any:
     """Reshape-21 in which a size of 0 is 0, as in torch, and not that of the input."""
     sizes: list[Any] = []
@@ -105,6 +110,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         operators.log2_softmax.default: log2_softmax,
         operators.log2_quantize.default: log2_quantize,
         torch.ops.aten.rms_norm.default: rms_norm,
+        operators.affine.default: affine,
         torch.ops.aten.einsum.default: einsum,
         torch.ops.aten.reshape.default: reshape,
     }

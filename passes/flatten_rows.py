@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 
 from repquant_fx.passes.base import Pass, aten, copy_meta, is_constant, is_tensor, shape_of
 from repquant_fx.passes.metadata import refresh_metadata
-from repquant_fx.passes.operators import ELEMENT_WISE, NORMS
+from repquant_fx.passes.operators import AFFINE, ELEMENT_WISE, NORMS
 from repquant_fx.passes.spec import RUNTIME
 
 
@@ -107,6 +107,8 @@ def _flat(node: Node) -> Node | None:
 
 
 def _row_wise(node: Node) -> bool:
+    if node.target is AFFINE:
+        return True
     if node.target in NORMS:
         return len(cast(Any, node.args[1])) == 1
     return node.target in ELEMENT_WISE and not any(isinstance(v, Node) for v in node.kwargs.values())

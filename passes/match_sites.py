@@ -18,7 +18,7 @@ from repquant_fx import naming
 from repquant_fx.naming import Names
 from repquant_fx.passes.base import LeftAlone, Made, Pass, aten, is_constant, is_tensor, module_path, shape_of
 from repquant_fx.passes.channel_flow import ChannelFlow, describe_reader, is_empty, origin
-from repquant_fx.passes.operators import CONVOLUTIONS, MATMULS, NORMS, OTHER_NORMS, PRODUCTS, SIZED, SOFTMAX
+from repquant_fx.passes.operators import AFFINE, CONVOLUTIONS, MATMULS, NORMS, OTHER_NORMS, PRODUCTS, SIZED, SOFTMAX
 from repquant_fx.passes.spec import CANONICAL
 from repquant_fx.recipe import LayerPlan, Recipe
 
@@ -47,9 +47,9 @@ class Group:
     """What is calibrated together, as matched.
 
     Attributes:
-        kind: `norm_linear`, `linear`, `conv` or `matmul`.
-        path: module path of the first consumer (of the norm for `norm_linear`).
-        norm, softmax: the node that is rewritten, where there is one.
+        kind: `norm_linear`, `affine_linear`, `linear`, `conv` or `matmul`.
+        path: module path of the first consumer (of the norm where there is one).
+        norm, softmax: the node that is rewritten, where there is one; a factor and shift per channel counts as a norm.
         shared_norm: the norm has readers besides these Linears, which must keep seeing its original values.
         padded: zeros are put in between the norm and a Linear, so the shift must be added after them.
         plans: effective settings of each consumer.
@@ -110,7 +110,7 @@ class _Matching:
         claimed: dict[Node, Group] = {}
         nodes = list(self.graph_module.graph.nodes)
         for node in nodes:
-            if node.op == "call_function" and node.target in NORMS:
+            if node.op == "call_function" and (node.target in NORMS or node.target is AFFINE):
                 self._match_norm(node, claimed)
             elif node.op == "call_function" and node.target in OTHER_NORMS:
                 self._leave(
@@ -147,7 +147,7 @@ class _Matching:
         return Plan(tuple(groups), tuple(self._left_alone))
 
     def _match_norm(self, norm: Node, claimed: dict[Node, Group]) -> None:
-        if len(norm.args[1]) != 1:  # type: ignore[arg-type]
+        if norm.target in NORMS and len(norm.args[1]) != 1:  # type: ignore[arg-type]
             axes = len(norm.args[1])  # type: ignore[arg-type]
             self._leave(norm, f"it normalises over {axes} axes, not over channels alone")
             return
@@ -192,7 +192,7 @@ class _Matching:
         if padded:
             notes.append("zeros are padded in after the norm: its shift is added after them")
         group = Group(
-            "norm_linear",
+            "affine_linear" if norm.target is AFFINE else "norm_linear",
             path,
             sites,
             consumers,

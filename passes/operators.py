@@ -23,6 +23,7 @@ SOFTMAX = {aten.softmax.int, aten._softmax.default}
 PARAMETERS: dict[object, tuple[int, ...]] = {
     aten.linear.default: (1, 2), aten.conv1d.default: (1, 2), aten.conv2d.default: (1, 2),
     aten.layer_norm.default: (2, 3), aten.rms_norm.default: (2,), aten.embedding.default: (0,),
+    torch.ops.repquant_fx.affine.default: (1, 2),
 }
 
 # ---- what has another spelling in a canonical graph ------------------------------------------------------------------
@@ -65,6 +66,11 @@ ELEMENT_WISE = {
     aten.tanh.default, aten.neg.default, aten.hardswish.default, aten.leaky_relu.default, aten.exp.default,
     aten.mul.Tensor, aten.mul.Scalar, aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.div.Tensor,
 }
+# functions of one tensor that no factor commutes with
+ACTIVATIONS = {
+    aten.gelu.default, aten.silu.default, aten.hardswish.default, aten.mish.default, aten.elu.default,
+    aten.tanh.default, aten.sigmoid.default,
+}
 SQUEEZES = {aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
 ROUNDINGS = {aten.round.default, aten.round.decimals, aten.floor.default, aten.ceil.default, aten.trunc.default}
 # whether it takes a shift along, too: sum(x + s) is not sum(x) + s
@@ -75,6 +81,7 @@ POOLS = {aten.adaptive_avg_pool2d.default, aten.avg_pool2d.default, aten.max_poo
 
 # ---- ours ------------------------------------------------------------------------------------------------------------
 
+AFFINE = torch.ops.repquant_fx.affine.default
 QUANTIZE = torch.ops.repquant_fx.quantize.default
 DEQUANTIZE = torch.ops.repquant_fx.dequantize.default
 LOG2_SOFTMAX = torch.ops.repquant_fx.log2_softmax.default

@@ -17,6 +17,7 @@ from repquant_fx.errors import CalibrationError
 from repquant_fx.naming import beside
 from repquant_fx.passes.base import Made, Pass, aten, constant_node, copy_meta
 from repquant_fx.passes.match_sites import Group, Site
+from repquant_fx.passes.operators import AFFINE, PARAMETERS
 from repquant_fx.passes.parameters import parameters, set_parameters, weight_and_bias
 from repquant_fx.passes.slots import install, slot_module, slot_of
 from repquant_fx.passes.spec import OBSERVED
@@ -56,7 +57,9 @@ class ReparameterizeNorms(Pass[str | None]):
         for site in group.sites:
             install(graph_module, site, UniformQuantizer(affine.scale, affine.zero_point, quantizer.bits))
         spread = float(scale.max() / scale.min())
-        return Made(True, f"norm and {len(group.consumers)} linear(s) rewritten: channel scales spanned {spread:.3g}x")
+        what = "affine" if group.norm.target is AFFINE else "norm"
+        rewritten = f"{what} and {len(group.consumers)} linear(s) rewritten"
+        return Made(True, f"{rewritten}: channel scales spanned {spread:.3g}x")
 
     def _split(self, graph_module: GraphModule) -> Node:
         """Copy the norm, and the layout operators between it and each site, for the Linears alone."""
@@ -82,7 +85,7 @@ class ReparameterizeNorms(Pass[str | None]):
         weight, bias = parameters(graph_module, norm)
         new_weight, new_bias = affine.rewrite_norm(weight, bias)
         _check(norm, new_weight, new_bias)
-        if norm.target is aten.layer_norm.default and not self.group.padded:
+        if len(PARAMETERS[norm.target]) == 2 and not self.group.padded:
             set_parameters(graph_module, norm, new_weight, new_bias)
             return
         # an RMS norm has no bias, and zeros padded in after a norm must be shifted too: the shift is added where it is

@@ -3,8 +3,8 @@
 | stage | spelling | operators of `repquant_fx` | integer codes are read by | modules |
 |---|---|---|---|---|
 | captured | as torch.export gives it | none | - | none |
-| canonical | no identities, views are reshapes | none | - | none |
-| observed | the same | `dequantize` of weights | `dequantize` | an observer or quantizer at every site |
+| canonical | no identities, views are reshapes | `affine` | - | none |
+| observed | the same | `affine`, `dequantize` of weights | `dequantize` | an observer or quantizer at every site |
 | lowered | the same | all | `dequantize` | none |
 | runtime | the same | all | `dequantize` and layout operators | none |
 
@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Node
 
 from repquant_fx.errors import PassError
 from repquant_fx.passes.operators import (
+    AFFINE,
     ASSERTIONS,
     CODE_MOVES,
     DEQUANTIZE,
@@ -39,6 +40,7 @@ FLOAT, CODES = frozenset({torch.float32}), frozenset({torch.uint8})
 CONSTANT_CODES = frozenset({torch.uint8, torch.int8, torch.int32})
 # dtypes of the tensors each takes, in order, and of what it gives
 SIGNATURES: dict[object, tuple[tuple[frozenset[torch.dtype], ...], frozenset[torch.dtype]]] = {
+    AFFINE: ((FLOAT, FLOAT, FLOAT), FLOAT),
     QUANTIZE: ((FLOAT, FLOAT, CODES), CODES),
     DEQUANTIZE: ((CONSTANT_CODES, FLOAT, CODES), FLOAT),
     LOG2_SOFTMAX: ((FLOAT, FLOAT), FLOAT),
@@ -123,7 +125,7 @@ def _either(dtypes: frozenset[torch.dtype]) -> str:
 
 
 CAPTURED = Stage("captured", spelled=False)
-CANONICAL = Stage("canonical")
-OBSERVED = Stage("observed", frozenset({DEQUANTIZE}), slots=True)
+CANONICAL = Stage("canonical", frozenset({AFFINE}))
+OBSERVED = Stage("observed", frozenset({AFFINE, DEQUANTIZE}), slots=True)
 LOWERED = Stage("lowered", frozenset(SIGNATURES))
 RUNTIME = Stage("in runtime form", frozenset(SIGNATURES), frozenset({DEQUANTIZE, *CODE_MOVES}))

@@ -7,11 +7,14 @@ Each has exactly one ONNX counterpart (see `exporters.translations`), and comput
 |---|---|
 | `repquant_fx::quantize` | QuantizeLinear-21, then Min where bits < 8 |
 | `repquant_fx::dequantize` | DequantizeLinear-21 |
+| `repquant_fx::affine` | Mul, Add |
 | `repquant_fx::log2_softmax` | the model-local function `repquant_fx.Log2Softmax` |
 | `repquant_fx::log2_quantize` | the model-local function `repquant_fx.Log2Quantize` |
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +66,30 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: in
 @dequantize.register_fake
 def _(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, axis: int) -> Tensor:
     return torch.empty_like(codes, dtype=scale.dtype)
+
+
+@torch.library.custom_op("repquant_fx::affine", mutates_args=())
+def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`x * weight + bias`, a factor and a shift per channel of the last axis; it can be differentiated."""
+    return x * weight + bias
+
+
+@affine.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight = ctx.saved_tensors
+    rows = tuple(range(gradient.ndim - 1))
+    return gradient * weight, (gradient * x).sum(rows), gradient.sum(rows)
+
+
+affine.register_autograd(_backward, setup_context=_keep)
 
 
 @torch.library.custom_op("repquant_fx::log2_softmax", mutates_args=())

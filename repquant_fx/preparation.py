@@ -29,7 +29,9 @@ from repquant_fx.frontends.loading import LoadedModel, load_source
 from repquant_fx.frontends.memory import from_memory
 from repquant_fx.frontends.tokenizer import load_tokenizer
 from repquant_fx.options import Calibration, Run, Source
-from repquant_fx.passes.base import left_alone, module_path, run_pass
+from repquant_fx.passes.base import left_alone, module_path, run_pass, run_passes
+from repquant_fx.passes.identity import NodeProbe
+from repquant_fx.passes.insert_affine import InsertAffine
 from repquant_fx.passes.match_sites import MatchSites, Plan
 from repquant_fx.passes.normal_form import normalize
 from repquant_fx.passes.operators import PRODUCTS
@@ -74,6 +76,8 @@ def match(source: Source, recipe: RecipeLike | None = None) -> Matched:
     with loaded.guard:
         captured = _capture(loaded)
         graph_module = normalize(captured.graph_module, loaded.example_inputs)
+        if recipe.activation_affine and recipe.norm in ("reparameterize", "smooth"):
+            run_passes(graph_module, [InsertAffine()], NodeProbe(loaded.example_inputs))
         plan = run_pass(graph_module, MatchSites(recipe))
         plan = replace(plan, left_alone=(*plan.left_alone, *left_alone(graph_module)))
     paths = [module_path(node) for node in graph_module.graph.nodes if node.target in PRODUCTS]

@@ -74,6 +74,9 @@ class Recipe:
         equalize: where else per-channel scales move into constants, exactly (beyond the paper): `values` of attention,
             `linear` to linear through ReLU or a gate, and `query_key`, which gained nothing on the models measured and
             is off. Empty for none.
+        activation_affine: a factor and a shift per channel behind GELU, SiLU and their kin (beyond the paper), so that
+            what Linears read of them has scales per channel as the output of a norm has; two more element-wise
+            operators each.
         rotate: which channel vectors may be rotated, exactly (beyond the paper): the `residual` stream, and the `heads`
             of attention. Each rotation is tried on calibration data and made where products get less noise. Empty for
             none.
@@ -109,6 +112,7 @@ class Recipe:
     weights: str = setting("mse", choices=("mse", "minmax"))
     correction: bool = setting(True)
     equalize: tuple[str, ...] = setting(("values", "linear"), choices=("values", "query_key", "linear"))
+    activation_affine: bool = setting(False)
     rotate: tuple[str, ...] = setting((), choices=("residual", "heads"))
     reconstruct: int = setting(0, low=0, high=100_000, alone=400)
     gptq: bool = setting(True)

@@ -5,8 +5,8 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const layers = data.layers, statistics = data.statistics || { activations: {}, weights: {} };
 const main = document.getElementById("main");
 const narrow = window.matchMedia("(max-width: 720px)").matches;
-const COLORS = { norm_linear: "#2563a8", linear: "#3a9188", matmul: "#d98324", conv: "#8a5fb0" };
-const KINDS = { norm_linear: "behind a norm", linear: "linear", matmul: "matrix product", conv: "convolution" };
+const COLORS = { norm_linear: "#2563a8", affine_linear: "#6d4fb8", linear: "#3a9188", matmul: "#d98324", conv: "#8a5fb0" };
+const KINDS = { norm_linear: "behind a norm", affine_linear: "behind an activation", linear: "linear", matmul: "matrix product", conv: "convolution" };
 const BEFORE = "#a9742b", AFTER = "#2563a8", BOUND = "#c62828", BARS = "#8fb3d9";
 const CONFIG = { responsive: true, displaylogo: false, displayModeBar: narrow ? false : "hover", modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"] };
 

@@ -8,7 +8,10 @@ from typing import Any
 
 from repquant_fx.naming import site_operand
 
-KINDS = {"norm_linear": "norm → linear", "linear": "linear", "conv": "convolution", "matmul": "matmul"}
+KINDS = {
+    "norm_linear": "norm → linear", "affine_linear": "affine → linear", "linear": "linear", "conv": "convolution",
+    "matmul": "matmul",
+}
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,11 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from repquant_fx.passes.base import aten, is_tensor, shape_of
-from repquant_fx.passes.operators import CASTS, ELEMENT_WISE, MASKS, MATMULS, MOVES, NORMS, REDUCTIONS, SOFTMAX
+from repquant_fx.passes.operators import AFFINE, CASTS, ELEMENT_WISE, MASKS, MATMULS, MOVES, NORMS, REDUCTIONS, SOFTMAX
 
 MASK = "attention_mask"  # the input's name in transformers: not 0 where a token is real
-ALIKE = CASTS | ELEMENT_WISE | MASKS | NORMS | SOFTMAX  # the result is of the operand's shape, and counts where it does
+# the result is of the operand's shape, and counts where it does
+ALIKE = CASTS | ELEMENT_WISE | MASKS | NORMS | SOFTMAX | {AFFINE}
 
 
 @dataclass(frozen=True)
