@@ -12,8 +12,10 @@ from repquant_fx.audit import PRODUCTS, audit, summary
 from repquant_fx.errors import ModelFileError
 
 
-@pytest.mark.parametrize("name", ["vit", "swin"])
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name, bits", [
+    ("vit", 8), ("swin", 4), pytest.param("vit", 4, marks=pytest.mark.slow),
+    pytest.param("swin", 8, marks=pytest.mark.slow),
+])
 def test_every_linear_and_the_first_attention_product_run_with_integers(name: str, bits: int) -> None:
     proto = compiled(name, bits).proto
     products = audit(proto)

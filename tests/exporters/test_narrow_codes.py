@@ -31,7 +31,10 @@ def run(result: CompiledModel, name: str) -> np.ndarray:
     return found
 
 
-@pytest.mark.parametrize("name, bits", [("vit", 4), ("vit", 3), ("small_swin", 4), ("small_swin", 2)])
+@pytest.mark.parametrize("name, bits", [
+    ("vit", 3), ("small_swin", 4), pytest.param("vit", 4, marks=pytest.mark.slow),
+    pytest.param("small_swin", 2, marks=pytest.mark.slow),
+])
 def test_same_values_in_narrow_types(name: str, bits: int) -> None:
     wide, narrow = compiled(name, bits), compiled(name, bits, container="int4")
     assert narrow.parity is not None and not narrow.parity.problems()  # code for code, at every quantizer

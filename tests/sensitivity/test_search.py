@@ -60,9 +60,14 @@ def _sqnr(recipe: Recipe) -> float:
     return 10 * math.log10(float(expected.square().sum() / (found - expected).square().sum()))
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.filterwarnings("ignore:search fell back")
 @pytest.mark.usefixtures("compiled_once")
-@pytest.mark.parametrize(("bits", "activations"), [(3, False), (3, True), (4, True)])
+@pytest.mark.parametrize(
+    ("bits", "activations"), [(3, True), pytest.param(3, False, marks=SLOW), pytest.param(4, True, marks=SLOW)]
+)
 def test_better_than_uniform_at_equal_size(analysed: Sensitivity, data: Tensor, bits: int, activations: bool) -> None:
     found = search(
         vit(), data, sensitivity=analysed, target_size=f"{bits}b", count="information",
@@ -150,7 +155,7 @@ def test_the_recipe_does_what_was_chosen(analysed: Sensitivity, data: Tensor, tm
     assert len(set(weights.values())) > 1 and len(set(sites.values())) > 1
 
 
-@pytest.mark.parametrize("target", ["4b", "5b", "6.5b", "8b"])
+@pytest.mark.parametrize("target", ["4b", "6.5b", pytest.param("5b", marks=SLOW), pytest.param("8b", marks=SLOW)])
 def test_stored_size_is_what_the_file_holds(analysed: Sensitivity, data: Tensor, target: str) -> None:
     found = search(vit(), sensitivity=analysed, target_size=target, trial=False)
     proto = compile(vit(), recipe=found.recipe, calibration=data, check=False).proto
