@@ -101,6 +101,14 @@ def reshape(x: Any, shape: Sequence[INT64]) -> Any:
     return op.Reshape(x, sizes[0] if len(sizes) == 1 else op.Concat(*sizes, axis=0), allowzero=1)
 
 
+def sort(x: Any, *, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
+    """TopK-11 of all elements along an axis: of equal ones the first comes first."""
+    if len(x.shape) == 0:
+        return op.Identity(x), op.Constant(value_int=0)
+    axis = dim % len(x.shape)
+    return op.TopK(x, op.Shape(x, start=axis, end=axis + 1), axis=axis, largest=int(descending), sorted=1)
+
+
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """For `torch.onnx.export(custom_translation_table=...)`."""
     operators = torch.ops.repquant_fx
@@ -113,4 +121,5 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         operators.affine.default: affine,
         torch.ops.aten.einsum.default: einsum,
         torch.ops.aten.reshape.default: reshape,
+        torch.ops.aten.sort.stable: sort,
     }

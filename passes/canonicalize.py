@@ -96,6 +96,8 @@ class Canonicalize(Pass):
             node.target, node.args = aten.squeeze.dims, (node.args[0], _ones(node))
         elif target is aten.einsum.default:
             return self._einsum_to_matmul(graph_module, node)
+        elif target is aten.sort.default:
+            _sort_stably(node)
         elif target in GLOBAL_POOLS and all(size == 1 for size in node.args[1]):  # type: ignore[union-attr]
             node.target = aten.mean.dim
             node.args = (node.args[0], GLOBAL_POOLS[target], True)  # type: ignore[index]
@@ -210,6 +212,13 @@ class Canonicalize(Pass):
             copy_meta(node, new)
         node.replace_all_uses_with(result)
         graph.erase_node(node)
+
+
+def _sort_stably(node: Node) -> None:
+    """Equal elements keep their order, which torch leaves open here and ONNX does not."""
+    names = ("dim", "descending")
+    node.kwargs = {"stable": True, **dict(zip(names, node.args[1:])), **node.kwargs}
+    node.target, node.args = aten.sort.stable, node.args[:1]
 
 
 @dataclass(frozen=True)

@@ -38,16 +38,16 @@ VIEWS = {aten.view.default, aten._unsafe_view.default}
 
 # ---- what only moves elements ----------------------------------------------------------------------------------------
 
-LAYOUT = {  # one tensor into one tensor
-    aten.reshape.default, aten.permute.default, aten.transpose.int, aten.expand.default, aten.unsqueeze.default,
-    aten.squeeze.dim, aten.squeeze.dims, aten.slice.Tensor, aten.select.int, aten.flatten.using_ints,
-    aten.unflatten.int,
+TRANSPOSES = {aten.permute.default, aten.transpose.int, aten.t.default}
+LAYOUT = TRANSPOSES | {  # one tensor into one tensor
+    aten.reshape.default, aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims,
+    aten.slice.Tensor, aten.select.int, aten.flatten.using_ints, aten.unflatten.int,
 }
 CODE_MOVES = LAYOUT | {  # what integer codes may pass through
     aten.split_with_sizes.default, aten.split.Tensor, aten.unbind.int, aten.chunk.default, operator.getitem,
 }
 MOVES = CODE_MOVES | {
-    aten.t.default, aten.squeeze.default, aten.roll.default, aten.flip.default, aten.cat.default, aten.stack.default,
+    aten.squeeze.default, aten.roll.default, aten.flip.default, aten.cat.default, aten.stack.default,
     aten.repeat.default, aten.repeat_interleave.self_int, aten.movedim.int, aten.pixel_unshuffle.default,
     aten.pixel_shuffle.default,
 }

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from repquant_fx.passes.base import LeftAlone, run_pass, run_passes
+from repquant_fx.passes.base import LeftAlone, Pass, run_pass, run_passes
 from repquant_fx.passes.flatten_rows import FlattenRows
 from repquant_fx.passes.fuse_requantization import Fused, FuseRequantization
+from repquant_fx.passes.quantize_outputs import QuantizeOutputs
 from repquant_fx.passes.share_masks import ShareMasks
 from repquant_fx.quantizers.requantization import Codes
 
@@ -31,15 +33,17 @@ class RuntimeForm:
 
 def optimize_for_runtime(graph_module: GraphModule, quantizers: dict[str, Node], *,
                          adjacent: bool = False) -> RuntimeForm:
-    """Integer codes out of Linears, flat token matrices, one mask for all layers.
+    """Integer codes out of Linears, outputs quantized before they are transposed, flat token matrices, one mask for
+    all layers.
 
     Args:
         quantizers: the node that produces each site's codes in the lowered graph, by site name.
         adjacent: keep every quantize next to its dequantize, for containers that layout operators cannot move about
             (UINT4).
     """
-    fuse, others = FuseRequantization(quantizers), (FlattenRows(), ShareMasks())
+    fuse = FuseRequantization(quantizers)
+    others: list[Pass[Any]] = [*([] if adjacent else [QuantizeOutputs()]), FlattenRows(), ShareMasks()]
     fused = Fused(quantizers, {}) if adjacent else run_pass(graph_module, fuse)
     graph_module = run_passes(graph_module, others)
-    left_alone = tuple(item for each in (fuse, *others) for item in each.left_alone)
+    left_alone = (*fuse.left_alone, *(item for each in others for item in each.left_alone))
     return RuntimeForm(graph_module, fused.quantizers, fused.codes, left_alone)

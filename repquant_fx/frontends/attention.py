@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from repquant_fx.frontends.grouped import grouped_rules
+
 
 def decompose_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
@@ -67,9 +69,12 @@ class VisibleAttention(TorchFunctionMode):
 
 
 def decomposed(program: torch.export.ExportedProgram) -> nn.Module:
-    """The program as a module whose attention and bilinear layers are in visible operators; all else stays whole."""
+    """The program as a module whose attention, bilinear layers and grouped products are in visible operators; all else
+    stays whole.
+    """
     rules: dict[Any, Any] = {
         torch.ops.aten.scaled_dot_product_attention.default: decompose_attention,
         torch.ops.aten.bilinear.default: decompose_bilinear,
+        **grouped_rules(),
     }
     return program.run_decompositions(rules).module(check_guards=False)

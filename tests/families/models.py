@@ -77,6 +77,11 @@ def text_and_image(batch: int, length: int, seed: int) -> Inputs:
     return {**words, "pixel_values": torch.randn(batch, 3, 16, 16, generator=_generator(seed))}
 
 
+def ids_and_image(batch: int, length: int, seed: int) -> Inputs:
+    """Text without a mask, and images."""
+    return {name: value for name, value in text_and_image(batch, length, seed).items() if name != "attention_mask"}
+
+
 def timm(name: str, **options: Any) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         import timm as library
@@ -214,6 +219,7 @@ FAMILIES: dict[str, Family] = {
     "vit_no_affine": vision(
         timm("vit_tiny_patch16_224", norm_layer=partial(nn.LayerNorm, eps=1e-6, elementwise_affine=False), **VIT)
     ),
+    "cait": vision(timm("cait_xxs24_224", **VIT), left={"blocks.0.attn": "not an operand"}),
     "vit_attention_pool": vision(timm("vit_base_patch16_siglip_224", **VIT)),
     "swin": vision(
         timm("swin_tiny_patch4_window7_224", num_classes=5, **SWIN), 20, left={"patch_embed.norm": RESIDUAL}
@@ -288,6 +294,11 @@ FAMILIES: dict[str, Family] = {
     "mistral": language(hf("MistralForCausalLM", "MistralConfig", sliding_window=6, **DECODER)),
     "qwen2": language(hf("Qwen2ForCausalLM", "Qwen2Config", **{k: v for k, v in DECODER.items() if k != "head_dim"})),
     "qwen3": language(hf("Qwen3ForCausalLM", "Qwen3Config", **DECODER), left={"*.[qk]_norm": "mul"}),
+    "phi3": language(hf("Phi3ForCausalLM", "Phi3Config", eos_token_id=2, **DECODER)),
+    "mixtral": language(
+        hf("MixtralForCausalLM", "MixtralConfig", num_local_experts=3, num_experts_per_tok=2, **DECODER),
+        left={"model.layers.0.mlp.gate": "not an operand"},
+    ),
     "gemma2": language(hf("Gemma2ForCausalLM", "Gemma2Config", **DECODER), left={"*.post_*_layernorm": RESIDUAL}),
     "clip": Family(
         hf(
@@ -302,6 +313,16 @@ FAMILIES: dict[str, Family] = {
         outputs=("logits_per_image", "text_embeds", "image_embeds"),
         float_modules=("matmul*",),
         left={"vision_model.pre_layrnorm": RESIDUAL},
+    ),
+    "siglip": Family(
+        hf(
+            "SiglipModel",
+            "SiglipConfig",
+            text_config=hf_config("SiglipTextConfig", bos_token_id=1, **CLIP_TEXT),
+            vision_config=hf_config("SiglipVisionConfig", **CLIP_IMAGE),
+        ),
+        ids_and_image,
+        {"input_ids": {0: "text_batch", 1: "sequence"}},
     ),
     "bert": language(hf("BertModel", "BertConfig", **BERT)),
     "bert_masked": language(hf("BertForMaskedLM", "BertConfig", **BERT), outputs=("logits",)),

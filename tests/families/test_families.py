@@ -46,6 +46,7 @@ COMPILED = (
     "opt_post_norm",
     "qwen2",
     "clip",
+    "siglip",
     "bert",
     "gpt2",
     "swin_features",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import Function, aten, count, images, output, redraw, relative, swin, vit
+from helpers import Function, aten, count, images, output, redraw, relative, swin, values_at, vit
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
@@ -253,3 +253,12 @@ def test_pooling_to_one_value_is_a_mean() -> None:
     )
     partly = canonicalized(Function(lambda x: nn.functional.adaptive_avg_pool1d(x, 2)), tokens())
     assert count(partly, aten.mean.dim) == 0
+
+
+def test_a_sort_keeps_the_order_of_equal_elements() -> None:
+    """As ONNX Runtime does; torch leaves it open."""
+    x = torch.randint(0, 3, (4, 40), generator=torch.Generator().manual_seed(0)).float()
+    graph_module = canonicalized(Function(lambda x: torch.sort(x, -1, True).values), x)
+    assert count(graph_module, aten.sort.stable) == 1 and count(graph_module, aten.sort.default) == 0
+    (node,) = graph_module.graph.find_nodes(op="call_function", target=aten.sort.stable)
+    assert torch.equal(values_at(graph_module, [node], x)[0][1], torch.sort(x, dim=-1, descending=True, stable=True).indices)
