@@ -208,8 +208,9 @@ class Canonicalize(Pass):
             )
             linear = graph.call_function(aten.linear.default, (rows, flat, bias))
             result = graph.call_function(aten.permute.default, (linear, [0, 3, 1, 2]))
-        for new in (tiles, order, rows, linear, result):
+        for new in (tiles, order, rows, linear):
             copy_meta(node, new)
+        copy_meta(node, result, node.meta["val"])  # a convolution that reads it asks for its shape
         node.replace_all_uses_with(result)
         graph.erase_node(node)
 

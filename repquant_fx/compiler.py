@@ -67,7 +67,7 @@ def compile(
     samples: int | None = None, batch_size: int = 32, seed: int = 0, seq_len: int | None = None,
     tokenizer: Any | None = None,
     check: bool = True, work_dir: str | Path | None = None, distributed: bool = False,
-    device: str | torch.device = "cpu", statistics: bool = False,
+    device: str | torch.device = "cpu", statistics: bool = False, module: str | None = None,
 ) -> CompiledModel:
     """Quantize a model and write it as ONNX QDQ.
 
@@ -94,6 +94,8 @@ def compile(
             must call this with the same arguments, and each gets the same model (`parity` on rank 0 alone).
         device: where calibration, clipping and GPTQ compute, such as `cuda`. Codes may differ from the CPU's where
             rounding does.
+        module: the path of a module in the model, such as `backbone`: it alone is compiled, on what reaches it when the
+            whole runs on the example inputs and the calibration data. Layers of the recipe are named from there.
         statistics: keep what the page of `CompiledModel.html` draws of each layer. The model is the same.
 
     Raises:
@@ -101,7 +103,7 @@ def compile(
         ParityError: the exported model disagrees with the FX reference beyond float rounding.
     """
     return compile_model(
-        Source(model, arch, input_shape, allow_pickle, task, example_inputs, offload_dir),
+        Source(model, arch, input_shape, allow_pickle, task, example_inputs, offload_dir, module),
         Calibration(calibration, samples, batch_size, seed, seq_len, tokenizer), recipe,
         Run(check, work_dir, distributed, device, statistics))
 

@@ -28,6 +28,10 @@ class CaptureError(InputError):
     """torch.export could not turn the model into a graph."""
 
 
+class ExportError(CaptureError):
+    """torch.export itself gave up on the model."""
+
+
 class CalibrationError(InputError):
     """Calibration data is missing, unreadable, of the wrong shape or dtype, or not finite."""
 

@@ -27,6 +27,7 @@ class Source:
     task: str | None = None
     example_inputs: Sequence[Tensor] | Mapping[str, Tensor] | None = None
     offload_dir: str | Path | None = None
+    module: str | None = None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Compiling, the analysis of sensitivity and the preview of a model all start here
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ from repquant_fx.calibration.inputs import InputSpec
 from repquant_fx.calibration.text import TEXT_SAMPLES, Tokenization, frame_of
 from repquant_fx.checkpoint import Checkpoint, graph_digest, open_cache
 from repquant_fx.distributed import World
-from repquant_fx.errors import CalibrationError, InputError, RepQuantWarning, first_line
+from repquant_fx.errors import CalibrationError, ExportError, InputError, RepQuantWarning, first_line
 from repquant_fx.frontends import huggingface, signature
 from repquant_fx.frontends.capture import Captured, capture
 from repquant_fx.frontends.loading import LoadedModel, load_source
 from repquant_fx.frontends.memory import from_memory
+from repquant_fx.frontends.part import part_of, proposal
 from repquant_fx.frontends.tokenizer import load_tokenizer
 from repquant_fx.options import Calibration, Run, Source
 from repquant_fx.passes.base import left_alone, module_path, run_pass, run_passes
@@ -123,7 +124,8 @@ def check_runs(graph_module: GraphModule, batches: Iterable[Sequence[Tensor]]) -
 
 
 def load(source: Source) -> LoadedModel:
-    """The model of a source, from a file, by name or from memory; one that is loaded already as it is.
+    """The model of a source, from a file, by name or from memory, or the module of it that is wanted; one that is
+    loaded already as it is.
 
     Raises:
         InputError: it cannot be loaded.
@@ -132,15 +134,21 @@ def load(source: Source) -> LoadedModel:
     if isinstance(model, LoadedModel):
         return model
     if isinstance(model, (str, Path)):
-        return load_source(source)
-    return from_memory(model, example_inputs=source.example_inputs, input_shape=source.input_shape, task=source.task)
+        loaded = load_source(source)
+    else:
+        loaded = from_memory(model, example_inputs=source.example_inputs, input_shape=source.input_shape,
+                             task=source.task)
+    return loaded if source.module is None else part_of(loaded, source.module)
 
 
 def _capture(loaded: LoadedModel) -> Captured:
     model = loaded.module if loaded.module is not None else loaded.exported
     assert model is not None
-    return capture(model, loaded.example_inputs, input_names=loaded.input_names, dynamic_axes=loaded.dynamic_axes,
-                   outputs=loaded.outputs)
+    try:
+        return capture(model, loaded.example_inputs, input_names=loaded.input_names, dynamic_axes=loaded.dynamic_axes,
+                       outputs=loaded.outputs)
+    except ExportError as error:
+        raise ExportError(f"{error}{proposal(model)}") from error
 
 
 def input_specs(captured: Captured, module: nn.Module | None = None) -> list[InputSpec]:
@@ -156,11 +164,38 @@ def input_specs(captured: Captured, module: nn.Module | None = None) -> list[Inp
 
 
 def _calibration_data(matched: Matched, calibration: Calibration, run: Run) -> CalibrationSet:
+    """The data itself; of a part what reaches it when the whole runs on the data."""
+    part = matched.loaded.part
+    if part is not None and calibration.data is not None:
+        text = _tokenization(part.whole, calibration.seq_len, calibration.tokenizer)
+        whole = load_calibration(calibration.data, _example_specs(part.whole), text=text, seed=calibration.seed,
+                                 preprocessing=part.whole.preprocessing, samples=_samples(calibration, text),
+                                 batch_size=calibration.batch_size)
+        return replace(whole, batches=[part.inputs(batch) for batch in whole.batches])
+    return _own_data(matched, calibration, run)
+
+
+def _samples(calibration: Calibration, text: Tokenization | None) -> int:
+    default = TEXT_SAMPLES if text is not None else IMAGE_SAMPLES
+    return default if calibration.samples is None else calibration.samples
+
+
+def _example_specs(loaded: LoadedModel) -> list[InputSpec]:
+    """The inputs of a model that was not captured, as its example inputs show them."""
+    names = loaded.input_names or [f"input_{index}" for index in range(len(loaded.example_inputs))]
+    free: Sequence[Mapping[int, str]] = loaded.dynamic_axes or [{0: "batch"} for _ in names]
+    limits = (signature.vocabulary(loaded.module), signature.positions(loaded.module))
+    return [
+        InputSpec(name, tuple(None if axis == 0 or axis in axes else size for axis, size in enumerate(tensor.shape)),
+                  tensor.dtype, *(limits if name == "input_ids" else (None, None)))
+        for name, tensor, axes in zip(names, loaded.example_inputs, free, strict=True)
+    ]
+
+
+def _own_data(matched: Matched, calibration: Calibration, run: Run) -> CalibrationSet:
     loaded, specs = matched.loaded, input_specs(matched.captured, matched.loaded.module)
     text = _tokenization(loaded, calibration.seq_len, calibration.tokenizer)
-    samples = calibration.samples
-    if samples is None:
-        samples = TEXT_SAMPLES if text is not None else IMAGE_SAMPLES
+    samples = _samples(calibration, text)
     stored = loaded.example_inputs if loaded.inputs_are_data else None
     none = calibration.data is None and not stored
     cache = Checkpoint()

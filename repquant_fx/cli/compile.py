@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from repquant_fx.cli.common import add_calibration, add_source, calibration_from, source_from
@@ -18,6 +19,11 @@ def add(command: argparse.ArgumentParser) -> None:
     """The options of `compile`."""
     command.set_defaults(run=run)
     add_source(command)
+    command.add_argument(
+        "--module",
+        metavar="PATH",
+        help="compile this module of the model alone, such as backbone, on what reaches it when the whole runs",
+    )
     command.add_argument(
         "--out",
         required=True,
@@ -61,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
     """
     # cheap checks first: nothing is loaded for a wrong option or an output that cannot be written
     recipe = recipe_from(options)
-    source, calibration = source_from(options), calibration_from(options)
+    source, calibration = replace(source_from(options), module=options.module), calibration_from(options)
     check_outputs(options)
     from repquant_fx import log, report
     from repquant_fx.compiler import compile_model
@@ -77,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
     out = compiled.save(
         options.out, force=options.force, report=options.report, html=options.html, command=options.command_line
     )
-    for line in report.summary(compiled.report).splitlines():
+    for line in report.summary(compiled.report, verbose=options.verbose).splitlines():
         log.info(line)
     log.info(f"wrote {out} ({compiled.report['file_bytes'] / 1e6:.2f} MB)")
     log.result({"out": str(out), **{key: value for key, value in compiled.report.items() if key not in LONG}})

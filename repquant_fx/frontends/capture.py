@@ -26,7 +26,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 
 from repquant_fx import limits
-from repquant_fx.errors import CaptureError, RepQuantWarning
+from repquant_fx.errors import CaptureError, ExportError, RepQuantWarning
 from repquant_fx.frontends.attention import VisibleAttention, decomposed
 from repquant_fx.torch_private import EXPORT_LOGGERS, pytree, suggested_shapes
 
@@ -246,7 +246,7 @@ def _export(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tenso
             )
         return program, axes
     assert problem is not None
-    raise CaptureError(f"torch.export cannot capture the model: {_first_line(problem)}{_user_line(problem)}. "
+    raise ExportError(f"torch.export cannot capture the model: {_first_line(problem)}{_user_line(problem)}. "
                        "Control flow that depends on tensor values must become torch.where or torch.cond") from problem
 
 

@@ -26,6 +26,7 @@ from repquant_fx.files import irregular
 from repquant_fx.frontends import architectures, huggingface, signature
 from repquant_fx.frontends.directory import ModelDirectory, find_files
 from repquant_fx.frontends.exported import load_exported
+from repquant_fx.frontends.part import Part
 from repquant_fx.frontends.pickled import load_pickled, refuse_bomb
 from repquant_fx.frontends.processor import load_preprocessing
 from repquant_fx.frontends.tasks import check_task
@@ -61,6 +62,7 @@ class LoadedModel:
         directory: the files of the transformers directory that it was read from, if any.
         trusted: the user vouches for its code: it was in memory, is built by a library from a name, or came with
             `allow_pickle`. Any other model runs under `security.guard`.
+        part: where it comes from, if it is a part of another model.
     """
 
     module: nn.Module | None
@@ -77,6 +79,7 @@ class LoadedModel:
     float_modules: tuple[str, ...] = ()
     directory: ModelDirectory | None = None
     trusted: bool = True
+    part: Part | None = None
 
     @property
     def guard(self) -> AbstractContextManager[None]:
