@@ -5,10 +5,12 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 TABLES ?=
 READY = $(VENV)/.ready
+DEMO = $(VENV)/.demo
 
 .PHONY: demo test tables lint docs install clean
 
-demo: $(READY)
+# installs what it needs alone: no documentation, test or browser tools
+demo: $(if $(wildcard $(READY)),$(READY),$(DEMO))
 	$(BIN)/python benchmarks/demo.py
 
 test: $(READY) lint
@@ -28,13 +30,15 @@ docs: $(READY)
 install: $(READY)
 
 # mypy and editors do not see the mapping of setup.cfg on the bare tree; two git-ignored links show them the package
-$(READY): setup.cfg pyproject.toml
+$(READY): EXTRA = dev
+$(DEMO): EXTRA = vision
+$(READY) $(DEMO): setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	ln -sfn ../passes repquant_fx/passes
 	ln -sfn ../exporters repquant_fx/exporters
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
-	touch $(READY)
+	$(BIN)/python -m pip install --quiet -e ".[$(EXTRA)]"
+	touch $@
 
 clean:
 	rm -rf $(VENV) repquant_fx/passes repquant_fx/exporters build site *.egg-info

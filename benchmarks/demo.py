@@ -1,7 +1,7 @@
 """What `make demo` runs: compile a small real transformer, run it under ONNX Runtime, print accuracy, size and speed
 beside float.
 
-    python benchmarks/demo.py [--data FOLDER] [--images 2000] [--model vit|swin]
+    python benchmarks/demo.py [--data FOLDER] [--images 2000] [--model vit|swin] [--verbose]
 
 FOLDER holds CIFAR-10 as class folders of images in `train` and `test`, or the same in `train.tar` and `test.tar`.
 Without it the folders `cifar10` under `$REPQUANT_FX_DATA`, `data`, `../data` and `../shared/data` are tried. Where
@@ -31,6 +31,7 @@ from repquant_fx.calibration.inputs import InputSpec
 from repquant_fx.evaluation import labelled_folder
 from repquant_fx.frontends.loading import LoadedModel, load_model
 from repquant_fx.parity import sqnr
+from repquant_fx.report import checked, free_running
 
 HERE = Path(__file__).parent
 BITS = [(8, 8), (4, 4)]
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--model", choices=("vit", "swin"), default="vit")
     parser.add_argument("--images", type=int, default=2000, help="test images")
     parser.add_argument("--samples", type=int, default=256, help="calibration images")
+    parser.add_argument("--verbose", action="store_true", help="also how far the codes part when each runs freely")
     args = parser.parse_args()
     weights = HERE / f"weights/{args.model}_cifar10.safetensors"
     loaded = load_model(weights)
@@ -54,7 +56,7 @@ def main() -> None:
         else:
             print(f"images: {args.samples} to calibrate and {args.images} to test, from {folder}")
             calibration, images, labels = read(folder, loaded, args.samples, args.images, Path(scratch))
-        table(loaded, calibration, images, labels, Path(scratch))
+        table(loaded, calibration, images, labels, Path(scratch), args.verbose)
 
 
 def find_data() -> Path | None:
@@ -100,7 +102,9 @@ def part(folder: Path, name: str, count: int, scratch: Path) -> Path:
     return inner
 
 
-def table(loaded: LoadedModel, calibration: Tensor, images: Tensor, labels: Tensor | None, scratch: Path) -> None:
+def table(
+    loaded: LoadedModel, calibration: Tensor, images: Tensor, labels: Tensor | None, scratch: Path, verbose: bool
+) -> None:
     assert loaded.module is not None
     path = scratch / "float.onnx"
     torch.onnx.export(
@@ -118,10 +122,10 @@ def table(loaded: LoadedModel, calibration: Tensor, images: Tensor, labels: Tens
     for w, a in BITS:
         start = time.perf_counter()
         result = compile(loaded, recipe=Recipe(wbits=w, abits=a), calibration=calibration, samples=len(calibration))
-        parity = result.parity
-        assert parity is not None
-        print(f"compiled W{w}A{a} in {time.perf_counter() - start:.0f} s; ONNX Runtime against the FX reference: "
-              f"{100 * parity.share:.4f} % of the codes differ")
+        parity = result.report["parity"]
+        print(f"compiled W{w}A{a} in {time.perf_counter() - start:.0f} s; {checked(parity)}")
+        if verbose:
+            print(free_running(parity))
         files[f"W{w}A{a}"] = result.save(scratch / f"w{w}a{a}.onnx")
     sessions = {name: single_thread(file) for name, file in files.items()}
     logits = {name: torch.cat([run(s, x) for x in images.split(250)]) for name, s in sessions.items()}

@@ -62,7 +62,7 @@ function summary() {
   const cards = element("div", { className: "cards" });
   const card = (value, text, bad) => cards.append(element("div", { className: bad ? "card bad" : "card" }, element("b", {}, value), element("span", {}, text)));
   if (known(report.output_sqnr_db)) card(decibel(report.output_sqnr_db), "output against the float model (SQNR)" + (calibration ? `, ${calibration.held_back} held-back samples` : ""));
-  if (parity) card(parity.agrees ? "agrees" : "disagrees", `ONNX Runtime with the FX reference: ${parity.compared} quantizers, at most ${percent(parity.worst_share)} of codes differ at one`, !parity.agrees);
+  if (parity) card(parity.agrees ? "agrees" : "disagrees", `checked in ONNX Runtime at each of ${parity.compared} quantizers on equal inputs: ${parity.worst_share ? `at most ${percent(parity.worst_share)} of the codes differ` : "0 codes differ, ties aside"}`, !parity.agrees);
   if (layers.length) card(`${weighted} + ${layers.length - weighted}`, "layers with weights + matrix products");
   if (known(report.sites)) card(String(report.sites), (report.compiled ? "quantized activations: " : "activations would be quantized: ") + Object.entries(report.kinds).map(([kind, n]) => `${n} ${kind}`).join(", "));
   if (known(report.quantized_parameters)) card(report.quantized_parameters.toLocaleString("en"), report.compiled ? "quantized weights" : "weights would be quantized");
