@@ -22,7 +22,7 @@ from repquant_fx import CompiledModel, InputError, LayerRule, ParityError, Recip
 from repquant_fx import compiler as compiler_module
 from repquant_fx.errors import CalibrationError, CaptureError, ModelFileError, OutputError, RepQuantWarning
 from repquant_fx.parity import sqnr
-from repquant_fx.report import checked, summary
+from repquant_fx.report import summary
 from repquant_fx.runtime import session
 
 FAST = Recipe(wbits=8, abits=8, **PLAIN)
@@ -164,19 +164,6 @@ def test_report_of_the_whole() -> None:
     text = summary(report)
     assert "quantized 10 weighted layers and 4 products (W4A4)" in text and "6 held-back samples" in text
     assert "checked in ONNX Runtime at each of 18 quantizers on equal inputs: 0 codes differ" in text
-
-
-def test_what_frightens_is_told_to_those_who_ask() -> None:
-    """Codes that part in a free run are no error: what is judged comes first, and the rest with `verbose`."""
-    at_tie = {"share": 0.25, "share_step": 0.0, "largest_step": 1}
-    flipped = {"share": 0.25, "share_step": 0.001, "largest_step": 1}
-    parity = {"output_sqnr": 40.0, "mean_share": 0.25, "quantizers": {"one": at_tie}}
-    assert checked(parity).endswith("0 codes differ but for values midway between two codes")
-    assert checked({"quantizers": {"one": at_tie, "two": flipped}}).endswith("at most 0.1 % of the codes differ")
-    report = {**compiled("vit", 4).report, "parity": parity}
-    plain, verbose = summary(report), summary(report, verbose=True)
-    assert "25" not in plain.partition("checked in ONNX Runtime")[2] and "free running" not in plain
-    assert "output 40.0 dB, 25.0000 % of the codes differ" in verbose and verbose.startswith(plain.splitlines()[0])
 
 
 def test_what_is_left_alone_is_reported() -> None:
