@@ -1,4 +1,4 @@
-"""Accuracy of quantized models under ONNX Runtime, beside float and peers: the tables of the README.
+"""Accuracy of quantized models under ONNX Runtime, beside float and peers: the tables of docs/benchmarks.md.
 
     python benchmarks/accuracy.py --calib train_folder --data test_folder --results benchmarks/results/accuracy.json
 

@@ -1,4 +1,5 @@
-"""Accuracy of quantized language models under ONNX Runtime, beside float and peers: the language tables of the README.
+"""Accuracy of quantized language models under ONNX Runtime, beside float and peers: the language tables of
+docs/benchmarks.md.
 
     python benchmarks/language.py --stories FOLDER --stories-text tinystories_sample.txt \\
         --minilm FOLDER --sts stsb-en-dev.csv --text wiki.test.raw --results benchmarks/results/language.json

@@ -1,4 +1,4 @@
-"""Mixed precision beside uniform bits at equal size, under ONNX Runtime: the table of the README.
+"""Mixed precision beside uniform bits at equal size, under ONNX Runtime: the table of docs/benchmarks.md.
 
     python benchmarks/mixed_precision.py --calib train_folder --data test_folder \\
         --minilm FOLDER --sts stsb-en-dev.csv --text wiki.test.raw --results benchmarks/results/mixed_precision.json

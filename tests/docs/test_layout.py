@@ -1,4 +1,4 @@
-"""The README's table of parts lists the folders and files that exist, all of them."""
+"""The table of parts lists the folders and files that exist, all of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TOP = {"passes", "exporters", "tests", "benchmarks", "docs", "examples"}
 
 def listed() -> set[str]:
     """Paths in the table's first column; a name after another one in its row is beside that one."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## How the code is laid out")[1]
+    section = (ROOT / "docs/house.md").read_text(encoding="utf-8")
     paths = set()
     for row in re.findall(r"^\| (`.*?) \|", section, re.M):
         for name in re.findall(r"`([^`]+)`", row):

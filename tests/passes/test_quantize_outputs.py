@@ -33,7 +33,7 @@ class Embedding(nn.Module):
 
 def lowered(form: str) -> tuple[GraphModule, list[Node]]:
     run = quantized(canonical(redraw(Embedding(form)), sequences()), Recipe(**PLAIN), [sequences()])
-    made = run_pass(run.graph_module, LowerToQDQ(run.plan))
+    made = run_pass(run.graph_module, LowerToQDQ(run.plan, run.weights))
     return run.graph_module, list(made.quantizers.values())
 
 
