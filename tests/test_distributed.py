@@ -87,7 +87,6 @@ def torchrun(folder: Path, *arguments: str, processes: int = 2) -> subprocess.Co
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
     )
 
@@ -127,7 +126,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert alone.returncode == 0, alone.stderr

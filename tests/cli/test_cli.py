@@ -59,7 +59,6 @@ def subprocess_of(*arguments: object, **options: Any) -> subprocess.CompletedPro
         [sys.executable, "-m", "repquant_fx", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=300,
         env=environment,
         **options,
     )
@@ -600,7 +599,7 @@ def test_subprocess_interrupt(place: Path, tmp_path: Path) -> None:
         while not (tmp_path / "started").exists() and process.poll() is None:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        out, error = process.communicate(timeout=60)
+        out, error = process.communicate()
     finally:
         process.kill()
     assert process.returncode == 130 and out == "" and "interrupted" in error and "Traceback" not in error

@@ -39,7 +39,6 @@ def repquant_fx(*arguments: object) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "repquant_fx", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 

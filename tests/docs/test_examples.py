@@ -102,7 +102,6 @@ def test_pipeline_runs(world: Path, tmp_path: Path) -> None:
             env={**settings, **changes},
             capture_output=True,
             text=True,
-            timeout=300,
         )
 
     good = run("good", MOST_DROP="50")

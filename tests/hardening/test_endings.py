@@ -92,7 +92,7 @@ def test_a_result_that_cannot_be_printed_is_an_error(monkeypatch: pytest.MonkeyP
 
 
 def run(script: str, folder: Path, **options: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=folder, text=True, timeout=60,
+    return subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=folder, text=True,
                           **{"stderr": subprocess.PIPE, "env": ENVIRONMENT, **options})  # type: ignore[call-overload]
 
 
@@ -221,7 +221,7 @@ def test_ended_while_compiling(number: signal.Signals, code: int, word: str, tmp
         while not (tmp_path / "started").exists() and process.poll() is None:
             time.sleep(0.05)
         process.send_signal(number)
-        out, error = process.communicate(timeout=60)
+        out, error = process.communicate()
     finally:
         process.kill()
     assert process.returncode == code and out == "" and word in error and "Traceback" not in error, error

@@ -75,7 +75,7 @@ def test_a_signal_after_some_event(seed: int, tmp_path: Path) -> None:
             pass
         if process.poll() is None:
             (os.killpg if whole_job else os.kill)(process.pid, number)
-        _, rest = process.communicate(timeout=120)
+        _, rest = process.communicate()
     finally:
         process.kill()
     errors = [e for e in (*said, *map(json.loads, rest.splitlines())) if e["event"] == "error"]

@@ -159,11 +159,11 @@ def test_command_line(folder: Path) -> None:
         "--no-correction",
         "--quiet",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     data, _ = parsed((folder / "cli.html").read_text())
     assert "--html" in data["reproduce"] and "--no-correction" in data["reproduce"]
-    again = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 2 and "--force" in again.stderr
 
 

@@ -80,7 +80,7 @@ def event(stream: IO[str] | None, name: str) -> dict[str, Any]:
 
 def end(process: subprocess.Popen[str]) -> tuple[int, str, list[dict[str, Any]]]:
     """(exit code, stdout, what was said after the stage began)."""
-    out, error = process.communicate(timeout=60)
+    out, error = process.communicate()
     return (
         process.returncode,
         out,
@@ -261,7 +261,7 @@ def test_a_deadline(tmp_path: Path) -> None:
         "error: loading m.pt: it did not end within 0.2 s, in the stage load; nothing was written"
     )
     with command(
-        tmp_path, "with guard.guarded('loading m.pt'): pass\ntime.sleep(2.5); print('slow')", "--load-timeout", "0.2"
+        tmp_path, "with guard.guarded('loading m.pt'): pass\ntime.sleep(3.5); print('slow')", "--load-timeout", "2"
     ) as process:
         assert end(process)[:2] == (0, "slow\n"), "what follows may take its time"
 
@@ -280,7 +280,7 @@ def test_exit_codes_and_streams_pass(tmp_path: Path) -> None:
         with command(
             tmp_path, f"print(sys.stdin.read()); print('error', file=sys.stderr); return {code}", stdin=subprocess.PIPE
         ) as process:
-            out, error = process.communicate("input", timeout=60)
+            out, error = process.communicate("input")
         assert (process.returncode, out) == (code, "input\n") and "error\n" in error
     with command(tmp_path, "raise OSError('odd')") as process:
         code, _, said = end(process)
@@ -307,8 +307,8 @@ def test_without_its_supervisor_nothing_is_written(tmp_path: Path) -> None:
     for options in ([], ["--debug"]):
         with command(tmp_path, work, *options) as process:
             assert process.stdout is not None
-            process.wait(60)
-            assert select.select([process.stdout], [], [], 60)[0] and not process.stdout.read(), (
+            process.wait()
+            assert select.select([process.stdout], [], [])[0] and not process.stdout.read(), (
                 "both processes have ended"
             )
         assert process.returncode == -signal.SIGKILL and not (tmp_path / "m.onnx").exists()
@@ -323,7 +323,7 @@ def test_job_control(tmp_path: Path) -> None:
         os.killpg(process.pid, signal.SIGSTOP)
         assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
         os.killpg(process.pid, signal.SIGCONT)
-        assert process.communicate("\n", timeout=60)[0] == "done\n" and process.returncode == 0
+        assert process.communicate("\n")[0] == "done\n" and process.returncode == 0
 
 
 def test_only_temporary_names_are_removed(tmp_path: Path) -> None:
