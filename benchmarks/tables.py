@@ -204,6 +204,7 @@ BENCHMARKS = (
     Benchmark("accuracy", ("accuracy.py",), Sources.images),
     Benchmark("reconstruction", ("reconstruction.py",), Sources.images),
     Benchmark("data_free", ("data_free.py",), Sources.images),
+    Benchmark("targets", ("targets.py",), lambda s: []),
     Benchmark("mixed_precision", ("mixed_precision.py",), lambda s: some(s, Sources.images, pairs)),
     Benchmark("language", ("language.py",), lambda s: some(s, stories, pairs)),
     Benchmark("dinov2", ("accuracy.py",), dinov2),

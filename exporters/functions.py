@@ -21,17 +21,25 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import onnx_ir as ir
 from onnx import FunctionProto, TensorProto, helper
 
+from repquant_fx.targets import OPSET
+
 DOMAIN = "repquant_fx"
 VERSION = 1
-OPSET = 21
 
 
 def threshold(scale: float, bits: int, steps: int) -> float:
     """Half a step above the level of the zero code."""
     return float(scale * 2.0 ** ((1.5 - 2**bits) / steps))
+
+
+def quantizer(scale: float, bits: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Step (float32) and zero point (uint8) of the quantizer of logarithms, as the functions compute them."""
+    step = np.float32(math.log(2)) / np.float32(steps)
+    return np.asarray(step), np.asarray(2**bits - 1 - np.rint(np.log(np.float32(scale)) / step), np.uint8)
 
 
 def set_thresholds(model: ir.Model) -> None:

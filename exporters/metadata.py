@@ -3,6 +3,7 @@
 | key | holds |
 |---|---|
 | `repquant_fx.version`, `.method`, `.bits` | text |
+| `repquant_fx.target` | the name of the target, unless it is the default one (see `repquant_fx.targets`) |
 | `repquant_fx.recipe` | JSON: the effective settings |
 | `repquant_fx.preprocessing` | JSON, where known: how images are prepared |
 | `repquant_fx.layers` | JSON: `Layers` |
@@ -22,6 +23,7 @@ import onnx
 from repquant_fx import described
 from repquant_fx.errors import ModelFileError
 from repquant_fx.security.schema import Misfit, Within, parse, read
+from repquant_fx.targets import DEFAULT
 from repquant_fx.version import VERSION
 
 if TYPE_CHECKING:
@@ -79,11 +81,13 @@ class Layers:
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
-def describe(recipe: Recipe, preprocessing: Mapping[str, Any] | None, layers: str | None = None) -> dict[str, str]:
+def describe(recipe: Recipe, preprocessing: Mapping[str, Any] | None, layers: str | None = None,
+             target: str = DEFAULT) -> dict[str, str]:
     """The entries of a file, by key with the prefix.
 
     Args:
         layers: what `record` gives.
+        target: the name of one; the default one is not said.
     """
     parts = [recipe.norm + " norms", recipe.softmax + " softmax",
              f"{recipe.clipping} clipping" if recipe.clipping != "none" else "no clipping",
@@ -98,6 +102,8 @@ def describe(recipe: Recipe, preprocessing: Mapping[str, Any] | None, layers: st
         entries["preprocessing"] = json.dumps(dict(preprocessing), sort_keys=True)
     if layers is not None:
         entries[RECORD] = layers
+    if target != DEFAULT:
+        entries["target"] = target
     return {PREFIX + key: value for key, value in entries.items()}
 
 
@@ -175,6 +181,10 @@ class Metadata:
         if "version" not in self.entries:
             raise ModelFileError(f"{self.source} was not written by repquant-fx: its metadata holds no {PREFIX}version")
         return self.entries["version"]
+
+    def target(self) -> str:
+        """The name of the target that the file was written for; text that nobody has judged."""
+        return self.entries.get("target", DEFAULT)
 
     def layers(self) -> Layers:
         """What was done to the layers.

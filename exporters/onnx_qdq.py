@@ -14,6 +14,8 @@ from torch.fx import GraphModule, Node
 
 from repquant_fx.errors import InputError, RepQuantError
 from repquant_fx.exporters import functions
+from repquant_fx.exporters.conformance import check_conformance, to_opset
+from repquant_fx.exporters.inlining import inline_functions
 from repquant_fx.exporters.naming import name_axes, name_by_module, separate_outputs, set_apart
 from repquant_fx.exporters.narrow_codes import narrow_codes
 from repquant_fx.exporters.packing import PACKED_BITS, pack_weights
@@ -23,6 +25,7 @@ from repquant_fx.exporters.zero_points import add_zero_points
 from repquant_fx.frontends.capture import AXES, distinct, quiet_torch
 from repquant_fx.passes.base import aten, attribute, copy_meta
 from repquant_fx.passes.operators import DEQUANTIZE
+from repquant_fx.targets import Target, find
 from repquant_fx.torch_private import quick_translation
 
 OPSET = functions.OPSET
@@ -46,8 +49,9 @@ def export_onnx(
     dynamic_shapes: object = None,
     metadata: Mapping[str, str] | None = None,
     container: str = "int8",
+    target: Target | None = None,
 ) -> onnx.ModelProto:
-    """An ONNX model, opset 21, that computes what the lowered graph computes.
+    """An ONNX model that computes what the lowered graph computes.
 
     Args:
         graph_module: after `LowerToQDQ`.
@@ -55,14 +59,17 @@ def export_onnx(
         dynamic_shapes: as for torch.export.
         metadata: written into the model's metadata_props.
         container: `int8`, or `int4` for UINT4 and INT4 Q/DQ up to 4 bits (see `exporters.narrow_codes`).
+        target: for whom: its opset, functions kept or inlined, and what it takes; the default one where None.
 
     Returns:
         a proto that passes `onnx.checker` in full mode. The same graph gives the same bytes.
 
     Raises:
         UnwritableError: an operator has no ONNX counterpart (named).
+        ConformanceError: the target or its opset does not take an operator or a type (named).
         ExportError: torch cannot export the lowered graph, or the checker refuses the result.
     """
+    target = target or find()
     copy_outputs(graph_module)
     packed = narrow_weights(graph_module)
     model = _translate(graph_module, distinct(example_inputs), input_names, output_names, dynamic_shapes)
@@ -77,22 +84,32 @@ def export_onnx(
     if container == "int4":
         narrow_codes(model)
         common.RemoveUnusedNodesPass()(model)
+    if target.inlined:
+        inline_functions(model)
+    else:
+        _add_functions(model)
+    _strip(model)
+    common.TopologicalSortPass()(model)
+    proto = ir.to_proto(model)
+    proto.producer_name, proto.graph.name = "repquant-fx", "main"
+    onnx.helper.set_model_props(proto, dict(sorted((metadata or {}).items())))
+    to_opset(proto, target.opset)
+    check_conformance(proto, target)
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except Exception as error:
+        raise ExportError(f"onnx.checker refuses the exported model: {str(error).splitlines()[0]}") from error
+    return proto
+
+
+def _add_functions(model: ir.Model) -> None:
+    """Put the functions that are called into the file."""
     used = {node.op_type for node in model.graph if node.domain == functions.DOMAIN}
     for name in sorted(used):
         function = ir.serde.deserialize_function(LOCAL_FUNCTIONS[name]())
         model.functions[function.identifier()] = function
     if used:
         model.opset_imports[functions.DOMAIN] = functions.VERSION
-    _strip(model)
-    common.TopologicalSortPass()(model)
-    proto = ir.to_proto(model)
-    proto.producer_name, proto.graph.name = "repquant-fx", "main"
-    onnx.helper.set_model_props(proto, dict(sorted((metadata or {}).items())))
-    try:
-        onnx.checker.check_model(proto, full_check=True)
-    except Exception as error:
-        raise ExportError(f"onnx.checker refuses the exported model: {str(error).splitlines()[0]}") from error
-    return proto
 
 
 def copy_outputs(graph_module: GraphModule) -> None:

@@ -133,7 +133,18 @@ def _origin(name: str, producers: Mapping[str, onnx.NodeProto]) -> onnx.NodeProt
     node = producers.get(name)
     while node is not None and node.op_type in LAYOUT:
         node = producers.get(node.input[0])
-    return node if node is not None and (node.op_type == "DequantizeLinear" or node.op_type in LOGARITHMIC) else None
+    if node is None or node.op_type == "DequantizeLinear" or _is_logarithmic(node, producers):
+        return node
+    return None
+
+
+def _is_logarithmic(node: onnx.NodeProto, producers: Mapping[str, onnx.NodeProto]) -> bool:
+    """Whether a node gives powers of two: one of our functions, or the end of what it was inlined to."""
+    if node.op_type != "ThresholdedRelu":
+        return node.op_type in LOGARITHMIC
+    exponential = producers.get(node.input[0])
+    level = producers.get(exponential.input[0]) if exponential is not None and exponential.op_type == "Exp" else None
+    return level is not None and level.op_type == "DequantizeLinear"
 
 
 def _narrow(origins: Iterable[onnx.NodeProto], four_bit: set[str]) -> bool:
@@ -142,7 +153,7 @@ def _narrow(origins: Iterable[onnx.NodeProto], four_bit: set[str]) -> bool:
 
 
 def _reason(op: str, origins: list[onnx.NodeProto], kernel: str, narrow: bool) -> str:
-    if any(node.op_type in LOGARITHMIC for node in origins):
+    if any(node.op_type != "DequantizeLinear" for node in origins):
         return "the powers of two of a logarithmic operand are multiplied in float"
     activation = origins[0]
     if any(attribute.name == "axis" and attribute.i not in (1,) for attribute in activation.attribute):

@@ -34,6 +34,7 @@ from repquant_fx.frontends.capture import tensors_in
 from repquant_fx.frontends.companions import companions
 from repquant_fx.frontends.loading import LoadedModel
 from repquant_fx.frontends.memory import left_as_found
+from repquant_fx.named_runtime import RuntimeCheck, check_in_runtime
 from repquant_fx.offload import on_disk
 from repquant_fx.options import Calibration, Run, Source
 from repquant_fx.passes.base import LeftAlone, own_tensors, run_pass, run_passes, shared_copy
@@ -47,8 +48,9 @@ from repquant_fx.pipeline.padding import find_padding
 from repquant_fx.pipeline.reconstruction import Reconstructed
 from repquant_fx.pipeline.rotation import Trial
 from repquant_fx.preparation import HELD_BACK, Prepared, check_runs, prepare
-from repquant_fx.recipe import RecipeLike
+from repquant_fx.recipe import Recipe, RecipeLike
 from repquant_fx.statistics import Statistics
+from repquant_fx.targets import DEFAULT, Target, find
 from repquant_fx.version import VERSION
 
 __all__ = ["CompiledModel", "compile", "compile_model"]
@@ -68,6 +70,7 @@ def compile(
     tokenizer: Any | None = None,
     check: bool = True, work_dir: str | Path | None = None, distributed: bool = False,
     device: str | torch.device = "cpu", statistics: bool = False, module: str | None = None,
+    target: str = DEFAULT, opset: int | None = None,
 ) -> CompiledModel:
     """Quantize a model and write it as ONNX QDQ.
 
@@ -97,6 +100,8 @@ def compile(
         module: the path of a module in the model, such as `backbone`: it alone is compiled, on what reaches it when the
             whole runs on the example inputs and the calibration data. Layers of the recipe are named from there.
         statistics: keep what the page of `CompiledModel.html` draws of each layer. The model is the same.
+        target, opset: the runtime that the file is for, by its name in `targets.TARGETS`, and the opset of its
+            operators where it shall be another than the target's.
 
     Raises:
         InputError: something given cannot be used (its subclasses say what).
@@ -105,7 +110,7 @@ def compile(
     return compile_model(
         Source(model, arch, input_shape, allow_pickle, task, example_inputs, offload_dir, module),
         Calibration(calibration, samples, batch_size, seed, seq_len, tokenizer), recipe,
-        Run(check, work_dir, distributed, device, statistics))
+        Run(check, work_dir, distributed, device, statistics, target, opset))
 
 
 def compile_model(
@@ -119,7 +124,8 @@ def compile_model(
     run = run or Run()
     log.start()
     device = devices.usable(run.device)
-    prepared = prepare(source, calibration, recipe, run)
+    target = find(run.target, run.opset)
+    prepared = prepare(source, calibration, target.recipe(Recipe.of(recipe)), run)
     notes = [*_notes(source, prepared.graph_module), *filter(None, [prepared.data.notes])]
     calibrating, held_back = prepared.data.split_held_back(HELD_BACK)
     check_runs(prepared.graph_module, [*calibrating.batches, *held_back.batches])
@@ -127,10 +133,10 @@ def compile_model(
     rewritten = _quantize(prepared, list(calibrating.batches), source, calibration, run, device)
     log.stage("export")
     probe = _probe(held_back, prepared.captured.dynamic_batch)
-    exported = _export(prepared, rewritten, probe)
+    exported = _export(prepared, rewritten, probe, target)
     log.stage("check")
     check = run.check and rewritten.rank == 0
-    parity, kernels = _check(prepared, rewritten, exported, probe) if check else (None, None)
+    parity, kernels, named = _check(prepared, rewritten, exported, probe, target) if check else (None, None, None)
     log.finish()
     report = reports.build(
         layers=exported.layers,
@@ -140,14 +146,16 @@ def compile_model(
         output_sqnr=exported.output_sqnr,
         parity=parity,
         kernels=kernels,
+        named=named,
         notes=notes,
         runtime_form=exported.left_alone,
         about=_about(
-            prepared, rewritten, exported.proto, calibration, calibrating.samples, held_back.samples
+            prepared, rewritten, exported.proto, calibration, calibrating.samples, held_back.samples, target.name
         ),
     )
-    if parity is not None:
-        parity.raise_on_problems()
+    for each in (parity, named.parity if named is not None else None):
+        if each is not None:
+            each.raise_on_problems()
     if not isinstance(source.model, (str, Path)):
         own_tensors(rewritten.graph_module)  # the caller may go on training
     statistics = rewritten.statistics.to_dict() if rewritten.statistics is not None else None
@@ -253,7 +261,7 @@ class _Exported:
     left_alone: tuple[LeftAlone, ...]
 
 
-def _export(prepared: Prepared, rewritten: _Rewritten, probe: list[Tensor]) -> _Exported:
+def _export(prepared: Prepared, rewritten: _Rewritten, probe: list[Tensor], target: Target) -> _Exported:
     """Lower the graph in place, measure what ships on the held-back samples, and write it as ONNX."""
     graph_module, captured, recipe = rewritten.graph_module, prepared.captured, prepared.recipe
     # before lowering, while the quantizers are modules
@@ -270,30 +278,33 @@ def _export(prepared: Prepared, rewritten: _Rewritten, probe: list[Tensor]) -> _
     layer_record = record(layers, rewritten.plan.left_alone, lowered.constants)
     proto = export_onnx(graph_module, prepared.loaded.example_inputs, input_names=captured.input_names,
                         output_names=captured.output_names, dynamic_shapes=dynamic_shapes(graph_module),
-                        metadata=describe(recipe, prepared.loaded.preprocessing, layer_record),
-                        container=recipe.container)
+                        metadata=describe(recipe, prepared.loaded.preprocessing, layer_record, target.name),
+                        container=recipe.container, target=target)
     return _Exported(proto, shipped.quantizers, layers, sqnr, output_sqnr,
                      (*lowering.left_alone, *shipped.left_alone))
 
 
 def _check(
-    prepared: Prepared, rewritten: _Rewritten, exported: _Exported, probe: list[Tensor]
-) -> tuple[parity_check.Parity, list[Product]]:
-    """The file in ONNX Runtime against the lowered graph, and which products it computes with integers."""
-    parity = parity_check.compare(rewritten.graph_module, exported.proto, exported.quantizers, probe,
-                                  prepared.captured.input_names)
-    return parity, audit(exported.proto)
+    prepared: Prepared, rewritten: _Rewritten, exported: _Exported, probe: list[Tensor], target: Target
+) -> tuple[parity_check.Parity, list[Product], RuntimeCheck | None]:
+    """The file in ONNX Runtime against the lowered graph, which products it computes with integers, and the file in the
+    runtime of its target, where that is another one."""
+    names = prepared.captured.input_names
+    parity = parity_check.compare(rewritten.graph_module, exported.proto, exported.quantizers, probe, names)
+    named = check_in_runtime(target.runtime, rewritten.graph_module, exported.proto, exported.quantizers, probe, names,
+                             prepared.captured.dynamic_batch)
+    return parity, audit(exported.proto), named
 
 
 def _about(
     prepared: Prepared, rewritten: _Rewritten, proto: onnx.ModelProto, calibration: Calibration, samples: int,
-    held_back: int
+    held_back: int, target: str
 ) -> dict[str, Any]:
     """What the report says of the whole compile."""
     captured, data, recipe = prepared.captured, prepared.data, prepared.recipe
     return {
         "repquant_fx": VERSION, "source": prepared.loaded.source, "bits": f"W{recipe.wbits}A{recipe.abits}",
-        "recipe": recipe.to_dict(),
+        "target": target, "recipe": recipe.to_dict(),
         **({"rotations": [trial.to_dict() for trial in rewritten.rotations]} if recipe.rotate else {}),
         **({"reconstruction": [block.to_dict() for block in rewritten.blocks]} if recipe.reconstruct else {}),
         "calibration": {"origin": data.origin, "samples": samples, "held_back": held_back, "synthetic": data.synthetic,

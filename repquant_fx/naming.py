@@ -37,6 +37,7 @@ SCALE, ZERO_POINT, SHIFT = Suffix("_scale"), Suffix("_zero_point"), Suffix("_shi
 QUANTIZED, DEQUANTIZED = Suffix("_quantized"), Suffix("_dequantized")
 ROUNDED = Suffix("_rounded")  # codes before they saturate
 ZERO_POINT_UINT4, ZERO_POINT_INT4 = Suffix("_zero_point_uint4"), Suffix("_zero_point_int4")
+LOG_STEP = Suffix("_log_step")  # what two codes of a logarithmic grid are apart, in logarithms
 INT8, UINT8 = Suffix("_int8"), Suffix("_uint8")  # codes unpacked from, and widened from, four bits
 HIGHEST = Suffix(".highest")  # the value of the highest code, of the node that saturates there
 WEIGHT = Suffix(".weight")  # of a node, for one that was not read from a constant of its own

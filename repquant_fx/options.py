@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from repquant_fx.targets import DEFAULT
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -47,13 +49,15 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Run:
-    """Where and how a compile works; the arguments of `compile` of these names."""
+    """Where and how a compile works, and for whom; the arguments of `compile` of these names."""
 
     check: bool = True
     work_dir: str | Path | None = None
     distributed: bool = False
     device: str | torch.device = "cpu"
     statistics: bool = False
+    target: str = DEFAULT
+    opset: int | None = None
 
 
 @dataclass(frozen=True)

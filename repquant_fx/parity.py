@@ -1,8 +1,8 @@
-"""Does ONNX Runtime compute what the FX reference computes? Compared code for code, at every quantizer.
+"""Does a runtime compute what the FX reference computes? Compared code for code, at every quantizer.
 
 Two questions are kept apart. *Free running*: both execute the whole model; a code on a rounding boundary may flip by
-one and what follows then differs too, so this is reported, not judged. *Step by step*: the FX graph is fed ONNX
-Runtime's own codes at every quantizer, so that each step is compared on equal inputs: codes may differ by at most one,
+one and what follows then differs too, so this is reported, not judged. *Step by step*: the FX graph is fed the
+runtime's own codes at every quantizer, so that each step is compared on equal inputs: codes may differ by at most one,
 rarely, and the output only by float rounding. This is judged, but where float rounding itself decides: where something
 differs, the reference runs once more on the same codes with every value moved by rounding, and what that moves does not
 count (the norm of values that are all equal but for their last bits, a comparison at a tie).
@@ -27,7 +27,8 @@ from repquant_fx.passes.base import attribute
 from repquant_fx.passes.operators import CODE_MOVES, DEQUANTIZE, LOG2_QUANTIZE, LOG2_SOFTMAX, QUANTIZE
 from repquant_fx.quantizers.logarithmic import zero_code
 from repquant_fx.recorder import Recorder
-from repquant_fx.runtime import run, session
+from repquant_fx.runtimes import loader
+from repquant_fx.targets import RUNTIMES
 from repquant_fx.torch_private import pytree, size_hint
 
 # of a step: this near to the midpoint of two codes either is right; products of quantized values often lie exactly
@@ -57,15 +58,19 @@ class Parity:
     """The comparison on `samples` held-back samples.
 
     Attributes:
-        output_sqnr: of ONNX Runtime's output against the FX reference's, free running, dB (infinite when equal).
+        output_sqnr: of the runtime's output against the FX reference's, free running, dB (infinite when equal).
         output_step: largest output difference on equal codes, relative to the largest output.
         quantizers: by site name.
+        runtime: which one, for messages.
+        reference: what it was compared with, for messages.
     """
 
     samples: int
     output_sqnr: float
     output_step: float
     quantizers: dict[str, CodeDifference]
+    runtime: str = RUNTIMES["ort"]
+    reference: str = "the FX reference"
 
     @property
     def share(self) -> float:
@@ -91,7 +96,7 @@ class Parity:
         if found:
             more = f" (and {len(found) - 5} more)" if len(found) > 5 else ""
             raise ParityError(
-                "ONNX Runtime and the FX reference disagree beyond float rounding: " + "; ".join(found[:5]) + more
+                f"{self.runtime} and {self.reference} disagree beyond float rounding: " + "; ".join(found[:5]) + more
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,7 +105,7 @@ class Parity:
 
 def compare(
     graph_module: GraphModule, proto: onnx.ModelProto, quantizers: Mapping[str, Node], inputs: Sequence[Tensor],
-    input_names: Sequence[str],
+    input_names: Sequence[str], runtime: str = "ort",
 ) -> Parity:
     """Run both on the same inputs.
 
@@ -108,12 +113,17 @@ def compare(
         graph_module: the lowered FX reference.
         quantizers: nodes that produce codes (or log-quantized values), by site name.
         inputs: positional, one batch.
+        runtime: one of `targets.RUNTIMES`.
+
+    Raises:
+        InputError: the runtime is not installed, or refuses the file.
     """
+    load = loader(runtime)
     values = {name: value_name(node) for name, node in quantizers.items()}
     exposed = expose(proto, [(values[name], not _logarithmic(node)) for name, node in quantizers.items()])
     feed = dict(zip(input_names, inputs))
     outputs = len(proto.graph.output)
-    found, exposed_values = run(session(proto), feed), run(session(exposed), feed)
+    found, exposed_values = load(proto)(feed), load(exposed)(feed)
     internal = dict(zip(quantizers, exposed_values[outputs:]))
     free, step = CodeRecorder(graph_module, quantizers, {}), CodeRecorder(graph_module, quantizers, internal)
     expected, forced = tensors_in(free.run(*inputs)), tensors_in(step.run(*inputs))
@@ -123,8 +133,9 @@ def compare(
         differences = {name: _code_difference(theirs[name], free, step, name, sure) for name in quantizers}
         given = exposed_values[:outputs] if sure is None else sure.outputs(exposed_values[:outputs], forced)
         sized = [a for a, known in zip(zip(given, forced, strict=True), _sized(graph_module), strict=True) if known]
-        apart = max((_difference(*pair) for pair in sized), default=0.0)
-        return Parity(len(inputs[0]), min(sqnr(a, b) for a, b in zip(found, expected)), apart, differences)
+        apart = max((largest_difference(*pair) for pair in sized), default=0.0)
+        return Parity(len(inputs[0]), min(sqnr(a, b) for a, b in zip(found, expected)), apart, differences,
+                      RUNTIMES[runtime])
 
     parity = judged(None)
     return judged(_Sure(graph_module, step, quantizers, inputs)) if parity.problems() else parity
@@ -139,8 +150,8 @@ def _code_difference(
         blind = blind | sure.blind[name]
     judged = apart[~blind]
     return CodeDifference(
-        share=_share(free.seen[name] != theirs), share_step=_share((judged > 0) & ~step.ties[name][~blind]),
-        largest_step=int(judged.max()) if judged.numel() else 0, share_blind=_share(blind))
+        share=share_of(free.seen[name] != theirs), share_step=share_of((judged > 0) & ~step.ties[name][~blind]),
+        largest_step=int(judged.max()) if judged.numel() else 0, share_blind=share_of(blind))
 
 
 def _sized(graph_module: GraphModule) -> list[bool]:
@@ -195,16 +206,16 @@ class _Sure:
             return found
         if not expected.is_floating_point():
             return torch.where(torch.stack([expected == each for each in moved]).all(0), found, expected)
-        furthest = max(_difference(each, expected) for each in moved)
-        return expected if _difference(found, expected) <= AMPLIFIED * furthest else found
+        furthest = max(largest_difference(each, expected) for each in moved)
+        return expected if largest_difference(found, expected) <= AMPLIFIED * furthest else found
 
 
-def _share(different: Tensor) -> float:
+def share_of(different: Tensor) -> float:
     """Share of the elements that are true, 0 of none."""
     return float(different.double().mean()) if different.numel() else 0.0
 
 
-def _difference(found: Tensor, expected: Tensor) -> float:
+def largest_difference(found: Tensor, expected: Tensor) -> float:
     """Largest difference relative to the largest value: infinite where shapes differ, 0 where there are no elements."""
     if found.shape != expected.shape:
         return float("inf")

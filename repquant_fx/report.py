@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 
 from repquant_fx import audit
 from repquant_fx.audit import Product
+from repquant_fx.named_runtime import RuntimeCheck
 from repquant_fx.parity import Parity, signal_and_noise
 from repquant_fx.passes.base import LeftAlone, module_path
 from repquant_fx.passes.install_decision import installed_weights
@@ -163,12 +164,14 @@ def build(
     parity: Parity | None,
     kernels: Sequence[Product] | None,
     about: Mapping[str, Any],
+    named: RuntimeCheck | None = None,
     runtime_form: Sequence[LeftAlone] = (),
     notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The whole report as JSON data. Infinite values are written as null.
 
     Args:
+        named: the check in the runtime of the target, where that is not ONNX Runtime.
         runtime_form: what lowering and the runtime form left as it was.
         notes: what was done otherwise than asked for, about the whole compile.
     """
@@ -176,10 +179,11 @@ def build(
         entry["sqnr_db"] = sqnr.get(entry["node"])
         if entry["node"] not in sqnr:
             entry["notes"] = [*entry.get("notes", []), "no SQNR: the exported graph has no such value"]
-    return _finite({
+    return finite({
         **about,
         "output_sqnr_db": output_sqnr,
         "parity": parity.to_dict() if parity is not None else None,
+        "runtime": named.to_dict() if named is not None else None,
         "kernels": [asdict(product) for product in kernels] if kernels is not None else None,
         "layers": layers,
         "left_alone": [asdict(item) for item in plan.left_alone],
@@ -191,7 +195,7 @@ def build(
 
 
 def checked(parity: Mapping[str, Any]) -> str:
-    """What the check against ONNX Runtime judges, in words: each step on equal inputs.
+    """What the check in a runtime judges, in words: each step on equal inputs.
 
     Args:
         parity: see `parity.Parity.to_dict`.
@@ -201,14 +205,13 @@ def checked(parity: Mapping[str, Any]) -> str:
     differ = f"at most {100 * worst:.2g} % of the codes differ" if worst else "0 codes differ"
     if not worst and any(q["largest_step"] for q in quantizers):
         differ += " but for values midway between two codes"
-    return f"checked in ONNX Runtime at each of {len(quantizers)} quantizers on equal inputs: {differ}"
+    return f"checked in {parity['runtime']} at each of {len(quantizers)} quantizers on equal inputs: {differ}"
 
 
 def free_running(parity: Mapping[str, Any]) -> str:
     """What is not judged: a code on a rounding boundary flips, and those that follow from it flip too."""
-    output = "identical" if parity["output_sqnr"] is None else f"{parity['output_sqnr']:.1f} dB"
-    return (f"free running, where one code at a tie turns others behind it: output {output}, "
-            f"{100 * parity['mean_share']:.4f} % of the codes differ from those of the FX reference")
+    return (f"free running, where one code at a tie turns others behind it: output {_decibels(parity['output_sqnr'])}, "
+            f"{100 * parity['mean_share']:.4f} % of the codes differ from those of {parity['reference']}")
 
 
 def summary(report: Mapping[str, Any], *, verbose: bool = False) -> str:
@@ -234,16 +237,37 @@ def summary(report: Mapping[str, Any], *, verbose: bool = False) -> str:
     parity = report.get("parity")
     if parity:
         lines += [checked(parity), *([free_running(parity)] if verbose else [])]
+    if report.get("runtime"):
+        lines += _named_runtime(report["runtime"], report.get("output_sqnr_db"))
     if report.get("kernels") is not None:
         lines.append(audit.summary(Product(**product) for product in report["kernels"]))
     return "\n".join(map(printable, lines))
 
 
-def _finite(value: Any) -> Any:
+def _named_runtime(named: Mapping[str, Any], quantization: float | None) -> list[str]:
+    """What the runtime of the target computed, or why nobody knows."""
+    if named["parity"] is None:
+        return [f"not checked in {named['runtime']}, the runtime of the target: {named['skipped']}; ONNX Runtime was"]
+    lines = [checked(named["parity"]), free_running(named["parity"])]
+    if named["precision"]:
+        found, more = named["output_sqnr"], ""
+        if found is not None and quantization is not None and found < quantization:
+            more = ", which is worse than what quantization costs"
+        lines.append(f"unasked, {named['runtime']} computes float operators in {named['precision']} on this processor: "
+                     f"output {_decibels(found)}{more}; INFERENCE_PRECISION_HINT=f32 keeps float32")
+    return lines
+
+
+def _decibels(value: float | None) -> str:
+    return "identical" if value is None else f"{value:.1f} dB"
+
+
+def finite(value: Any) -> Any:
+    """JSON data without infinities: they are null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return value

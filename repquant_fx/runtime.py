@@ -11,6 +11,7 @@ import onnxruntime
 import torch
 from torch import Tensor
 
+from repquant_fx import processor
 from repquant_fx.errors import ModelFileError
 from repquant_fx.exporters.reading import read_onnx
 
@@ -19,26 +20,35 @@ def session_options(threads: int | None = None) -> onnxruntime.SessionOptions:
     """Options under which ONNX Runtime computes what the file says (see `session`)."""
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if processor.saturates():  # elsewhere it would give up faster kernels for nothing
+        options.add_session_config_entry("session.x64quantprecision", "1")
     options.log_severity_level = 4  # what it logs as an error it raises, too
     if threads is not None:
         options.intra_op_num_threads = threads
     return options
 
 
-def session(model: str | Path | bytes | onnx.ModelProto, *, threads: int | None = None) -> onnxruntime.InferenceSession:
+def session(
+    model: str | Path | bytes | onnx.ModelProto, *, threads: int | None = None, optimize: bool = True
+) -> onnxruntime.InferenceSession:
     """A CPU session that computes what the file says.
 
     ONNX Runtime may turn DequantizeLinear(INT4) + MatMul into a kernel that re-quantizes activations on its own;
-    `session.qdq_matmulnbits_accuracy_level = 1` keeps it from doing so.
+    `session.qdq_matmulnbits_accuracy_level = 1` keeps it from doing so. On x86 processors without VNNI its kernels of
+    uint8 and int8 saturate; `session.x64quantprecision = 1` makes it store weights that may do so as uint8, for which
+    it has exact kernels. It would do so on processors with VNNI, too, which need it not: there it stays unset.
 
     Args:
         model: a path, serialized bytes or a proto.
         threads: intra-op threads; ONNX Runtime's default where None.
+        optimize: let ONNX Runtime rewrite the graph; without, it runs each operator as it stands, in float.
 
     Raises:
         ModelFileError: the file is missing or refused (see `exporters.reading`), or ONNX Runtime refuses it.
     """
     options = session_options(threads)
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     name = str(model) if isinstance(model, (str, Path)) else "the model"
     if isinstance(model, onnx.ModelProto):
         model = model.SerializeToString()

@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from repquant_fx import log
-from repquant_fx.cli import compile, completion, evaluate, inspect, recipe, search, sensitivity, signals
+from repquant_fx.cli import check, compile, completion, evaluate, inspect, recipe, search, sensitivity, signals, targets
 from repquant_fx.cli.common import Parser
 from repquant_fx.errors import RepQuantError, RepQuantWarning, is_failure, is_out_of_memory
 from repquant_fx.security import channel, confinement
@@ -31,6 +31,8 @@ COMMANDS = {
     "recipe": recipe,
     "sensitivity": sensitivity,
     "search": search,
+    "targets": targets,
+    "check": check,
     "completion": completion,
 }
 EXIT_CODES = (

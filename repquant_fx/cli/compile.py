@@ -8,11 +8,12 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from repquant_fx.cli.common import add_calibration, add_source, calibration_from, source_from
+from repquant_fx.cli.common import add_calibration, add_source, calibration_from, count, source_from
 from repquant_fx.cli.method import add_method, recipe_from
 from repquant_fx.errors import InputError
+from repquant_fx.targets import DEFAULT, HIGHEST_OPSET, LOWEST_OPSET, TARGETS, find
 
-LONG = ("layers", "parity", "recipe")  # parts of the report that are no news
+LONG = ("layers", "parity", "runtime", "recipe")  # parts of the report that are no news
 
 
 def add(command: argparse.ArgumentParser) -> None:
@@ -57,6 +58,12 @@ def add(command: argparse.ArgumentParser) -> None:
         "--device", default="cpu", help="where calibration, clipping and GPTQ compute: cpu (default), cuda, cuda:1, ..."
     )
     add_method(command)
+    form = command.add_argument_group("the file")
+    form.add_argument("--target", choices=tuple(TARGETS), default=DEFAULT, metavar="NAME",
+                      help=f"the runtime it is for, one of {', '.join(TARGETS)} (default {DEFAULT}); `repquant-fx "
+                      "targets` says what each takes")
+    form.add_argument("--opset", type=count(999), metavar="N",
+                      help=f"of its operators, {LOWEST_OPSET} to {HIGHEST_OPSET} (default the target's)")
     command.add_argument("--check", action=argparse.BooleanOptionalAction, default=True,
                          help="compare ONNX Runtime with the FX reference (default on)")
 
@@ -66,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
     writes.
     """
     # cheap checks first: nothing is loaded for a wrong option or an output that cannot be written
-    recipe = recipe_from(options)
+    recipe = find(options.target, options.opset).recipe(recipe_from(options))
     source, calibration = replace(source_from(options), module=options.module), calibration_from(options)
     check_outputs(options)
     from repquant_fx import log, report
@@ -76,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
 
     with joined() as world, log.using(log.QUIET) if world.rank else nullcontext():  # rank 0 speaks
         run = Run(check=options.check, work_dir=options.work_dir, distributed=world.size > 1, device=options.device,
-                  statistics=options.html is not None)
+                  statistics=options.html is not None, target=options.target, opset=options.opset)
         compiled = compile_model(source, calibration, recipe, run)
     if world.rank:
         return 0

@@ -192,7 +192,8 @@ def totals(inspection: Inspection) -> list[str]:
         f"in float {_size(about['float_bytes'])}, {about['float_bytes'] / max(about['file_bytes'], 1):.2f} times as "
         "much"
     )
-    head = f"{inspection.source}: {about['bits']}, {about['method']}, written by repquant-fx {about['version']}"
+    head = f"{inspection.source}: {about['bits']}, {about['method']}, written by repquant-fx {about['version']} "
+    head += f"for {about['target']}, opset {about['opset']}"
     return [head, *lines]
 
 

@@ -8,6 +8,7 @@ is what the file computes with.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,11 +18,12 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from repquant_fx.errors import ModelFileError
+from repquant_fx.errors import ModelFileError, RepQuantWarning
 from repquant_fx.exporters.metadata import StoredLayer, StoredSite
 from repquant_fx.exporters.reading import read_onnx
+from repquant_fx.fit import misfit
 from repquant_fx.inspection.table import Inspection, Row, kind_of, totals
-from repquant_fx.naming import QUANTIZED, SCALE, ZERO_POINT, ZERO_POINT_UINT4, beside
+from repquant_fx.naming import LOG_STEP, QUANTIZED, SCALE, ZERO_POINT, ZERO_POINT_UINT4, beside
 from repquant_fx.security.guard import guarded
 
 FLOAT_BYTES = 4
@@ -41,6 +43,8 @@ def inspect_file(path: str | Path, *, audit: bool = True) -> Inspection:
     Args:
         audit: ask ONNX Runtime which products it computes with integers (it optimizes the graph once for that).
 
+    Warns where this processor computes something else with its integers (see `fit`).
+
     Raises:
         ModelFileError: not a file of repquant-fx, one of a version that kept no record, or one that is refused (see
             `read_onnx`).
@@ -51,11 +55,15 @@ def inspect_file(path: str | Path, *, audit: bool = True) -> Inspection:
     tensors = {tensor.name: tensor for tensor in file.model.graph.initializer}
     with guarded(f"reading {path}"):  # ONNX Runtime folds constants: it runs what the file says
         audited = _audited(file.data, record.layers) if audit else {}
+    if sentence := misfit(file.model):
+        warnings.warn(f"{path}: {sentence}", RepQuantWarning, stacklevel=2)
     rows = _rows(record.layers, tensors, audited, str(path))
     weights = sum(row.bytes for row in rows)
     quantized = sum(row.parameters for row in rows)
     stored = sum(_bytes(tensor) for tensor in tensors.values())
-    about = {"version": version, "method": metadata.entries.get("method"), "bits": metadata.entries.get("bits"),
+    opset = next((entry.version for entry in file.model.opset_import if not entry.domain), None)
+    about = {"version": version, "target": metadata.target(), "opset": opset,
+             "method": metadata.entries.get("method"), "bits": metadata.entries.get("bits"),
              **totals(rows), "quantized_bytes": weights, "other_bytes": stored - weights, "file_bytes": len(file.data),
              "float_bytes": stored - weights + quantized * FLOAT_BYTES, "recipe": recipe}
     return Inspection(str(path), True, rows, [asdict(item) for item in record.left_alone], about)
@@ -84,12 +92,14 @@ def _rows(layers: Sequence[StoredLayer], tensors: Mapping[str, onnx.TensorProto]
 
 
 def _site_row(layer: StoredLayer, site: StoredSite, tensors: Mapping[str, onnx.TensorProto], source: str) -> Row:
-    scale = tensors.get(site.scale)
     stem = SCALE.stem(site.scale) or site.scale
+    scale = tensors.get(site.scale, tensors.get(LOG_STEP.of(stem)))
     zero = tensors.get(ZERO_POINT.of(stem), tensors.get(ZERO_POINT_UINT4.of(stem)))
     zero_point = None if zero is None else _numbers(zero, INTEGERS, source)
-    return Row(site.name, [], kind_of(layer.kind, site.name), site.bits, grid=site.grid,
-               scale=None if scale is None else _numbers(scale, FLOATS, source),
+    number = None if scale is None else _numbers(scale, FLOATS, source)
+    if site.scale not in tensors and isinstance(number, float) and isinstance(zero_point, int):  # an inlined function
+        number = math.exp(max(-700.0, min(700.0, number * ((1 << site.bits) - 1 - zero_point))))
+    return Row(site.name, [], kind_of(layer.kind, site.name), site.bits, grid=site.grid, scale=number,
                zero_point=zero_point if site.zero_code is None else site.zero_code,
                rewritten=list(layer.rewritten), bytes=_bytes(scale) + _bytes(zero))
 

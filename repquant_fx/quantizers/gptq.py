@@ -67,8 +67,8 @@ def weight_grid(
     """Per-output-channel scale and code range.
 
     An asymmetric grid has `2^bits` consecutive integer codes that contain 0, anywhere: the zero point is folded into
-    the code range, so that the file stores zero point 0. That needs room in the container, which 4 bits in INT4 and 8
-    bits in INT8 do not have; the caller then asks for a symmetric one.
+    the code range, so that the file stores zero point 0. That needs room, which 4 bits in INT4, 8 bits in INT8 and 7
+    bits in sums of 16 bits do not have; the caller then asks for a symmetric one.
 
     Args:
         weight: shape (out, in).

@@ -103,5 +103,6 @@ def with_room_for_bias(quantized: QuantizedWeight, bias: Tensor, step: float) ->
 
 
 def fills_container(bits: int) -> bool:
-    """4 bits fill INT4 and 8 bits fill INT8: no room to fold a zero point into the codes."""
-    return bits in (4, 8)
+    """4 bits fill INT4 and 8 bits fill INT8: no room to fold a zero point into the codes. 7 bits fill what sums of
+    16 bits hold on processors without VNNI (see `saturation`), which is what 7 bits are for."""
+    return bits in (4, 7, 8)

@@ -44,7 +44,7 @@ def judge(name: str, installed: str, lowest: str, highest: str) -> None:
         warnings.warn(f"{name} {installed} is newer than {highest} in {PAGE}: update the table", stacklevel=2)
 
 
-@pytest.mark.parametrize("name", ["torch", "timm", "transformers", "onnx", "onnxruntime"])
+@pytest.mark.parametrize("name", ["torch", "timm", "transformers", "onnx", "onnxruntime", "openvino"])
 def test_installed_versions(name: str) -> None:
     try:
         installed = version(name)
@@ -63,7 +63,7 @@ def test_what_is_promised_is_what_setup_asks_for() -> None:
             re.M,
         )
     )
-    assert len(table()) == 5 and {name: lowest for name, (lowest, _) in table().items()} == {
+    assert len(table()) == 6 and {name: lowest for name, (lowest, _) in table().items()} == {
         n: asked[n] for n in table()
     }
 
