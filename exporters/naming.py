@@ -122,11 +122,25 @@ def _quantized_name(node: ir.Node) -> str | None:
 
 
 def _moved_codes_name(node: ir.Node, value: ir.Value) -> str | None:
-    """The same for codes that a layout operator hands to their DequantizeLinear."""
-    if node.op_type not in ("QuantizeLinear", "Min"):
-        for use in value.uses():
-            if use.node.op_type == "DequantizeLinear" and use.idx == 0:
+    """The same for codes that a layout operator hands to their DequantizeLinear, or to the cache that hands them on."""
+    if node.op_type in ("QuantizeLinear", "Min"):
+        return None
+    for use in value.uses():
+        if use.node.op_type == "DequantizeLinear" and use.idx == 0:
+            return _stem(use.node, 1, QUANTIZED)
+        if use.node.op_type == "Concat" and value.dtype == ir.DataType.UINT8:
+            return _read_from_cache(use.node.outputs[0])
+    return None
+
+
+def _read_from_cache(value: ir.Value) -> str | None:
+    """The name of the codes in a cache: one DequantizeLinear reads them, moved about."""
+    pending = [value]
+    while pending:
+        for use in pending.pop().uses():
+            if use.node.op_type == "DequantizeLinear":
                 return _stem(use.node, 1, QUANTIZED)
+            pending += use.node.outputs
     return None
 
 

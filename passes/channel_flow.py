@@ -25,6 +25,7 @@ from torch.fx.node import map_arg
 
 from repquant_fx.errors import InputError
 from repquant_fx.passes.base import aten, attribute, dtypes_of, is_tensor, module_path, shape_of
+from repquant_fx.passes.caches import appended, axis_of, constant_along, lengthened
 from repquant_fx.passes.operators import (
     CASTS,
     HOMOGENEOUS,
@@ -231,7 +232,11 @@ class ChannelFlow:
     # ---- one rule an operator ---------------------------------------------------------------------------------------
 
     def _move(self, node: Node) -> Any:
-        """Run the operator on the labels; other tensors it takes in are fixed."""
+        """Run the operator on the labels; other tensors it takes in are fixed. A cache has those of what is appended.
+        """
+        if (new := appended(node)) is not None and new in self._patterns:
+            labels, axis = self._known(new), axis_of(node)
+            return lengthened(labels, axis, hinted(node)[axis]) if constant_along(labels, axis) else None
         args, kwargs = map_arg((node.args, node.kwargs), self._concrete)
         result = cast(Callable[..., Any], node.target)(*args, **kwargs)
         return tuple(result) if isinstance(result, (list, tuple)) else result

@@ -38,7 +38,7 @@ from repquant_fx.passes.base import (
 from repquant_fx.passes.channel_flow import hint, hinted
 from repquant_fx.passes.metadata import refresh_metadata
 from repquant_fx.passes.operators import CODE_MOVES, DEQUANTIZE, QUANTIZE
-from repquant_fx.passes.spec import LOWERED, RUNTIME
+from repquant_fx.passes.spec import RUNTIME
 from repquant_fx.quantizers.requantization import Codes, Operand, requantize
 
 SLACK = 1 / 16  # of a code: how far an operand's values may move to meet the grid of the accumulator
@@ -76,7 +76,7 @@ class FuseRequantization(Pass[Fused]):
         "Linears that only quantized operands read write codes; on the same inputs every code is the same, or the "
         "other one of the two that its value lay between, no further than SLACK from their midpoint"
     )
-    takes, gives = LOWERED, RUNTIME
+    takes = gives = RUNTIME
 
     def __init__(self, quantizers: dict[str, Node]) -> None:
         super().__init__()

@@ -6,7 +6,7 @@
 | canonical | no identities, views are reshapes | `affine` | - | none |
 | observed | the same | `affine`, `dequantize` of weights | `dequantize` | an observer or quantizer at every site |
 | lowered | the same | all | `dequantize` | none |
-| runtime | the same | all | `dequantize` and layout operators | none |
+| runtime | the same | all | `dequantize`, layout operators, what appends to caches, and outputs | none |
 
 Dtypes are checked where `meta["val"]` tells them.
 """
@@ -23,11 +23,11 @@ from repquant_fx.errors import PassError
 from repquant_fx.passes.operators import (
     AFFINE,
     ASSERTIONS,
-    CODE_MOVES,
     DEQUANTIZE,
     IDENTITIES,
     LOG2_QUANTIZE,
     LOG2_SOFTMAX,
+    MOVES,
     QUANTIZE,
     VIEWS,
 )
@@ -128,4 +128,4 @@ CAPTURED = Stage("captured", spelled=False)
 CANONICAL = Stage("canonical", frozenset({AFFINE}))
 OBSERVED = Stage("observed", frozenset({AFFINE, DEQUANTIZE}), slots=True)
 LOWERED = Stage("lowered", frozenset(SIGNATURES))
-RUNTIME = Stage("in runtime form", frozenset(SIGNATURES), frozenset({DEQUANTIZE, *CODE_MOVES}))
+RUNTIME = Stage("in runtime form", frozenset(SIGNATURES), frozenset({DEQUANTIZE, *MOVES, "output"}))

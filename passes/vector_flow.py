@@ -22,6 +22,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from repquant_fx.passes.base import aten, attribute, is_constant, is_float32, is_tensor, module_path, shape_of
+from repquant_fx.passes.caches import appended, axis_of, constant_along, lengthened
 from repquant_fx.passes.channel_flow import PADDING, Reader, describe_reader, hint, hinted, softmax_behind
 from repquant_fx.passes.norm_affine import folds
 from repquant_fx.passes.operators import (
@@ -253,7 +254,15 @@ class VectorFlow:
         return self._keep(node, value)
 
     def _move(self, node: Node) -> bool:
-        """Run the operator on the numbers. Vectors of several operands are numbered on."""
+        """Run the operator on the numbers. Vectors of several operands are numbered on; a cache has those of what is
+        appended.
+        """
+        if (new := appended(node)) is not None and isinstance(value := self._values.get(new), Vectors):
+            size, axis = hinted(node)[axis_of(node)], axis_of(node)
+            owners = torch.where(value.numbers >= 0, value.spaces[value.numbers >> CHANNEL_BITS], PADDING)
+            if not constant_along(owners, axis):
+                return False
+            return self._keep(node, Vectors(lengthened(value.numbers, axis, size), value.spaces))
         spaces: list[Tensor] = []
         offset = 0
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from repquant_fx.calibration.batching import CalibrationSet
 from repquant_fx.checkpoint import Checkpoint, fingerprint, open_checkpoint
 from repquant_fx.compiled import CompiledModel
 from repquant_fx.distributed import World
+from repquant_fx.evaluation.decoder import Decoder
+from repquant_fx.evaluation.runners import proto_runner
 from repquant_fx.exporters.dynamic_shapes import dynamic_shapes
 from repquant_fx.exporters.metadata import describe, record
 from repquant_fx.exporters.onnx_qdq import export_onnx
@@ -34,6 +37,7 @@ from repquant_fx.frontends.capture import tensors_in
 from repquant_fx.frontends.companions import companions
 from repquant_fx.frontends.loading import LoadedModel
 from repquant_fx.frontends.memory import left_as_found
+from repquant_fx.frontends.past import is_cache, output_name
 from repquant_fx.named_runtime import RuntimeCheck, check_in_runtime
 from repquant_fx.offload import on_disk
 from repquant_fx.options import Calibration, Run, Source
@@ -43,6 +47,7 @@ from repquant_fx.passes.install_decision import installed_weights
 from repquant_fx.passes.lower_to_qdq import LowerToQDQ
 from repquant_fx.passes.match_sites import Plan
 from repquant_fx.passes.runtime_form import optimize_for_runtime
+from repquant_fx.passes.store_caches import stored_as
 from repquant_fx.pipeline import Quantized, equalize_layers, quantize_sequentially, reconstruct, rotate
 from repquant_fx.pipeline.padding import find_padding
 from repquant_fx.pipeline.reconstruction import Reconstructed
@@ -70,7 +75,7 @@ def compile(
     tokenizer: Any | None = None,
     check: bool = True, work_dir: str | Path | None = None, distributed: bool = False,
     device: str | torch.device = "cpu", statistics: bool = False, module: str | None = None,
-    target: str = DEFAULT, opset: int | None = None,
+    target: str = DEFAULT, opset: int | None = None, with_past: bool = False,
 ) -> CompiledModel:
     """Quantize a model and write it as ONNX QDQ.
 
@@ -102,6 +107,8 @@ def compile(
         statistics: keep what the page of `CompiledModel.html` draws of each layer. The model is the same.
         target, opset: the runtime that the file is for, by its name in `targets.TARGETS`, and the opset of its
             operators where it shall be another than the target's.
+        with_past: of a causal language model of transformers: the file decodes with a key/value cache (see
+            `frontends.past`), instead of computing the logits of whole sequences.
 
     Raises:
         InputError: something given cannot be used (its subclasses say what).
@@ -110,7 +117,7 @@ def compile(
     return compile_model(
         Source(model, arch, input_shape, allow_pickle, task, example_inputs, offload_dir, module),
         Calibration(calibration, samples, batch_size, seed, seq_len, tokenizer), recipe,
-        Run(check, work_dir, distributed, device, statistics, target, opset))
+        Run(check, work_dir, distributed, device, statistics, target, opset, with_past))
 
 
 def compile_model(
@@ -150,7 +157,7 @@ def compile_model(
         notes=notes,
         runtime_form=exported.left_alone,
         about=_about(
-            prepared, rewritten, exported.proto, calibration, calibrating.samples, held_back.samples, target.name
+            prepared, rewritten, exported, calibration, calibrating.samples, held_back.samples, target.name
         ),
     )
     for each in (parity, named.parity if named is not None else None):
@@ -250,6 +257,7 @@ class _Exported:
         quantizers: nodes of the lowered graph that produce codes, by site name.
         layers: the report's entries.
         sqnr: in dB against the float graph, by node; output_sqnr: of the worst output.
+        caches: how keys and values are kept; see `StoreCaches`.
         left_alone: what was not brought into the form that runs fastest, and why.
     """
 
@@ -258,6 +266,7 @@ class _Exported:
     layers: list[dict[str, Any]]
     sqnr: dict[str, float]
     output_sqnr: float
+    caches: dict[str, dict[str, Any]]
     left_alone: tuple[LeftAlone, ...]
 
 
@@ -268,19 +277,23 @@ def _export(prepared: Prepared, rewritten: _Rewritten, probe: list[Tensor], targ
     layers = reports.describe_layers(graph_module, rewritten.plan, rewritten.quantized, gptq=recipe.gptq)
     lowering = LowerToQDQ(rewritten.plan, installed_weights(graph_module, rewritten.plan))
     lowered = run_pass(graph_module, lowering)
-    shipped = optimize_for_runtime(graph_module, lowered.quantizers, adjacent=recipe.container == "int4")
+    shipped = optimize_for_runtime(graph_module, lowered.quantizers, adjacent=recipe.container == "int4",
+                                   float_caches=recipe.cache == "float")
     names = [entry["node"] for entry in layers]
     sqnr = reports.layer_sqnr(rewritten.float_graph, graph_module, names, probe, shipped.codes)
+    stored = partial(stored_as, graph_module)
     with torch.no_grad():
-        outputs, expected = tensors_in(graph_module(*probe)), tensors_in(rewritten.float_graph(*probe))
+        outputs, expected = tensors_in(graph_module(*stored(probe))), tensors_in(rewritten.float_graph(*probe))
     counted = reports.counted_outputs(rewritten.float_graph, probe)
-    output_sqnr = min(map(parity_check.sqnr, outputs, expected, counted))
+    output_sqnr = min(map(parity_check.sqnr, outputs, expected, counted))  # of caches the float graph gives none
     layer_record = record(layers, rewritten.plan.left_alone, lowered.constants)
-    proto = export_onnx(graph_module, prepared.loaded.example_inputs, input_names=captured.input_names,
-                        output_names=captured.output_names, dynamic_shapes=dynamic_shapes(graph_module),
+    caches = dict(zip(filter(is_cache, captured.input_names), shipped.caches.values()))
+    proto = export_onnx(graph_module, stored(prepared.loaded.example_inputs), input_names=captured.input_names,
+                        output_names=[*captured.output_names, *map(output_name, caches)],
+                        dynamic_shapes=dynamic_shapes(graph_module),
                         metadata=describe(recipe, prepared.loaded.preprocessing, layer_record, target.name),
                         container=recipe.container, target=target)
-    return _Exported(proto, shipped.quantizers, layers, sqnr, output_sqnr,
+    return _Exported(proto, shipped.quantizers, layers, sqnr, output_sqnr, caches,
                      (*lowering.left_alone, *shipped.left_alone))
 
 
@@ -290,14 +303,28 @@ def _check(
     """The file in ONNX Runtime against the lowered graph, which products it computes with integers, and the file in the
     runtime of its target, where that is another one."""
     names = prepared.captured.input_names
+    probe = stored_as(rewritten.graph_module, probe)
+    if exported.caches:
+        probe = _half_way(exported, probe)
     parity = parity_check.compare(rewritten.graph_module, exported.proto, exported.quantizers, probe, names)
     named = check_in_runtime(target.runtime, rewritten.graph_module, exported.proto, exported.quantizers, probe, names,
                              prepared.captured.dynamic_batch)
     return parity, audit(exported.proto), named
 
 
+def _half_way(exported: _Exported, probe: list[Tensor]) -> list[Tensor]:
+    """Inputs of a decoder on the second half of sequences, with the caches that the file made of the first."""
+    ids, mask, *positions = probe[:len(probe) - len(exported.caches)]
+    half = ids.shape[1] // 2
+    decoder = Decoder(proto_runner(exported.proto, "the exported file"))
+    if half:
+        decoder(ids[:, :half], mask[:, :half])
+    caches = decoder.caches.values() if half else probe[-len(exported.caches):]
+    return [ids[:, half:], mask, *(each[:, half:] for each in positions), *caches]
+
+
 def _about(
-    prepared: Prepared, rewritten: _Rewritten, proto: onnx.ModelProto, calibration: Calibration, samples: int,
+    prepared: Prepared, rewritten: _Rewritten, exported: _Exported, calibration: Calibration, samples: int,
     held_back: int, target: str
 ) -> dict[str, Any]:
     """What the report says of the whole compile."""
@@ -310,6 +337,7 @@ def _about(
         "calibration": {"origin": data.origin, "samples": samples, "held_back": held_back, "synthetic": data.synthetic,
                         "seed": calibration.seed},
         "capture": {"difference_from_eager": captured.eager_difference, "dynamic_batch": captured.dynamic_batch},
-        "file_bytes": proto.ByteSize(), "peak_memory_mb": log.peak_memory(), "seconds": log.spent(),
+        **({"caches": exported.caches} if exported.caches else {}),
+        "file_bytes": exported.proto.ByteSize(), "peak_memory_mb": log.peak_memory(), "seconds": log.spent(),
         "peaks_mb": log.peaks(),
     }

@@ -58,6 +58,7 @@ class Run:
     statistics: bool = False
     target: str = DEFAULT
     opset: int | None = None
+    with_past: bool = False
 
 
 @dataclass(frozen=True)

@@ -256,10 +256,20 @@ def value_name(node: Node) -> str:
     named = node
     # codes that were moved about: what reads them knows the scale
     if node.target is not QUANTIZE and not _logarithmic(node):
-        named = next(user for user in node.users if user.target is DEQUANTIZE)
+        named = _dequantizer(node)
     scale = named.args[1]
     assert isinstance(scale, Node)
     return (DEQUANTIZED if _logarithmic(node) else QUANTIZED).of(SCALE.stem(str(scale.target)) or "")
+
+
+def _dequantizer(codes: Node) -> Node:
+    """What dequantizes codes, beyond a cache too."""
+    pending = [codes]
+    while True:
+        node = pending.pop(0)
+        if node.target is DEQUANTIZE:
+            return node
+        pending += node.users
 
 
 def _logarithmic(node: Node) -> bool:

@@ -6,7 +6,7 @@ Compiling, the analysis of sensitivity and the preview of a model all start here
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,11 @@ from repquant_fx.frontends.capture import Captured, capture
 from repquant_fx.frontends.loading import LoadedModel, load_source
 from repquant_fx.frontends.memory import from_memory
 from repquant_fx.frontends.part import part_of, proposal
+from repquant_fx.frontends.past import LEAST, NoCacheError, as_decoder
 from repquant_fx.frontends.tokenizer import load_tokenizer
 from repquant_fx.options import Calibration, Run, Source
 from repquant_fx.passes.base import left_alone, module_path, run_pass, run_passes
+from repquant_fx.passes.caches import caches
 from repquant_fx.passes.identity import NodeProbe
 from repquant_fx.passes.insert_affine import InsertAffine
 from repquant_fx.passes.match_sites import MatchSites, Plan
@@ -60,8 +62,11 @@ class Prepared(Matched):
     data: CalibrationSet
 
 
-def match(source: Source, recipe: RecipeLike | None = None) -> Matched:
+def match(source: Source, recipe: RecipeLike | None = None, with_past: bool = False) -> Matched:
     """Load, capture, bring into normal form, match. Nothing is calibrated.
+
+    Args:
+        with_past: capture a causal language model as one that decodes with a key/value cache.
 
     Raises:
         InputError: the model cannot be loaded or captured.
@@ -75,7 +80,7 @@ def match(source: Source, recipe: RecipeLike | None = None) -> Matched:
     recipe = replace(recipe, layers=(*(rule for rule in brought if rule not in recipe.layers), *recipe.layers))
     log.stage("capture")
     with loaded.guard:
-        captured = _capture(loaded)
+        loaded, captured = _capture(loaded, with_past)
         graph_module = normalize(captured.graph_module, loaded.example_inputs)
         if recipe.activation_affine and recipe.norm in ("reparameterize", "smooth"):
             run_passes(graph_module, [InsertAffine()], NodeProbe(loaded.example_inputs))
@@ -96,13 +101,14 @@ def prepare(
         InputError: the model or the data cannot be used, or there is nothing to quantize.
     """
     torch.manual_seed(calibration.seed)
-    matched = match(source, recipe)
+    run = run or Run()
+    matched = match(source, recipe, run.with_past)
     if not matched.plan.groups:
         reasons = "; ".join(f"{item.operator} at {item.path}: {item.reason}" for item in matched.plan.left_alone[:3])
         raise InputError("nothing to quantize: the graph has no Linear, convolution or matrix product that the recipe "
                          "does not skip" + (f" ({reasons})" if reasons else ""))
     log.stage("calibration data")
-    return Prepared(**vars(matched), data=_calibration_data(matched, calibration, run or Run()))
+    return Prepared(**vars(matched), data=_calibration_data(matched, calibration, run))
 
 
 def check_runs(graph_module: GraphModule, batches: Iterable[Sequence[Tensor]]) -> None:
@@ -141,12 +147,24 @@ def load(source: Source) -> LoadedModel:
     return loaded if source.module is None else part_of(loaded, source.module)
 
 
-def _capture(loaded: LoadedModel) -> Captured:
+def _capture(loaded: LoadedModel, decoding: bool) -> tuple[LoadedModel, Captured]:
+    """The model as it was captured: one that decodes with a key/value cache where that is wanted."""
+    loaded = as_decoder(loaded) if decoding else loaded
+    captured = _captured(loaded)
+    if loaded.past is not None:
+        names = loaded.past.names()
+        if len(caches(captured.graph_module)) != len(names):
+            raise NoCacheError(f"{loaded.source} does not append to its cache, or reads it otherwise as well")
+        captured.input_names[-len(names):] = names
+    return loaded, captured
+
+
+def _captured(loaded: LoadedModel) -> Captured:
     model = loaded.module if loaded.module is not None else loaded.exported
     assert model is not None
     try:
         return capture(model, loaded.example_inputs, input_names=loaded.input_names, dynamic_axes=loaded.dynamic_axes,
-                       outputs=loaded.outputs)
+                       outputs=loaded.outputs, least=None if loaded.past is None else LEAST)
     except ExportError as error:
         raise ExportError(f"{error}{proposal(model)}") from error
 
@@ -194,6 +212,8 @@ def _example_specs(loaded: LoadedModel) -> list[InputSpec]:
 
 def _own_data(matched: Matched, calibration: Calibration, run: Run) -> CalibrationSet:
     loaded, specs = matched.loaded, input_specs(matched.captured, matched.loaded.module)
+    past = loaded.past
+    specs = specs if past is None else specs[:2]  # the others follow from them
     text = _tokenization(loaded, calibration.seq_len, calibration.tokenizer)
     samples = _samples(calibration, text)
     stored = loaded.example_inputs if loaded.inputs_are_data else None
@@ -204,9 +224,13 @@ def _own_data(matched: Matched, calibration: Calibration, run: Run) -> Calibrati
                     None if text is None else [text.length, text.causal, str(text.frame)]]
         digest = graph_digest(matched.graph_module, "synthesised", *settings).hexdigest()
         cache = open_cache(run.work_dir, digest, World.current() if run.distributed else World())
-    return load_calibration(calibration.data, specs, preprocessing=loaded.preprocessing, samples=samples,
+    model: Callable[..., Any] = matched.graph_module
+    if past is not None:
+        model = lambda *batch: matched.graph_module(*past.complete(batch))  # noqa: E731
+    data = load_calibration(calibration.data, specs, preprocessing=loaded.preprocessing, samples=samples,
                             batch_size=calibration.batch_size, seed=calibration.seed, example_inputs=stored, text=text,
-                            model=matched.graph_module if none else None, cache=cache)
+                            model=model if none else None, cache=cache)
+    return data if past is None else replace(data, batches=[past.complete(batch) for batch in data.batches])
 
 
 def _tokenization(loaded: LoadedModel, seq_len: int | None, tokenizer: Any) -> Tokenization | None:
@@ -225,4 +249,5 @@ def _tokenization(loaded: LoadedModel, seq_len: int | None, tokenizer: Any) -> T
         tokenizer = load_tokenizer(huggingface.find_directory(str(tokenizer)))
     tokenizer = tokenizer if tokenizer is not None else loaded.tokenizer
     frame = signature.frame(loaded.module) if tokenizer is None else frame_of(tokenizer)
-    return Tokenization(tokenizer, seq_len or int(ids.shape[1]), loaded.task == "causal-lm", frame)
+    length = max(int(t.shape[1]) for t in loaded.example_inputs if t.ndim == 2)  # a mask is of old tokens, too
+    return Tokenization(tokenizer, seq_len or length, loaded.task == "causal-lm", frame)

@@ -89,6 +89,8 @@ class Recipe:
         container: how the file holds codes of up to 4 bits: `int8` (activations in bytes, weights packed and unpacked
             when a session is created: what ONNX Runtime runs fast on a CPU) or `int4` (UINT4 and INT4 Q/DQ for tool
             chains of accelerators).
+        cache: how the file of a causal language model takes and gives the keys and values of earlier tokens: as the
+            `codes` that its products read, a byte each, or in `float`.
         layers: overrides by module path.
 
     Example (YAML)::
@@ -120,6 +122,7 @@ class Recipe:
     gptq_block: int = setting(128, low=1)
     gptq_activation_order: bool = setting(True)
     container: str = setting("int8", choices=("int8", "int4"))
+    cache: str = setting("codes", choices=("codes", "float"))
     layers: tuple[LayerRule, ...] = field(default=())
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ from repquant_fx.passes.base import LeftAlone, module_path
 from repquant_fx.passes.install_decision import installed_weights
 from repquant_fx.passes.match_sites import Group, Plan, Site
 from repquant_fx.passes.slots import slot_module
+from repquant_fx.passes.store_caches import stored_as
 from repquant_fx.pipeline import Quantized
 from repquant_fx.pipeline.padding import find_padding
 from repquant_fx.quantizers.observers import LogQuantizer, UniformQuantizer
@@ -114,7 +115,7 @@ def layer_sqnr(float_module: GraphModule, shipped: GraphModule, names: Sequence[
     slices = list(_slices(float_module, inputs))
     padding = find_padding(float_module, slices)
     for number, batch in enumerate(slices):
-        expected, computed = _values(float_module, names, batch), _values(shipped, names, batch)
+        expected, computed = _values(float_module, names, batch), _values(shipped, names, stored_as(shipped, batch))
         both = expected.keys() & computed.keys()
         for name in both:
             value = computed[name]

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
 from torch.utils.data import DataLoader
 
 from repquant_fx import limits
@@ -59,7 +58,7 @@ def load_calibration(
     seed: int = 0,
     example_inputs: Sequence[Tensor] | None = None,
     text: Tokenization | None = None,
-    model: GraphModule | None = None,
+    model: Callable[..., Any] | None = None,
     cache: Checkpoint | None = None,
 ) -> CalibrationSet:
     """Load, check and batch calibration data.
@@ -248,7 +247,7 @@ class _Loader:
         columns = self._columns(tuple(example_inputs), origin)
         return self._build(columns, range(min(self.samples, self._length(columns, origin))), origin)
 
-    def synthesise(self, model: GraphModule | None, cache: Checkpoint) -> CalibrationSet:
+    def synthesise(self, model: Callable[..., Any] | None, cache: Checkpoint) -> CalibrationSet:
         """Inputs made from the model, with a warning that says what they are."""
         how = Synthesis(self.inputs, model, self.preprocessing, self.text, self.batch_size, self.fixed, self.seed)
         made = synthesise(how, self.samples, cache)

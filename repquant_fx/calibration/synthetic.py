@@ -11,13 +11,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
 from torch.utils.flop_counter import FlopCounterMode
 
 from repquant_fx import limits
@@ -56,7 +55,7 @@ class Synthesis:
     """
 
     inputs: Sequence[InputSpec]
-    graph_module: GraphModule | None
+    graph_module: Callable[..., Any] | None
     preprocessing: Mapping[str, Any] | None
     text: Tokenization | None
     batch_size: int

@@ -17,7 +17,19 @@ from contextlib import nullcontext
 from typing import Any
 
 from repquant_fx import log
-from repquant_fx.cli import check, compile, completion, evaluate, inspect, recipe, search, sensitivity, signals, targets
+from repquant_fx.cli import (
+    check,
+    compile,
+    completion,
+    evaluate,
+    generate,
+    inspect,
+    recipe,
+    search,
+    sensitivity,
+    signals,
+    targets,
+)
 from repquant_fx.cli.common import Parser
 from repquant_fx.errors import RepQuantError, RepQuantWarning, is_failure, is_out_of_memory
 from repquant_fx.security import channel, confinement
@@ -27,6 +39,7 @@ from repquant_fx.version import VERSION
 COMMANDS = {
     "compile": compile,
     "evaluate": evaluate,
+    "generate": generate,
     "inspect": inspect,
     "recipe": recipe,
     "sensitivity": sensitivity,

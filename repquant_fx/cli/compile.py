@@ -41,6 +41,9 @@ def add(command: argparse.ArgumentParser) -> None:
         help="write the report as one self-contained page with figures (needs plotly)",
     )
     add_calibration(command)
+    command.add_argument(
+        "--with-past", action=argparse.BooleanOptionalAction, default=False,
+        help="a causal language model decodes with a key/value cache, instead of reading whole sequences (default off)")
     long = command.add_argument_group("long compiles (under torchrun the processes share the calibration data)")
     long.add_argument(
         "--work-dir",
@@ -83,7 +86,8 @@ def run(options: argparse.Namespace) -> int:
 
     with joined() as world, log.using(log.QUIET) if world.rank else nullcontext():  # rank 0 speaks
         run = Run(check=options.check, work_dir=options.work_dir, distributed=world.size > 1, device=options.device,
-                  statistics=options.html is not None, target=options.target, opset=options.opset)
+                  statistics=options.html is not None, target=options.target, opset=options.opset,
+                  with_past=options.with_past)
         compiled = compile_model(source, calibration, recipe, run)
     if world.rank:
         return 0

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from repquant_fx.calibration.text import check_text_size, read_text
 from repquant_fx.errors import InputError
+from repquant_fx.evaluation.decoder import Decoder, has_cache
 from repquant_fx.evaluation.runners import Runner, first_rows
 from repquant_fx.evaluation.text import (
     check_vocabulary,
@@ -70,7 +71,8 @@ def perplexity(
 
     Windows of `seq_len` tokens begin every `stride` tokens, and each scores the tokens that none before it has. What
     the tokenizer puts before a text (a beginning-of-sequence token) stands once before each document and is context
-    only; without it the first token is.
+    only; without it the first token is. A file that decodes with a key/value cache takes each window in two halves, so
+    that half of all tokens are predicted from what it keeps.
 
     Args:
         data: UTF-8 text, one document; or a `.jsonl`, one document a line (see `calibration.text.read_text`).
@@ -183,6 +185,9 @@ def _logits(runner: Runner, rows: Sequence[Sequence[int]]) -> Tensor:
     model cannot see.
     """
     ids, mask = padded(rows, fixed_length(runner))
+    if has_cache(runner):  # the second half through it, as text is generated
+        decoder = Decoder(runner)
+        return torch.cat([decoder(part) for part in ids.tensor_split(2, 1) if part.shape[1]], 1)
     outputs = runner(text_inputs(runner, ids, mask))
     candidates = (
         [outputs["logits"]]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import onnx
 import torch
 from torch import Tensor
 
@@ -24,7 +25,8 @@ from repquant_fx.torch_private import pytree
 
 Call: TypeAlias = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 _ONNX_TYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(double)": torch.float64,
-               "tensor(int64)": torch.int64, "tensor(int32)": torch.int32, "tensor(bool)": torch.bool}
+               "tensor(int64)": torch.int64, "tensor(int32)": torch.int32, "tensor(bool)": torch.bool,
+               "tensor(uint8)": torch.uint8}
 
 
 @dataclass(frozen=True)
@@ -150,12 +152,25 @@ def _fitted(tensor: Tensor, rows: int, spec: InputSpec, source: str) -> Tensor:
 
 
 def _onnx_runner(path: str, threads: int | None) -> Runner:
-    from repquant_fx.runtime import run, session
+    from repquant_fx.runtime import session
 
     file = read_onnx(path)
     preprocessing = file.metadata.preprocessing()
     with guarded(f"reading {path}"):
         found = session(file.data, threads=threads)
+    return replace(_session_runner(found, path), preprocessing=preprocessing, tokenizer=_tokenizer_beside(Path(path)))
+
+
+def proto_runner(proto: onnx.ModelProto, source: str, threads: int | None = None) -> Runner:
+    """A model in memory under ONNX Runtime; `source` is for messages."""
+    from repquant_fx.runtime import session
+
+    return _session_runner(session(proto, threads=threads), source)
+
+
+def _session_runner(found: Any, path: str) -> Runner:
+    from repquant_fx.runtime import run
+
     unknown = [f"{i.name} {i.type}" for i in found.get_inputs() if i.type not in _ONNX_TYPES]
     if unknown:
         raise InputError(f"evaluate cannot feed inputs of {path}: {', '.join(unknown)}")
@@ -174,7 +189,7 @@ def _onnx_runner(path: str, threads: int | None) -> Runner:
         except Exception as error:
             raise InputError(f"{path} fails under ONNX Runtime: {first_line(error)}") from error
 
-    return Runner(call, tuple(specs), tuple(batches), path, preprocessing, _tokenizer_beside(Path(path)))
+    return Runner(call, tuple(specs), tuple(batches), path)
 
 
 def _vocabulary(outputs: Sequence[Any]) -> int | None:

@@ -58,7 +58,7 @@ class Captured:
 def capture(
     module: nn.Module | torch.export.ExportedProgram, example_inputs: Sequence[Tensor], *, dynamic_batch: bool = True,
     input_names: Sequence[str] | None = None, dynamic_axes: Sequence[Mapping[int, str]] | None = None,
-    outputs: Sequence[str] | None = None,
+    outputs: Sequence[str] | None = None, least: Mapping[str, int] | None = None,
 ) -> Captured:
     """Capture a model and check the graph against it. Long because it says what every argument is.
 
@@ -72,6 +72,8 @@ def capture(
             alone where None. Falls back, with a warning, to the batch alone and then to none. An ExportedProgram keeps
             its own.
         outputs: the outputs to keep, by name (`logits`) or prefix (`hidden_states` for all of them); all where None.
+        least: the smallest sizes that axes are traced for, by name. Where given, all of `dynamic_axes` must be free:
+            there is nothing to fall back on.
 
     Raises:
         CaptureError: control flow that depends on values, unsupported inputs, an unknown output, or a graph that does
@@ -89,7 +91,8 @@ def capture(
     else:
         eager = module.eval()
         args, kwargs = (inputs, {}) if input_names is None else ((), dict(zip(input_names, inputs, strict=True)))
-        program, axes = _export(eager, args, kwargs, _wanted_axes(inputs, dynamic_axes, dynamic_batch))
+        wanted = _wanted_axes(inputs, dynamic_axes, dynamic_batch)
+        program, axes = _export(eager, args, kwargs, wanted if least is None else wanted[:1], least or {})
         limits.check_results(program.graph, "the model")  # nothing has computed yet
     _check_names(program)
     try:
@@ -221,11 +224,11 @@ def _wanted_axes(
     return list({tuple(tuple(sorted(named.items())) for named in axes): axes for axes in attempts}.values())
 
 
-def _export(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor],
-            attempts: Sequence[Axes]) -> tuple[torch.export.ExportedProgram, Axes]:
+def _export(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], attempts: Sequence[Axes],
+            least: Mapping[str, int]) -> tuple[torch.export.ExportedProgram, Axes]:
     problem: Exception | None = None
     for axes in attempts:
-        dims = {name: torch.export.Dim(name, min=1) for named in axes for name in named.values()}
+        dims = {name: torch.export.Dim(name, min=least.get(name, 1)) for named in axes for name in named.values()}
         shapes = _per_parameter(module, list(kwargs), [{axis: dims[n] for axis, n in named.items()} for named in axes])
         try:
             program = _export_once(module, args, kwargs, shapes if dims else None)

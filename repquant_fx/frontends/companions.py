@@ -8,6 +8,7 @@ from typing import Any
 
 from repquant_fx.files import scratch
 from repquant_fx.frontends.directory import DESCRIPTIONS, ModelDirectory
+from repquant_fx.frontends.genai import genai_config
 from repquant_fx.frontends.huggingface import find_directory
 from repquant_fx.frontends.loading import LoadedModel
 from repquant_fx.frontends.offline import quiet_offline
@@ -21,7 +22,7 @@ def companions(loaded: LoadedModel, tokenizer: Any | None = None) -> dict[str, b
 
     Of a transformers directory its descriptions as they are (config, generation, tokenizer, processor); of a
     transformers model in memory its configuration; of a timm model a `config.json` as timm writes it (architecture,
-    classes, preprocessing). Nothing of other models.
+    classes, preprocessing). Nothing of other models. Of one that decodes with a cache also `genai_config.json`.
 
     Args:
         tokenizer: of transformers, or its directory; written where the model's directory has none.
@@ -36,7 +37,7 @@ def companions(loaded: LoadedModel, tokenizer: Any | None = None) -> dict[str, b
         if isinstance(tokenizer, (str, Path)):
             tokenizer = load_tokenizer(find_directory(str(tokenizer)))
         files |= _saved(tokenizer)
-    return files
+    return files | genai_config(loaded)
 
 
 def descriptions(files: ModelDirectory) -> dict[str, bytes]:

@@ -27,6 +27,7 @@ from repquant_fx.frontends import architectures, huggingface, signature
 from repquant_fx.frontends.directory import ModelDirectory, find_files
 from repquant_fx.frontends.exported import load_exported
 from repquant_fx.frontends.part import Part
+from repquant_fx.frontends.past import Past
 from repquant_fx.frontends.pickled import load_pickled, refuse_bomb
 from repquant_fx.frontends.processor import load_preprocessing
 from repquant_fx.frontends.tasks import check_task
@@ -63,6 +64,7 @@ class LoadedModel:
         trusted: the user vouches for its code: it was in memory, is built by a library from a name, or came with
             `allow_pickle`. Any other model runs under `security.guard`.
         part: where it comes from, if it is a part of another model.
+        past: what it takes of earlier tokens, where it decodes with a key/value cache (see `past.as_decoder`).
     """
 
     module: nn.Module | None
@@ -80,6 +82,7 @@ class LoadedModel:
     directory: ModelDirectory | None = None
     trusted: bool = True
     part: Part | None = None
+    past: Past | None = None
 
     @property
     def guard(self) -> AbstractContextManager[None]:

@@ -64,13 +64,13 @@ def stateless(model: nn.Module) -> nn.Module:
 
 def vocabulary(module: object) -> int | None:
     """Number of token ids that a transformers text model knows; None for any other module."""
-    size = getattr(_text_config(module), "vocab_size", None) if is_transformers(module) else None
+    size = getattr(text_config(module), "vocab_size", None) if is_transformers(module) else None
     return size if isinstance(size, int) and size > 0 else None
 
 
 def frame(module: object) -> Frame:
     """The special tokens that a transformers configuration names; none where it names none."""
-    config, size = _text_config(module) if is_transformers(module) else None, vocabulary(module)
+    config, size = text_config(module) if is_transformers(module) else None, vocabulary(module)
     ids = {name: getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "cls", "sep")}
     known = {name: i for name, i in ids.items() if isinstance(i, int) and 0 <= i < (size or 0)}
     begin, end = (tuple(known[name] for name in names if name in known) for names in (("bos",), ("eos",)))
@@ -79,7 +79,7 @@ def frame(module: object) -> Frame:
 
 def positions(module: object) -> int | None:
     """Longest sequence that a transformers text model was built for, in tokens; None where it does not say."""
-    size = getattr(_text_config(module), "max_position_embeddings", None) if is_transformers(module) else None
+    size = getattr(text_config(module), "max_position_embeddings", None) if is_transformers(module) else None
     if not isinstance(size, int) or size < 1:
         return None
     for name, table in cast(nn.Module, module).named_modules():  # one with a padding entry begins to count after it
@@ -233,6 +233,7 @@ def _run(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[tuple[str, ...], 
     )
 
 
-def _text_config(module: object) -> Any:
+def text_config(module: object) -> Any:
+    """The part of a configuration that describes text; None where there is no configuration."""
     config: Any = getattr(module, "config", None)
     return getattr(config, "text_config", None) or config

@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from repquant_fx.passes.base import aten, is_tensor, shape_of
+from repquant_fx.passes.caches import caches
 from repquant_fx.passes.operators import AFFINE, CASTS, ELEMENT_WISE, MASKS, MATMULS, MOVES, NORMS, REDUCTIONS, SOFTMAX
 
 MASK = "attention_mask"  # the input's name in transformers: not 0 where a token is real
@@ -79,11 +80,13 @@ class _Walk:
         inputs, mask = _inputs(graph_module), batch[place] != 0
         self.device = mask.device
         tokens = list(map(str, shape_of(inputs[place])))  # to compare symbols would bind them
+        empty = bool(caches(graph_module))  # then the mask is of the tokens given, whatever its symbol
         for node, tensor in zip(inputs, batch):
             shape = shape_of(node)
             self.sizes |= {s.node.expr: n for s, n in zip(shape, tensor.shape) if isinstance(s, torch.SymInt)}
             # ids of the tokens, or their embeddings
-            alike = len(shape) in (2, 3) and list(map(str, shape[:2])) == tokens
+            alike = list(map(str, shape[:2])) == tokens or (empty and tensor.shape[:2] == mask.shape)
+            alike = alike and len(shape) in (2, 3)
             if alike and node is not inputs[place] and not mask.all():
                 self.counts[node] = mask.reshape(*mask.shape, *(1,) * (len(shape) - 2))
 

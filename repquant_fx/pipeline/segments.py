@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from repquant_fx.passes.caches import append_of
 from repquant_fx.passes.match_sites import Group, Plan
 from repquant_fx.passes.spec import SITE
 
@@ -63,7 +64,7 @@ def _live_sizes(nodes: list[Node], order: dict[Node, int], positions: list[int])
     """Elements per sample that cross each position."""
     events = [0.0] * (len(nodes) + 1)
     for node in nodes:
-        if node.op == "get_attr" or not node.users:
+        if node.op == "get_attr" or not node.users or append_of(node) is not None:  # a cache is empty here
             continue
         last = max(order[u] for u in node.users)
         size = float(_elements(node))

@@ -92,7 +92,7 @@ def confine(options: argparse.Namespace) -> list[str]:
 
 def _free(options: argparse.Namespace) -> bool:
     """Whether the user's own code runs, or the network is needed."""
-    values = [value for value in vars(options).values() if isinstance(value, str)]
+    values = [value for name, value in vars(options).items() if isinstance(value, str) and name != "prompt"]
     hub = any(value.startswith(_HUB) and not os.path.isdir(value.removeprefix(_HUB)) for value in values)
     calibration = getattr(options, "calib", None) or ""
     callable_given = ":" in calibration and not os.path.exists(calibration)
