@@ -81,6 +81,7 @@ OTHER_VALUES: dict[str, tuple[list[str], Any]] = {
     "abits": (["--abits", "5"], 5),
     "input_bits": (["--input-bits", "6"], 6),
     "percentile": (["--percentile", "99.5"], 99.5),
+    "activation_affine": (["--activation-affine"], True),
     "correction": (["--no-correction"], False),
     "gptq": (["--no-gptq"], False),
     "gptq_damping": (["--gptq-damping", "0.1"], 0.1),
