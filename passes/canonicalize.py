@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import GraphModule, Node
 
 from repquant_fx.errors import PassError
@@ -94,6 +95,8 @@ class Canonicalize(Pass):
             self._copy_to_expand(graph_module, node)
         elif target in SQUEEZES and _other_sizes(node):
             node.target, node.args = aten.squeeze.dims, (node.args[0], _ones(node))
+        elif target is aten.pow.Tensor_Scalar and _n(node.args[0]).meta["val"].dtype == torch.bool:
+            self._power_of_truth(graph_module, node)
         elif target is aten.einsum.default:
             return self._einsum_to_matmul(graph_module, node)
         elif target is aten.sort.default:
@@ -169,6 +172,12 @@ class Canonicalize(Pass):
         node.replace_all_uses_with(total)
         graph_module.graph.erase_node(node)
         self._rewrite(graph_module, product)  # with a constant it is a Linear
+
+    def _power_of_truth(self, graph_module: GraphModule, node: Node) -> None:
+        """ONNX has no power of booleans; torch takes them for integers."""
+        with graph_module.graph.inserting_before(node):
+            number = graph_module.graph.call_function(aten.to.dtype, (node.args[0], node.meta["val"].dtype))
+        node.update_arg(0, copy_meta(node, number))
 
     def _copy_to_expand(self, graph_module: GraphModule, node: Node) -> None:
         """A copy into another tensor is one of its shape and type; the ONNX export of torch would keep the source's."""

@@ -11,6 +11,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from repquant_fx.passes.base import Pass, aten, copy_meta, is_constant, is_tensor, shape_of
+from repquant_fx.passes.channel_flow import is_empty
 from repquant_fx.passes.spec import CANONICAL
 
 
@@ -19,13 +20,19 @@ class FuseRMSNorm(Pass):
 
     name = "fuse RMS norms"
     needs = "a canonical graph with folded constants"
-    guarantees = "every RMS norm over the last axis is `aten.rms_norm`; the outputs change by float rounding at most"
+    guarantees = (
+        "every RMS norm over the last axis is `aten.rms_norm`, or gone where it has no elements; the outputs change by "
+        "float rounding at most"
+    )
     takes = gives = CANONICAL
     identity = "float"
 
     def run(self, graph_module: GraphModule) -> bool:
         matches = [match for node in graph_module.graph.nodes if (match := _match(node)) is not None]
         for last, x, weight, eps in matches:
+            if is_empty(last):  # ONNX Runtime, which recognises the norm as well, refuses one of no channels
+                last.replace_all_uses_with(x)
+                continue
             with graph_module.graph.inserting_before(last):
                 norm = graph_module.graph.call_function(aten.rms_norm.default, (x, [shape_of(x)[-1]], weight, eps))
             copy_meta(last, norm, last.meta["val"])

@@ -466,3 +466,20 @@ def test_a_norm_of_values_that_are_equal_but_for_their_last_bits(equal: int, fac
     recipe = Recipe(abits=2, gptq=False, correction=False, clipping="none")
     parity = compile(model, [x], recipe, example_inputs=[x[:2]]).parity
     assert parity and not parity.problems()
+
+
+def test_a_norm_of_no_channels_that_is_written_out() -> None:
+    """ONNX Runtime recognises it too, and refuses it."""
+    def norm(m: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x @ torch.zeros(4, 0)
+        return m.fc(x), y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6) * m.extra
+
+    result, x = compiled(Around(norm, nn.Parameter(torch.ones(0)))), torch.randn(3, 4)
+    assert [value.shape for value in result.session().run(None, {"x": x.numpy()})] == [(3, 4), (3, 0)]
+
+
+@pytest.mark.parametrize("power", [2, 3, 0.5])
+def test_powers_of_booleans(power: float) -> None:
+    result, x = compiled(Around(lambda m, x: (m.fc(x), (x > 0) ** power))), torch.randn(3, 4)
+    found = result.session().run(None, {"x": x.numpy()})[1]
+    torch.testing.assert_close(torch.from_numpy(found), (x > 0) ** power)
