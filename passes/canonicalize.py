@@ -33,6 +33,8 @@ from repquant_fx.passes.operators import (
 )
 from repquant_fx.passes.spec import CANONICAL, CAPTURED
 
+NARROW = {torch.int8, torch.int16}
+
 
 class Canonicalize(Pass):
     """Values keep their shapes and dtypes; a weight (in, out) becomes (out, in), and the kernel (out, in, h, w) of a
@@ -95,8 +97,10 @@ class Canonicalize(Pass):
             self._copy_to_expand(graph_module, node)
         elif target in SQUEEZES and _other_sizes(node):
             node.target, node.args = aten.squeeze.dims, (node.args[0], _ones(node))
+        elif target is aten.nonzero.default and _n(node.args[0]).meta["val"].dtype in NARROW:
+            self._cast_first(graph_module, node, torch.bool)  # ONNX Runtime looks for no narrow integers
         elif target is aten.pow.Tensor_Scalar and _n(node.args[0]).meta["val"].dtype == torch.bool:
-            self._power_of_truth(graph_module, node)
+            self._cast_first(graph_module, node, node.meta["val"].dtype)  # ONNX has no power of booleans
         elif target is aten.einsum.default:
             return self._einsum_to_matmul(graph_module, node)
         elif target is aten.sort.default:
@@ -173,11 +177,10 @@ class Canonicalize(Pass):
         graph_module.graph.erase_node(node)
         self._rewrite(graph_module, product)  # with a constant it is a Linear
 
-    def _power_of_truth(self, graph_module: GraphModule, node: Node) -> None:
-        """ONNX has no power of booleans; torch takes them for integers."""
+    def _cast_first(self, graph_module: GraphModule, node: Node, dtype: torch.dtype) -> None:
         with graph_module.graph.inserting_before(node):
-            number = graph_module.graph.call_function(aten.to.dtype, (node.args[0], node.meta["val"].dtype))
-        node.update_arg(0, copy_meta(node, number))
+            cast = graph_module.graph.call_function(aten.to.dtype, (node.args[0], dtype))
+        node.update_arg(0, copy_meta(node, cast))
 
     def _copy_to_expand(self, graph_module: GraphModule, node: Node) -> None:
         """A copy into another tensor is one of its shape and type; the ONNX export of torch would keep the source's."""
