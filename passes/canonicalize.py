@@ -33,7 +33,8 @@ from repquant_fx.passes.operators import (
 )
 from repquant_fx.passes.spec import CANONICAL, CAPTURED
 
-NARROW = {torch.int8, torch.int16}
+# in which ONNX Runtime looks for what is not zero
+SOUGHT = {torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32}
 
 
 class Canonicalize(Pass):
@@ -97,8 +98,8 @@ class Canonicalize(Pass):
             self._copy_to_expand(graph_module, node)
         elif target in SQUEEZES and _other_sizes(node):
             node.target, node.args = aten.squeeze.dims, (node.args[0], _ones(node))
-        elif target is aten.nonzero.default and _n(node.args[0]).meta["val"].dtype in NARROW:
-            self._cast_first(graph_module, node, torch.bool)  # ONNX Runtime looks for no narrow integers
+        elif target is aten.nonzero.default and _n(node.args[0]).meta["val"].dtype not in SOUGHT:
+            self._cast_first(graph_module, node, torch.bool)
         elif target is aten.pow.Tensor_Scalar and _n(node.args[0]).meta["val"].dtype == torch.bool:
             self._cast_first(graph_module, node, node.meta["val"].dtype)  # ONNX has no power of booleans
         elif target is aten.einsum.default:

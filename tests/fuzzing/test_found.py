@@ -485,8 +485,8 @@ def test_powers_of_booleans(power: float) -> None:
     torch.testing.assert_close(torch.from_numpy(found), (x > 0) ** power)
 
 
-@pytest.mark.parametrize("kind", [torch.int8, torch.int16, torch.uint8, torch.float32])
-def test_where_narrow_numbers_are_not_zero(kind: torch.dtype) -> None:
+@pytest.mark.parametrize("kind", [torch.int8, torch.int16, torch.float64, torch.uint8, torch.float32])
+def test_where_numbers_are_not_zero(kind: torch.dtype) -> None:
     result, x = compiled(Around(lambda m, x: (m.fc(x), (2 * x).to(kind).nonzero()))), torch.randn(3, 4).abs()
     found = result.session().run(None, {"x": x.numpy()})[1]
     assert torch.equal(torch.from_numpy(found), (2 * x).to(kind).nonzero())
