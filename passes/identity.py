@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from repquant_fx.errors import PassError
-from repquant_fx.recorder import Recorder
+from repquant_fx.recorder import Recorder, shaken
 from repquant_fx.torch_private import pytree
 
 ROUNDING = 1e-3  # of the largest value: float32 in another order differs by about 1e-5, a wrong constant by far more
@@ -62,10 +62,7 @@ class NodeProbe:
         def shake(node: Node, value: Any) -> Any:
             if node in wanted:
                 kept[node] = value
-            if node.op != "call_function" or not isinstance(value, Tensor) or not value.is_floating_point():
-                return value
-            signs = torch.randint(0, 2, value.shape, generator=seeded).mul(2).sub(1)
-            return value * (1 + SHAKE * signs.to(value))
+            return shaken(value, SHAKE, seeded) if node.op == "call_function" else value
 
         Recorder(graph_module, graph_module.graph.nodes, shake).run(*self.inputs)
         return {name: kept[node] for name, node in nodes.items() if node in kept}

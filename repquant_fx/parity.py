@@ -26,7 +26,7 @@ from repquant_fx.naming import DEQUANTIZED, QUANTIZED, SCALE, UINT8
 from repquant_fx.passes.base import attribute
 from repquant_fx.passes.operators import CODE_MOVES, DEQUANTIZE, LOG2_QUANTIZE, LOG2_SOFTMAX, QUANTIZE
 from repquant_fx.quantizers.logarithmic import zero_code
-from repquant_fx.recorder import Recorder
+from repquant_fx.recorder import Recorder, shaken
 from repquant_fx.runtimes import loader
 from repquant_fx.targets import RUNTIMES
 from repquant_fx.torch_private import pytree, size_hint
@@ -185,10 +185,7 @@ class _Sure:
                 name = names[node]
                 self.blind[name] |= codes(value, node, graph_module) != step.seen[name]
                 return step.given[name]
-            if not isinstance(value, Tensor) or not value.is_floating_point():
-                return value
-            signs = torch.randint(0, 2, value.shape, generator=generator).to(value.dtype) * 2 - 1
-            return value * (1 + SHAKE * signs)
+            return shaken(value, SHAKE, generator)
 
         moving = [node for node in graph_module.graph.nodes if node.op == "call_function"]
         for _ in range(TIMES):

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.fx import Interpreter, Node
 
 from repquant_fx.errors import CalibrationError, first_line
@@ -29,6 +30,14 @@ def naming(node: Node) -> Iterator[None]:
             raise
         raise CalibrationError(f"{node.name} does not run on this data: "
                                f"{first_line(error)}; give samples like the example inputs") from error
+
+
+def shaken(value: Any, share: float, generator: torch.Generator) -> Any:
+    """A float tensor with every element moved up or down by a share of it, as rounding does; anything else as it is."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    signs = torch.randint(0, 2, value.shape, generator=generator) * 2 - 1
+    return value * (1 + share * signs.to(value))
 
 
 class Recorder(Interpreter):
