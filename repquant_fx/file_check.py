@@ -29,7 +29,7 @@ from repquant_fx.exporters.inlining import inlined
 from repquant_fx.exporters.reading import OnnxFile, read_onnx
 from repquant_fx.fit import misfit
 from repquant_fx.naming import UINT8
-from repquant_fx.parity import TIE, CodeDifference, Parity, largest_difference, share_of, sqnr
+from repquant_fx.parity import CodeDifference, Parity, largest_difference, share_of, sqnr, ties
 from repquant_fx.runtimes import Call, load_as_written, loader, version
 from repquant_fx.security.guard import guarded
 from repquant_fx.targets import DEFAULT, RUNTIMES, TARGETS
@@ -179,9 +179,9 @@ def _compare(model: onnx.ModelProto, plain: onnx.ModelProto, sites: Sequence[_Si
     differences = {}
     for index, site in enumerate(sites):
         theirs, own = _codes(site, given[site.value]), _codes(site, step[outputs + 2 * index])
-        apart, ties = (own - theirs).abs(), _ties(site, step[outputs + 2 * index + 1])
+        apart, tied = (own - theirs).abs(), _ties(site, step[outputs + 2 * index + 1])
         differences[site.value] = CodeDifference(
-            share=share_of(_codes(site, free[site.value]) != theirs), share_step=share_of((apart > 0) & ~ties),
+            share=share_of(_codes(site, free[site.value]) != theirs), share_step=share_of((apart > 0) & ~tied),
             largest_step=int(apart.max()) if apart.numel() else 0)
     judged = zip(exposed[:outputs], step[:outputs])
     return Parity(len(next(iter(feed.values()))), min(sqnr(a, b) for a, b in zip(found, expected)),
@@ -247,9 +247,5 @@ def _codes(site: _Site, values: Tensor) -> Tensor:
 
 def _ties(site: _Site, exact: Tensor) -> Tensor:
     """Where what was quantized lies midway between two codes."""
-    scale = torch.from_numpy(np.array(site.step, np.float64))
-    if scale.ndim:
-        axis = next((a.i for a in site.node.attribute if a.name == "axis"), 1)
-        scale = scale.reshape([-1 if a == axis % exact.ndim else 1 for a in range(exact.ndim)])
-    steps = exact.double() / scale
-    return (steps - steps.floor() - 0.5).abs() <= TIE
+    axis = next((a.i for a in site.node.attribute if a.name == "axis"), 1)
+    return ties(exact, torch.from_numpy(np.array(site.step, np.float64)), axis)

@@ -301,6 +301,14 @@ def codes(values: Tensor, node: Node, graph_module: GraphModule) -> Tensor:
     return torch.where(values == 0, torch.full_like(decoded, top), decoded).to(torch.int16)
 
 
+def ties(x: Tensor, scale: Tensor, axis: int) -> Tensor:
+    """Where a value lies midway between two codes; a scale that is no scalar belongs to an axis of `x`."""
+    if scale.ndim:
+        scale = scale.reshape([-1 if a == axis % x.ndim else 1 for a in range(x.ndim)])
+    steps = x.double() / scale.double()
+    return (steps - steps.floor() - 0.5).abs() <= TIE
+
+
 class CodeRecorder:
     """Runs a lowered graph and sees each quantizer's own codes; goes on with the given values instead where there are
     any.
@@ -354,10 +362,5 @@ class CodeRecorder:
 
     def _ties(self, node: Node) -> Tensor:
         """Where the value to quantize lies midway between two codes."""
-        (x, scale), axis = self._recorder.fetch_args_kwargs_from_env(node)[0][:2], node.args[4]
-        steps = x.double() / (
-            scale.double()
-            if scale.ndim == 0
-            else scale.double().reshape([-1 if a == axis else 1 for a in range(x.ndim)])
-        )
-        return (steps - steps.floor() - 0.5).abs() <= TIE
+        x, scale = self._recorder.fetch_args_kwargs_from_env(node)[0][:2]
+        return ties(x, scale, cast(int, node.args[4]))
