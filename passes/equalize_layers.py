@@ -6,7 +6,8 @@ channels:
 
 - the values of attention: rows of the value projection, undone in the columns of the output projection. Rows of a
   Softmax sum to 1, so a shift passes too, into the output projection's bias;
-- queries and keys: opposite factors, and the keys' mean, which a Softmax cannot see;
+- keys: what all of them have in common, which a Softmax cannot see;
+- queries and keys: opposite factors, and the same shift of the keys;
 - a layer that reads another one's output through ReLU or as one factor of a gated product (`act(gate) * up`).
 
 Which constants can take part follows from `channel_flow`, whatever the model; with rotary embedding, for instance, it
@@ -46,7 +47,8 @@ class Equalizable:
         columns: label of each input channel, shape (in,), by the Linear that reads it.
         sites: label of each element of a site's value, by the site's name; of the value's rank, with size 1 along axes
             on which labels do not change.
-        signed: (label, sign): a label's factor is that of its representative to the power of the sign; by label.
+        signed: (label, sign): a label's factor is that of its representative to the power of the sign, so 1 where the
+            sign is 0; by label.
         shiftable: labels that may have a shift, too.
     """
 
@@ -72,12 +74,14 @@ def find_equalizable(graph_module: GraphModule, plan: Plan, kinds: tuple[str, ..
     flow = ChannelFlow(graph_module, sources)
     kind_of: dict[int, str] = dict.fromkeys(flow.averaged, "values")
     unshifted: set[int] = set()
+    common: set[int] = set()  # labels of keys, which may be shifted whatever their factors are
     for product in flow.products:
         keys = (
             torch.unique(product.right).tolist()
             if product.shifted and leads_to_softmax(graph_module, product.node)
             else []
         )
+        common.update(keys)
         kind_of.update(
             dict.fromkeys(torch.unique(product.left).tolist() + torch.unique(product.right).tolist(), "query_key")
         )
@@ -92,6 +96,7 @@ def find_equalizable(graph_module: GraphModule, plan: Plan, kinds: tuple[str, ..
         )
         if not linear or columns is None:
             flow.ties.fix(reader.labels)
+            unshifted.update(torch.unique(reader.labels).tolist())
             continue
         result.columns[reader.node] = columns
         if not reader.shifted or reader.padded:
@@ -107,6 +112,8 @@ def find_equalizable(graph_module: GraphModule, plan: Plan, kinds: tuple[str, ..
             root, sign = flow.ties.find(label)
             if root != FIXED:
                 result.signed[label] = (root, sign)
+            elif "keys" in kinds and label in common - unshifted:
+                result.signed[label] = (FIXED, 0)
     _keep_what_is_free(result, flow, sources, plan)
     result.shiftable = set(result.signed) - unshifted
     return result

@@ -32,6 +32,7 @@ class ReparameterizeSoftmax(Pass):
         for site in self.group.sites:
             module = slot_module(graph_module, site)
             if isinstance(module, LogQuantizer) and module.steps > 1:
-                install(graph_module, site, ShiftLogQuantizer(float(module.scale), module.bits, module.steps))
+                shift = ShiftLogQuantizer(float(module.scale), module.bits, module.steps, normalized=module.normalized)
+                install(graph_module, site, shift)
                 modified = True
         return modified

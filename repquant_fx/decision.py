@@ -71,7 +71,8 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _quantizer_to_tensors(quantizer: nn.Module) -> dict[str, Tensor]:
     if isinstance(quantizer, LogQuantizer):
-        return {"log": torch.tensor([float(quantizer.scale), quantizer.bits, quantizer.steps], dtype=torch.float64)}
+        parts = [float(quantizer.scale), quantizer.bits, quantizer.steps, quantizer.normalized]
+        return {"log": torch.tensor(parts, dtype=torch.float64)}
     assert isinstance(quantizer, UniformQuantizer)
     scale, zero_point = quantizer.exact
     return {"scale": scale, "zero_point": zero_point, "bits": torch.tensor(quantizer.bits)}
@@ -79,8 +80,8 @@ def _quantizer_to_tensors(quantizer: nn.Module) -> dict[str, Tensor]:
 
 def _quantizer_from_tensors(tensors: Mapping[str, Tensor]) -> nn.Module:
     if "log" in tensors:
-        scale, bits, steps = tensors["log"].tolist()
-        return LogQuantizer(scale, int(bits), int(steps))
+        scale, bits, steps, normalized = tensors["log"].tolist()
+        return LogQuantizer(scale, int(bits), int(steps), normalized=bool(normalized))
     return UniformQuantizer(tensors["scale"], tensors["zero_point"], int(tensors["bits"]))
 
 

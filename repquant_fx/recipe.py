@@ -14,6 +14,7 @@ from typing import Any
 from repquant_fx.errors import InputError, RecipeError
 from repquant_fx.recipe_settings import bits, nearest, setting, settings_of
 
+MANY_BITS = 8  # of an activation whose error is so small that no operator is added to lessen it
 _MOST_BYTES = 1 << 18  # of a file; a rule for each of a thousand layers takes a third of it
 _DEEPEST = 8
 _FORMER = {"absorb": "equalize"}  # names that settings had in files written before
@@ -65,6 +66,8 @@ class Recipe:
             `log` (the default) chooses 1, 2, 4 or 8 by the error; plain `log2`; or `uniform`.
         softmax_scale: `output` minimises the error of the MatMul's result on a sample, `percentile` that of the values
             over three percentiles.
+        normalize_rows: rows of probabilities of fewer than 8 bits are divided by their sum where that lessens the error
+            of the product by a fifth or more (beyond the paper).
         clipping: per-channel dual clipping of norm activations by exact `search`, by the paper's `adam`, or `none`
             (min-max).
         activations: bounds of all other activations: `mse`, `percentile`, `minmax`.
@@ -72,8 +75,9 @@ class Recipe:
         weights: weight range by `mse` search or `minmax`.
         correction: least-squares correction of weights and biases towards the float model's outputs (beyond the paper).
         equalize: where else per-channel scales move into constants, exactly (beyond the paper): `values` of attention,
-            `linear` to linear through ReLU or a gate, and `query_key`, which gained nothing on the models measured and
-            is off. Empty for none.
+            `linear` to linear through ReLU or a gate, `keys` (what all of them have in common, which a Softmax cannot
+            see), and `query_key` (opposite factors as well), which gained nothing on the models measured and is off.
+            Empty for none.
         activation_affine: a factor and a shift per channel behind GELU, SiLU and their kin (beyond the paper), so that
             what Linears read of them has scales per channel as the output of a norm has; two more element-wise
             operators each.
@@ -108,12 +112,13 @@ class Recipe:
     norm: str = setting("reparameterize", choices=("reparameterize", "layerwise", "channelwise", "smooth"))
     softmax: str = setting("log", choices=("log", "log_sqrt2", "log2", "uniform"))
     softmax_scale: str = setting("output", choices=("output", "percentile"))
+    normalize_rows: bool = setting(True)
     clipping: str = setting("search", choices=("search", "adam", "none"))
     activations: str = setting("mse", choices=("mse", "percentile", "minmax"))
     percentile: float = setting(99.99, low=50.0, high=100.0)
     weights: str = setting("mse", choices=("mse", "minmax"))
     correction: bool = setting(True)
-    equalize: tuple[str, ...] = setting(("values", "linear"), choices=("values", "query_key", "linear"))
+    equalize: tuple[str, ...] = setting(("values", "linear", "keys"), choices=("values", "linear", "keys", "query_key"))
     activation_affine: bool = setting(False)
     rotate: tuple[str, ...] = setting((), choices=("residual", "heads"))
     reconstruct: int = setting(0, low=0, high=100_000, alone=400)
@@ -250,6 +255,7 @@ def repq_vit(wbits: int, abits: int, **changes: Any) -> Recipe:
         "clipping": "none",
         "correction": False,
         "equalize": (),
+        "normalize_rows": False,
         "gptq": False,
         "activations": "percentile",
         "softmax": "log_sqrt2",
@@ -275,6 +281,7 @@ def rtn(wbits: int, abits: int, **changes: Any) -> Recipe:
         "weights": "minmax",
         "correction": False,
         "equalize": (),
+        "normalize_rows": False,
         "gptq": False,
     }
     return Recipe(wbits=wbits, abits=abits, **{**settings, **changes})

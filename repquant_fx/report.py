@@ -83,6 +83,8 @@ def describe_site(graph_module: GraphModule, site: Site) -> dict[str, Any]:
     entry: dict[str, Any] = {"name": site.name, "bits": site.bits}
     if isinstance(module, LogQuantizer):
         kind = "log2" if module.steps == 1 else "logarithmic, as shifts"
+        if module.normalized:
+            kind += ", rows divided by their sum"
         return entry | {"quantizer": kind, "codes_per_octave": module.steps, "scale": float(module.scale),
                         "zero_code": (1 << site.bits) - 1}
     if isinstance(module, UniformQuantizer):

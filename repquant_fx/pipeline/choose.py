@@ -17,6 +17,7 @@ from repquant_fx.errors import CalibrationError
 from repquant_fx.passes.base import attribute, is_constant, module_path
 from repquant_fx.passes.insert_observers import WHOLE_ELEMENTS
 from repquant_fx.passes.match_sites import Group, Site
+from repquant_fx.passes.normalize_rows import may_normalize
 from repquant_fx.passes.parameters import parameters
 from repquant_fx.passes.slots import observer, slot_module
 from repquant_fx.pipeline.second_moments import SecondMoments
@@ -37,7 +38,7 @@ from repquant_fx.quantizers.weight import (
     with_ordinary_scales,
     with_room_for_bias,
 )
-from repquant_fx.recipe import Recipe
+from repquant_fx.recipe import MANY_BITS, Recipe
 from repquant_fx.statistics import rounding
 
 
@@ -104,8 +105,9 @@ def _choose_softmax(site: Site, bits: int, recipe: Recipe, observed: Observer, o
     # sequences may be longer than those the observer's share was reckoned with
     enough = -(-probabilities.numel() // WHOLE_ELEMENTS)
     probabilities, values = probabilities[::enough], quantizer(values[::enough])
-    return softmax_quantizer(probabilities, largest, bits, recipe.softmax,
-                             (lambda p: torch.matmul(values, p)) if right else (lambda p: torch.matmul(p, values)))
+    product = (lambda p: torch.matmul(values, p)) if right else (lambda p: torch.matmul(p, values))
+    normalize = recipe.normalize_rows and bits < MANY_BITS and not right and may_normalize(site)
+    return softmax_quantizer(probabilities, largest, bits, recipe.softmax, product, normalize=normalize)
 
 
 def _weight_reach(graph_module: GraphModule, consumers: Iterable[Node]) -> Tensor:

@@ -21,6 +21,7 @@ from repquant_fx.passes.base import attribute, module_path, run_pass, run_passes
 from repquant_fx.passes.identity import Probe
 from repquant_fx.passes.install_decision import InstallDecision
 from repquant_fx.passes.match_sites import Group, Plan
+from repquant_fx.passes.normalize_rows import NormalizeRows
 from repquant_fx.passes.reparameterize_norms import ReparameterizeNorms
 from repquant_fx.passes.reparameterize_softmax import ReparameterizeSoftmax
 from repquant_fx.passes.slots import install, slot_module
@@ -211,7 +212,7 @@ def _rewrite_activations(state: _State, group: Group, quantizers: dict[str, nn.M
     if state.reparameterizes:
         note = run_pass(state.graph_module, ReparameterizeNorms(group), probe)
         state.notes[group] = () if note is None else (note,)
-    run_passes(state.graph_module, [ReparameterizeSoftmax(group)])
+    run_passes(state.graph_module, [NormalizeRows(group), ReparameterizeSoftmax(group)])
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ SMOOTHING = 0.5  # how much of the difficulty goes from activations to weights
 STEPS = {"log": (2, 1, 4, 8), "log_sqrt2": (2,), "log2": (1,)}  # codes per octave to choose from
 # smallest step of a channel, of its largest value: four roundings of float32 move that by 2^-10 of the step
 FINEST = 2.0**-12
+PAYS = 0.8  # of the error of a product: what must be left of it for rows to be divided by their sum
 THINNED = 1 << 18  # values of a sample that bounds for a whole tensor are searched in
 
 
@@ -57,7 +58,8 @@ def norm_quantizer(
 
 
 def softmax_quantizer(
-    values: Tensor, largest: float, bits: int, softmax: str, product: Callable[[Tensor], Tensor]
+    values: Tensor, largest: float, bits: int, softmax: str, product: Callable[[Tensor], Tensor], *,
+    normalize: bool = False,
 ) -> LogQuantizer:
     """Codes per octave and scale with the smallest error of the product that reads the probabilities.
 
@@ -66,9 +68,15 @@ def softmax_quantizer(
         largest: the largest probability of all data.
         softmax: a key of `STEPS`.
         product: of such probabilities with the other operand.
+        normalize: rows (the last axis of `values`) may be divided by their sum, and are where that pays.
     """
     scales = {steps: logarithmic.scale_candidates(largest, bits, steps) for steps in STEPS[softmax]}
-    return _smallest_error(values, bits, scales, product)
+    error, plain = _smallest_error(values, bits, scales, product)
+    if normalize:
+        left, divided = _smallest_error(values, bits, scales, lambda rows: product(logarithmic.normalized(rows)))
+        if left < PAYS * error:
+            return LogQuantizer(float(divided.scale), bits, divided.steps, normalized=True)
+    return plain
 
 
 def softmax_quantizer_by_percentile(sample: Tensor, bits: int, softmax: str) -> LogQuantizer:
@@ -81,20 +89,20 @@ def softmax_quantizer_by_percentile(sample: Tensor, bits: int, softmax: str) -> 
     ordered = sample.sort().values
     picks = {float(ordered[int(p * (len(ordered) - 1))]) for p in (0.999, 0.9999, 0.99999, 1.0)}
     scales = {steps: sorted({logarithmic.snap(s, bits, steps) for s in picks if s > 0}) for steps in STEPS[softmax]}
-    return _smallest_error(sample, bits, scales, lambda values: values)
+    return _smallest_error(sample, bits, scales, lambda values: values)[1]
 
 
 def _smallest_error(
     values: Tensor, bits: int, scales: Mapping[int, Sequence[float]], product: Callable[[Tensor], Tensor]
-) -> LogQuantizer:
-    """Of the scales to try, by codes per octave."""
+) -> tuple[float, LogQuantizer]:
+    """The mean squared error and the quantizer, of the scales to try, by codes per octave."""
     exact, log, best = product(values), torch.log(values), (math.inf, 1.0, 1)
     for steps, candidates in scales.items():
         for scale in candidates:
             codes = logarithmic.quantize_log(log, scale, bits, steps)
             restored = logarithmic.level_table(scale, bits, steps).to(codes.device)[codes.int()]
             best = min(best, (float((product(restored) - exact).square().mean()), scale, steps))
-    return LogQuantizer(best[1], bits, best[2])
+    return best[0], LogQuantizer(best[1], bits, best[2])
 
 
 def _tensor_bounds(sample: Tensor, bits: int, recipe: Recipe) -> tuple[Tensor, Tensor]:

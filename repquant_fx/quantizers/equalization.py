@@ -45,7 +45,7 @@ def equalize(
         bounds: of each activation, by name: the labels of its channels, shape (C,), 0 and less for those that get no
             factor, and the clipping bounds of these channels.
         signed: (representative, sign) of each label that gets a factor: it is the representative's to the power of the
-            sign.
+            sign, so 1 where the sign is 0.
         shiftable: labels that may get a shift too.
     """
     wishes: dict[int, list[float]] = {}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 ON_GRID = 1e-5  # of a step: a float32 scale that was meant to be a power
+SMALLEST_SUM = 2.0**-126  # of a row that is divided by it: one whose codes are all that of zero stays zero
 
 
 def zero_code(bits: int) -> int:
@@ -77,6 +78,11 @@ def level_table(scale: float, bits: int, steps: int = 2) -> Tensor:
 def fake_quantize(a: Tensor, scale: float, bits: int, steps: int = 2) -> Tensor:
     """Quantize, then dequantize."""
     return dequantize(quantize(a, scale, bits, steps), scale, bits, steps)
+
+
+def normalized(values: Tensor) -> Tensor:
+    """Each row (the last axis) divided by its sum; rows of zeros stay zero."""
+    return values / values.sum(-1, keepdim=True).clamp_min(SMALLEST_SUM)
 
 
 def scale_candidates(largest: float, bits: int, steps: int = 2) -> list[float]:

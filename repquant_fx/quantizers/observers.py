@@ -139,13 +139,17 @@ class UniformQuantizer(nn.Module):
 class LogQuantizer(nn.Module):
     """Fake-quantizes non-negative values on a logarithmic grid: `steps` codes per octave. Buffer: `scale`, float32,
     0-d.
+
+    Attributes:
+        normalized: whether its grid was chosen for rows that are divided by their sum before they are read; the
+            division is none of its own (see `passes.normalize_rows`).
     """
 
     scale: Tensor
 
-    def __init__(self, scale: float, bits: int, steps: int) -> None:
+    def __init__(self, scale: float, bits: int, steps: int, *, normalized: bool = False) -> None:
         super().__init__()
-        self.bits, self.steps = bits, steps
+        self.bits, self.steps, self.normalized = bits, steps, normalized
         self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
