@@ -7,34 +7,42 @@ are. It costs the file a multiplication and an addition of the activation.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
 from torch.fx import GraphModule, Node
 
 from repquant_fx.naming import beside
-from repquant_fx.passes.base import Pass, aten, constant_node, copy_meta, is_constant, shape_of
-from repquant_fx.passes.operators import ACTIVATIONS, AFFINE
+from repquant_fx.passes.base import Pass, aten, constant_node, copy_meta, is_constant, module_path, shape_of
+from repquant_fx.passes.operators import AFFINE, ARITHMETIC, NONLINEAR
 from repquant_fx.passes.spec import CANONICAL
 
 
 class InsertAffine(Pass[None]):
     """`linear(f(x), W, b)` becomes `linear(affine(f(x), 1, 0), W, b)`: float32, `f` element-wise of shape (..., C), C
     fixed; factor and shift have shape (C,).
+
+    Args:
+        wanted: whether the Linear at a module path gets one; all where None.
     """
 
     name = "insert affine"
     needs = "the normal form, with a shape and a dtype at every activation function"
-    guarantees = "the same outputs; every activation function that Linears alone read has a factor and a shift"
+    guarantees = "the same outputs; an activation function that only such Linears read has a factor and a shift"
     takes = gives = CANONICAL
     identity = "float"
 
+    def __init__(self, wanted: Callable[[str], bool] | None = None) -> None:
+        super().__init__()
+        self.wanted = wanted or (lambda _: True)
+
     def run(self, graph_module: GraphModule) -> bool:
         modified = False
-        for node in [n for n in graph_module.graph.nodes if n.op == "call_function" and n.target in ACTIVATIONS]:
+        for node in list(graph_module.graph.nodes):
             readers = [user for user in node.users if _reads(user, node)]
-            if not readers:
-                continue  # it is no operand of a Linear
+            if not any(self.wanted(module_path(reader)) for reader in readers) or not _is_activation(node):
+                continue
             if len(readers) < len(node.users):
                 self.leave(node, "something other than a Linear reads it as well")
             elif node.meta["val"].dtype is not torch.float32 or not isinstance(shape_of(node)[-1], int):
@@ -43,6 +51,22 @@ class InsertAffine(Pass[None]):
                 _insert(graph_module, node, readers[0])
                 modified = True
         return modified
+
+
+def _is_activation(node: Node) -> bool:
+    """Whether it is a function of one tensor, element by element, as one operator or written out, and not a linear one.
+    """
+    pending, seen, starts, nonlinear = [node], {node}, set(), False
+    while pending and len(starts) < 2:
+        each = pending.pop()
+        if each.op != "call_function" or each.target not in NONLINEAR | ARITHMETIC:
+            starts.add(each)
+            continue
+        nonlinear = nonlinear or each.target in NONLINEAR
+        before = [parent for parent in each.all_input_nodes if parent not in seen and not is_constant(parent)]
+        pending.extend(before)
+        seen.update(before)
+    return nonlinear and len(starts) == 1 and shape_of(*starts) == shape_of(node)
 
 
 def _reads(user: Node, node: Node) -> bool:

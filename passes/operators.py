@@ -67,9 +67,15 @@ ELEMENT_WISE = {
     aten.mul.Tensor, aten.mul.Scalar, aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.div.Tensor,
 }
 # functions of one tensor that no factor commutes with
-ACTIVATIONS = {
+NONLINEAR = {
     aten.gelu.default, aten.silu.default, aten.hardswish.default, aten.mish.default, aten.elu.default,
-    aten.tanh.default, aten.sigmoid.default,
+    aten.tanh.default, aten.sigmoid.default, aten.erf.default, aten.exp.default, aten.softplus.default,
+    aten.hardsigmoid.default, aten.pow.Tensor_Scalar,
+}
+# what activation functions are written with beside them
+ARITHMETIC = {
+    aten.mul.Tensor, aten.mul.Scalar, aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.div.Tensor,
+    aten.neg.default, aten.relu.default, aten.hardtanh.default, aten.clamp.default,
 }
 SQUEEZES = {aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
 ROUNDINGS = {aten.round.default, aten.round.decimals, aten.floor.default, aten.ceil.default, aten.trunc.default}

@@ -83,7 +83,7 @@ def match(source: Source, recipe: RecipeLike | None = None, with_past: bool = Fa
         loaded, captured = _capture(loaded, with_past)
         graph_module = normalize(captured.graph_module, loaded.example_inputs)
         if recipe.activation_affine and recipe.norm in ("reparameterize", "smooth"):
-            run_passes(graph_module, [InsertAffine()], NodeProbe(loaded.example_inputs))
+            run_passes(graph_module, [InsertAffine(recipe.few_bits)], NodeProbe(loaded.example_inputs))
         plan = run_pass(graph_module, MatchSites(recipe))
         plan = replace(plan, left_alone=(*plan.left_alone, *left_alone(graph_module)))
     paths = [module_path(node) for node in graph_module.graph.nodes if node.target in PRODUCTS]

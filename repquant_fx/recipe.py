@@ -79,8 +79,8 @@ class Recipe:
             see), and `query_key` (opposite factors as well), which gained nothing on the models measured and is off.
             Empty for none.
         activation_affine: a factor and a shift per channel behind GELU, SiLU and their kin (beyond the paper), so that
-            what Linears read of them has scales per channel as the output of a norm has; two more element-wise
-            operators each.
+            what Linears with activations of fewer than 8 bits read of them has scales per channel as the output of a
+            norm has; two more element-wise operators each.
         rotate: which channel vectors may be rotated, exactly (beyond the paper): the `residual` stream, and the `heads`
             of attention. Each rotation is tried on calibration data and made where products get less noise. Empty for
             none.
@@ -119,7 +119,7 @@ class Recipe:
     weights: str = setting("mse", choices=("mse", "minmax"))
     correction: bool = setting(True)
     equalize: tuple[str, ...] = setting(("values", "linear", "keys"), choices=("values", "linear", "keys", "query_key"))
-    activation_affine: bool = setting(False)
+    activation_affine: bool = setting(True)
     rotate: tuple[str, ...] = setting((), choices=("residual", "heads"))
     reconstruct: int = setting(0, low=0, high=100_000, alone=400)
     gptq: bool = setting(True)
@@ -148,6 +148,11 @@ class Recipe:
                 changes = {k: v for k, v in asdict(rule).items() if k != "match" and v is not None}
                 plan = replace(plan, **changes)
         return plan
+
+    def few_bits(self, path: str) -> bool:
+        """Whether what the layer at module path `path` reads gets so few bits that operators may be added for it."""
+        plan = self.layer(path)
+        return plan.abits < MANY_BITS and not plan.skip
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` reads back to an equal recipe."""
@@ -255,6 +260,7 @@ def repq_vit(wbits: int, abits: int, **changes: Any) -> Recipe:
         "clipping": "none",
         "correction": False,
         "equalize": (),
+        "activation_affine": False,
         "normalize_rows": False,
         "gptq": False,
         "activations": "percentile",
@@ -281,6 +287,7 @@ def rtn(wbits: int, abits: int, **changes: Any) -> Recipe:
         "weights": "minmax",
         "correction": False,
         "equalize": (),
+        "activation_affine": False,
         "normalize_rows": False,
         "gptq": False,
     }

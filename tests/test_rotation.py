@@ -47,8 +47,8 @@ IMAGES = torch.randn(48, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
 def test_a_compile_tries_and_rotates(tmp_path: Path) -> None:
-    recipe = Recipe(wbits=4, abits=4, rotate=("residual", "heads"))
-    plain = compile(outliers(), IMAGES, Recipe(wbits=4, abits=4), example_inputs=(IMAGES[:2],))
+    recipe = Recipe(wbits=4, abits=4, normalize_rows=False, rotate=("residual", "heads"))
+    plain = compile(outliers(), IMAGES, Recipe(wbits=4, abits=4, normalize_rows=False), example_inputs=(IMAGES[:2],))
     first = compile(outliers(), IMAGES, recipe, example_inputs=(IMAGES[:2],), work_dir=tmp_path)
     again = compile(outliers(), IMAGES, recipe, example_inputs=(IMAGES[:2],), work_dir=tmp_path)
     tried = first.report["rotations"]

@@ -20,6 +20,7 @@ from torch.fx import GraphModule, Node
 
 from repquant_fx.checkpoint import Checkpoint
 from repquant_fx.passes.base import aten, attribute, is_constant, run_passes, shared_copy
+from repquant_fx.passes.channel_flow import leads_to_softmax
 from repquant_fx.passes.identity import NodeProbe
 from repquant_fx.passes.match_sites import Group, Plan
 from repquant_fx.passes.rotate_vectors import RotateVectors, Rotation, gain_allows
@@ -202,7 +203,7 @@ def _noise(
             Recorder(graph_module, wanted, partial(keep, number)).run(*batch)
     found: dict[Node, float] = {}
     for group in groups:
-        found.update(_products(group, rows, twin) if group.kind == "matmul"
+        found.update(_products(graph_module, group, rows, twin, recipe) if group.kind == "matmul"
                      else _linears(graph_module, group, rows, twin, recipe))
     return found
 
@@ -232,17 +233,27 @@ def _linears(graph_module: GraphModule, group: Group, rows: Values, twin: Mappin
             yield consumer, _ratio(quantized @ grid.values(weight).T, x @ weight.T)
 
 
-def _products(group: Group, rows: Values, twin: Mapping[Node, Node]) -> Iterator[tuple[Node, float]]:
-    """The operands of each batch are multiplied apart: a product of matrices without a batch axis has none to join."""
+def _products(graph_module: GraphModule, group: Group, rows: Values, twin: Mapping[Node, Node],
+              recipe: Recipe) -> Iterator[tuple[Node, float]]:
+    """The operands of each batch are multiplied apart: a product of matrices without a batch axis has none to join.
+    Keys are taken as equalization leaves them, without what all of them have in common.
+    """
     batches = []
+    product = twin.get(group.consumers[0], group.consumers[0])
+    keys = "keys" in recipe.equalize and leads_to_softmax(graph_module, product)
     for operands in zip(*(rows[twin.get(site.value, site.value)] for site in group.sites), strict=True):
         left, right = (zero_elsewhere(value, counts) for value, counts in operands)
         some = PRODUCTS if min(left.ndim, right.ndim) > 2 and left.shape[0] == right.shape[0] else None
-        batches.append((left[:some], right[:some]))
+        batches.append((left[:some], _without_mean(right[:some]) if keys else right[:some]))
     sides = zip(*batches, strict=True)
     parts = [list(v) if s.role == "softmax" else _per_tensor(v, s.bits) for v, s in zip(sides, group.sites)]
     found, exact = (torch.cat([torch.matmul(*pair).flatten() for pair in pairs]) for pairs in (zip(*parts), batches))
     yield group.consumers[0], _ratio(found, exact)
+
+
+def _without_mean(keys: Tensor) -> Tensor:
+    """Less the mean of each channel, over the keys (the last axis) and, where heads have an axis, the batch."""
+    return keys - keys.mean([-1] if keys.ndim < 4 else [0, -1], keepdim=True)
 
 
 def _per_tensor(values: Sequence[Tensor], bits: int) -> list[Tensor]:
