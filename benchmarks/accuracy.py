@@ -50,8 +50,8 @@ ABLATED = [(4, 4), (3, 3)]
 
 def published(wbits: int, abits: int) -> Recipe:
     """RepQuant with the parts of the paper alone."""
-    return Recipe(wbits=wbits, abits=abits, correction=False, equalize=(), normalize_rows=False, activation_affine=False,
-                  clipping="adam", softmax="log_sqrt2")
+    return Recipe(wbits=wbits, abits=abits, correction=False, equalize=(), rotate=(), balance=False,
+                  normalize_rows=False, activation_affine=False, clipping="adam", softmax="log_sqrt2")
 
 
 def bits_of(text: str) -> tuple[int, int]:

@@ -56,7 +56,8 @@ class InsertAffine(Pass[None]):
 def _is_activation(node: Node) -> bool:
     """Whether it is a function of one tensor, element by element, as one operator or written out, and not a linear one.
     """
-    pending, seen, starts, nonlinear = [node], {node}, set(), False
+    pending, seen, nonlinear = [node], {node}, False
+    starts: set[Node] = set()
     while pending and len(starts) < 2:
         each = pending.pop()
         if each.op != "call_function" or each.target not in NONLINEAR | ARITHMETIC:

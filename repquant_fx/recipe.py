@@ -62,6 +62,8 @@ class Recipe:
         norm: norm activations per channel and reparameterized (the method), `layerwise` (one scale, no rewriting),
             `channelwise` (per-channel scales kept in the file: slow, for comparison) or `smooth` (SmoothQuant's factors
             instead).
+        balance: of the differences between the channels of a norm only so much moves into the weights as lessens the
+            error of the products (beyond the paper, which moves all); for `reparameterize`.
         softmax: logarithmic, reparameterized to shifts: `log_sqrt2` with two codes per octave is the published method,
             `log` (the default) chooses 1, 2, 4 or 8 by the error; plain `log2`; or `uniform`.
         softmax_scale: `output` minimises the error of the MatMul's result on a sample, `percentile` that of the values
@@ -82,8 +84,8 @@ class Recipe:
             what Linears with activations of fewer than 8 bits read of them has scales per channel as the output of a
             norm has; two more element-wise operators each.
         rotate: which channel vectors may be rotated, exactly (beyond the paper): the `residual` stream, and the `heads`
-            of attention. Each rotation is tried on calibration data and made where products get less noise. Empty for
-            none.
+            of attention. Each rotation is tried on calibration data and made where products get less noise; where all
+            that reads and writes the vectors has 8 bits, none is. Empty for none.
         reconstruct: steps of block reconstruction (beyond the paper): weights, biases, gains and scales are learned
             from the float model, block by block; 0 for none.
         gptq: error-compensating rounding; else round to nearest.
@@ -110,6 +112,7 @@ class Recipe:
     abits: int = bits(8)
     input_bits: int = bits(8)
     norm: str = setting("reparameterize", choices=("reparameterize", "layerwise", "channelwise", "smooth"))
+    balance: bool = setting(True)
     softmax: str = setting("log", choices=("log", "log_sqrt2", "log2", "uniform"))
     softmax_scale: str = setting("output", choices=("output", "percentile"))
     normalize_rows: bool = setting(True)
@@ -120,7 +123,7 @@ class Recipe:
     correction: bool = setting(True)
     equalize: tuple[str, ...] = setting(("values", "linear", "keys"), choices=("values", "linear", "keys", "query_key"))
     activation_affine: bool = setting(True)
-    rotate: tuple[str, ...] = setting((), choices=("residual", "heads"))
+    rotate: tuple[str, ...] = setting(("heads",), choices=("residual", "heads"))
     reconstruct: int = setting(0, low=0, high=100_000, alone=400)
     gptq: bool = setting(True)
     gptq_damping: float = setting(0.01, low=0.0, high=10.0)
@@ -261,6 +264,8 @@ def repq_vit(wbits: int, abits: int, **changes: Any) -> Recipe:
         "correction": False,
         "equalize": (),
         "activation_affine": False,
+        "balance": False,
+        "rotate": (),
         "normalize_rows": False,
         "gptq": False,
         "activations": "percentile",
@@ -288,6 +293,8 @@ def rtn(wbits: int, abits: int, **changes: Any) -> Recipe:
         "correction": False,
         "equalize": (),
         "activation_affine": False,
+        "balance": False,
+        "rotate": (),
         "normalize_rows": False,
         "gptq": False,
     }

@@ -20,6 +20,7 @@ PLAIN: dict[str, Any] = {
     "activations": "minmax",
     "weights": "minmax",
     "softmax_scale": "percentile",
+    "rotate": (),
 }
 
 

@@ -44,6 +44,8 @@ FAST = [
     "minmax",
     "--softmax-scale",
     "percentile",
+    "--rotate",
+    "none",
 ]
 
 

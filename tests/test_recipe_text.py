@@ -126,7 +126,7 @@ def test_one_field_tells_all_what_a_setting_may_be(capsys: pytest.CaptureFixture
         ("wbits", 9, "wbits must be an integer from 2 to 8; found 9"),
         ("gptq_block", 0, "an integer of at least 1"),
         ("norm", "layerwize", "did you mean 'layerwise'"),
-        ("equalize", ["x"], "a list of values, query_key, linear, or"),
+        ("equalize", ["x"], "a list of values, linear, keys, query_key, or"),
         ("gptq_damping", 11, "a number from 0 to 10"),
         ("correction", 1, "correction must be true or false"),
     ):

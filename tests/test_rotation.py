@@ -4,10 +4,12 @@ themselves.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from compiled import PLAIN
 from helpers import plant, vit
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +18,7 @@ from torch import nn
 from repquant_fx import Recipe, compile
 from repquant_fx.errors import RecipeError
 from repquant_fx.quantizers.rotation import rotation
+from repquant_fx.recipe import LayerRule
 
 
 @settings(deadline=None, max_examples=20)
@@ -48,7 +51,7 @@ IMAGES = torch.randn(48, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 def test_a_compile_tries_and_rotates(tmp_path: Path) -> None:
     recipe = Recipe(wbits=4, abits=4, normalize_rows=False, rotate=("residual", "heads"))
-    plain = compile(outliers(), IMAGES, Recipe(wbits=4, abits=4, normalize_rows=False), example_inputs=(IMAGES[:2],))
+    plain = compile(outliers(), IMAGES, replace(recipe, rotate=()), example_inputs=(IMAGES[:2],))
     first = compile(outliers(), IMAGES, recipe, example_inputs=(IMAGES[:2],), work_dir=tmp_path)
     again = compile(outliers(), IMAGES, recipe, example_inputs=(IMAGES[:2],), work_dir=tmp_path)
     tried = first.report["rotations"]
@@ -68,8 +71,19 @@ def test_planted_channels_of_a_norm_do_not_matter_to_it() -> None:
     """What a norm's gain does to channels is undone before a rotation is judged: gain and bias are folded first."""
     model = vit(2)
     plant(model.blocks[0].norm1, [model.blocks[0].attn.qkv])
-    compiled = compile(model, IMAGES, Recipe(rotate=("residual",)), example_inputs=(IMAGES[:2],))
+    compiled = compile(model, IMAGES, Recipe(abits=4, rotate=("residual",)), example_inputs=(IMAGES[:2],))
     assert len(compiled.report["rotations"]) == 1
+
+
+def test_eight_bits_are_enough_without() -> None:
+    def entries(**settings: object) -> list[dict[str, object]]:
+        recipe = Recipe(**{**PLAIN, "rotate": ("heads",), **settings})
+        return compile(vit(2), IMAGES, recipe, example_inputs=(IMAGES[:2],)).report.get("rotations", [])
+
+    assert entries() == []
+    mixed = entries(layers=(LayerRule("blocks.0.*", abits=4),))
+    assert {str(entry["path"])[:8]: "enough" in str(entry.get("reason")) for entry in mixed} == {
+        "blocks.0": False, "blocks.1": True}
 
 
 @pytest.mark.parametrize("wrong", ["residual", ("tokens",), 1])

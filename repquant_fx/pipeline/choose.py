@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,11 +29,13 @@ from repquant_fx.quantizers.activation import (
     softmax_quantizer_by_percentile,
     tensor_quantizer,
 )
+from repquant_fx.quantizers.balance import Weight
 from repquant_fx.quantizers.correction import fit
 from repquant_fx.quantizers.gptq import QuantizedWeight, output_error
 from repquant_fx.quantizers.observers import LogQuantizer, Observer, UniformQuantizer
 from repquant_fx.quantizers.weight import (
     ChosenWeight,
+    chosen_grid,
     corrected_bias,
     round_weight,
     with_ordinary_scales,
@@ -64,7 +67,7 @@ def choose_quantizers(
     if norm_sites:
         sample = torch.cat([observers[site.name].sample() for site in norm_sites], dim=1)
         assert group.norm is not None
-        shared = norm_quantizer(sample, bits[norm_sites[0].name], recipe, _weight_reach(graph_module, group.consumers),
+        shared = norm_quantizer(sample, bits[norm_sites[0].name], recipe, _weights(graph_module, group, recipe),
                                 keep_zero=group.padded and _keeps_zeros(graph_module, group),
                                 bias=parameters(graph_module, group.norm)[1])
         chosen |= {site.name: UniformQuantizer(*shared.exact, shared.bits) for site in norm_sites}
@@ -110,10 +113,17 @@ def _choose_softmax(site: Site, bits: int, recipe: Recipe, observed: Observer, o
     return softmax_quantizer(probabilities, largest, bits, recipe.softmax, product, normalize=normalize)
 
 
-def _weight_reach(graph_module: GraphModule, consumers: Iterable[Node]) -> Tensor:
-    """The largest magnitude of the weights that read each channel, shape (in,)."""
-    weights = [attribute(graph_module, consumer.args[1]) for consumer in consumers]  # type: ignore[arg-type]
-    return torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
+def _weights(graph_module: GraphModule, group: Group, recipe: Recipe) -> list[Weight]:
+    """Those that read a group's norm, and how they will be rounded."""
+    return [
+        (as_matrix(graph_module, consumer), partial(_to_nearest, group.plans[consumer].wbits, recipe),
+         group.plans[consumer].gptq and recipe.gptq)
+        for consumer in group.consumers
+    ]
+
+
+def _to_nearest(bits: int, recipe: Recipe, weight: Tensor) -> Tensor:
+    return chosen_grid(weight, bits, recipe).values(weight)
 
 
 def _keeps_zeros(graph_module: GraphModule, group: Group) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -30,14 +30,16 @@ from repquant_fx.pipeline.observing import check_finite
 from repquant_fx.pipeline.padding import find_padding
 from repquant_fx.quantizers.clipping import search_bounds
 from repquant_fx.quantizers.counted import counted_rows, zero_elsewhere
+from repquant_fx.quantizers.gptq import LEAVES
 from repquant_fx.quantizers.rotation import rotation
 from repquant_fx.quantizers.uniform import fake_quantize, parameters_from_range
 from repquant_fx.quantizers.weight import chosen_grid
-from repquant_fx.recipe import ROTATE, Recipe
+from repquant_fx.recipe import MANY_BITS, ROTATE, Recipe
 from repquant_fx.recorder import Recorder
 
 BATCHES = 2  # of the calibration data that a trial runs
 ROWS = 1024  # of a layer's input that it looks at
+ENOUGH = "what reads and writes it has 8 bits, which are enough without"
 PRODUCTS = 4  # samples of each batch, of an attention product
 
 Values = Mapping[Node, list[tuple[Tensor, Tensor | None]]]  # and what of them counts, of each batch
@@ -121,6 +123,7 @@ def rotations(candidates: Sequence[Candidate], seed: int) -> list[Rotation]:
 def rotate(graph_module: GraphModule, plan: Plan, batches: Sequence[tuple[Tensor, ...]], recipe: Recipe,
            checkpoint: Checkpoint | None = None, seed: int = 0) -> list[Trial]:
     """Try every candidate that the recipe names on the data, and rotate the matched float graph in place where it pays.
+    What has 8 bits only is left alone.
 
     Call before anything else is rewritten. The plan stays valid: only constants change.
 
@@ -130,7 +133,12 @@ def rotate(graph_module: GraphModule, plan: Plan, batches: Sequence[tuple[Tensor
     checkpoint = checkpoint or Checkpoint()
     if not recipe.rotate or not batches:
         return []
-    candidates = find_candidates(graph_module, recipe.rotate)
+    layers = [(node, layer) for group in plan.groups for node, layer in group.plans.items()]
+    few = {node for node, layer in layers if min(layer.wbits, layer.abits) < MANY_BITS}
+    if not few:
+        return []
+    candidates = [c if few & c.nodes() else replace(c, reason=c.reason or ENOUGH)
+                  for c in find_candidates(graph_module, recipe.rotate)]
     possible = [candidate for candidate in candidates if not candidate.reason]
     noise = checkpoint.load("rotations")
     if noise is None or noise.keys() != {"noise"} or noise["noise"].shape != (len(possible), 2):
@@ -229,8 +237,11 @@ def _linears(graph_module: GraphModule, group: Group, rows: Values, twin: Mappin
             if consumer.target is not aten.linear.default or not is_constant(weight_node):
                 continue
             weight = attribute(graph_module, weight_node)  # type: ignore[arg-type]
-            grid = chosen_grid(weight, group.plans[consumer].wbits, recipe)
-            yield consumer, _ratio(quantized @ grid.values(weight).T, x @ weight.T)
+            plan = group.plans[consumer]
+            lost = chosen_grid(weight, plan.wbits, recipe).values(weight) - weight
+            noise = (quantized - x) @ weight.T
+            noise += quantized @ lost.T * (LEAVES if plan.gptq and recipe.gptq else 1.0)
+            yield consumer, float(noise.square().sum() / (x @ weight.T).square().sum().clamp(min=1e-30))
 
 
 def _products(graph_module: GraphModule, group: Group, rows: Values, twin: Mapping[Node, Node],

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from repquant_fx.quantizers import clipping, logarithmic
+from repquant_fx.quantizers.balance import Weight, balance
 from repquant_fx.quantizers.observers import LogQuantizer, UniformQuantizer
 from repquant_fx.quantizers.uniform import parameters_from_range
 from repquant_fx.recipe import Recipe
@@ -32,14 +33,14 @@ def tensor_quantizer(sample: Tensor, bits: int, recipe: Recipe) -> UniformQuanti
 
 
 def norm_quantizer(
-    sample: Tensor, bits: int, recipe: Recipe, weight_reach: Tensor, *, keep_zero: bool, bias: Tensor | None = None
+    sample: Tensor, bits: int, recipe: Recipe, weights: Sequence[Weight], *, keep_zero: bool, bias: Tensor | None = None
 ) -> UniformQuantizer:
     """The output of a norm: one scale per channel (to be reparameterized), or one for all where the recipe says
     `layerwise`.
 
     Args:
         sample: shape (D, N), float32.
-        weight_reach: the largest magnitude of the weights that read each channel, shape (D,); what `smooth` balances.
+        weights: those that read it, float32 of shape (out, D), and what becomes of them.
         keep_zero: give all channels the middle code as zero point, so that the reparameterization shifts nothing.
         bias: of the norm, shape (D,). The rest of a value is what a kernel computes and rounds, and a channel in which
             that is nearly constant gets no finer steps than it has digits: codes would be made of the rounding.
@@ -47,14 +48,17 @@ def norm_quantizer(
     if recipe.norm == "layerwise":
         return tensor_quantizer(_thinned(sample.reshape(1, -1)), bits, recipe)
     if recipe.norm == "smooth":
-        return _smoothed(sample, bits, recipe, weight_reach)
+        return _smoothed(sample, bits, recipe, torch.stack([weight.abs().amax(0) for weight, _, _ in weights]).amax(0))
     bounds = _channel_bounds(sample, bits, recipe.clipping)
     low, up = bounds.low.double(), bounds.up.double()
     if keep_zero:
         return UniformQuantizer(*_around_zero(low, up, bits), bits)
     computed = sample.double() if bias is None else sample.double() - bias.double()[:, None]
     finest = (FINEST * computed.abs().amax(1)).clamp(min=torch.finfo(torch.float32).tiny)
-    return UniformQuantizer(*parameters_from_range(low, up, bits, include_zero=False, finest=finest), bits)
+    scale, zero_point = parameters_from_range(low, up, bits, include_zero=False, finest=finest)
+    if recipe.balance and recipe.norm == "reparameterize":
+        scale, zero_point = balance(sample, scale, zero_point, bits, weights, finest)
+    return UniformQuantizer(scale, zero_point, bits)
 
 
 def softmax_quantizer(

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from repquant_fx.errors import CalibrationError, PassError
 
+LEAVES = 0.45  # of the amplitude of what rounding to nearest does to the output, about; for estimates
+
 
 @dataclass(frozen=True)
 class QuantizedWeight:

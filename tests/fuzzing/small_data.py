@@ -97,7 +97,9 @@ def recipes(draw: Any) -> Recipe:
         container=draw(st.sampled_from(["int8", "int8", "int4"])),
         softmax_scale=draw(st.sampled_from(["output", "percentile"])),
         correction=draw(st.booleans()),
-        equalize=draw(st.sampled_from([("values", "linear"), ("values", "query_key", "linear"), ("query_key",), ()])),
+        equalize=draw(st.sampled_from([
+            ("values", "linear", "keys"), ("values", "query_key", "linear"), ("query_key",), ("keys",), (),
+        ])),
         rotate=draw(st.sampled_from([(), (), (), ("residual",), ("heads",), ("residual", "heads")])),
         gptq=draw(st.booleans()),
         gptq_damping=0.0 if draw(some) == 0 else 0.01,

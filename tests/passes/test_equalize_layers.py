@@ -84,7 +84,10 @@ MODELS = {
         lambda: spread_rows(redraw(Encoder(causal=True)), "blocks.0.v"),
         {"values": 2, "query_key": 2, "linear": 0, "keys": 1},
     ),
-    "decoder": (lambda: spread_rows(redraw(Decoder()), "k", "v", "up"), {"values": 2, "query_key": 2, "linear": 1, "keys": 0}),
+    "decoder": (
+        lambda: spread_rows(redraw(Decoder()), "k", "v", "up"),
+        {"values": 2, "query_key": 2, "linear": 1, "keys": 0},
+    ),
     "no rotary": (
         lambda: spread_rows(redraw(Decoder(rotary=False)), "k", "v", "up"),
         {"values": 2, "query_key": 2, "linear": 1, "keys": 1},
@@ -97,7 +100,10 @@ MODELS = {
         lambda: spread_rows(redraw(Decoder(qk_norm=True, rotary=False)), "k_norm", "v"),
         {"values": 2, "query_key": 2, "linear": 1, "keys": 0},
     ),
-    "relu": (lambda: spread_rows(redraw(Relu(nn.ReLU())), "fc1"), {"values": 0, "query_key": 0, "linear": 1, "keys": 0}),
+    "relu": (
+        lambda: spread_rows(redraw(Relu(nn.ReLU())), "fc1"),
+        {"values": 0, "query_key": 0, "linear": 1, "keys": 0},
+    ),
     "gelu": (lambda: redraw(Relu(nn.GELU())), {"values": 0, "query_key": 0, "linear": 0, "keys": 0}),
 }
 
