@@ -76,6 +76,9 @@ class Evaluation:
     stride: int | None = None
     separator: str | None = None
     prompts: str | None = None
+    coco: str | Path | None = None
+    boxes: str | Path | None = None
+    modules: Mapping[str, str] | None = None
 
 
 def from_keywords(model: Any, calibration: Any, keywords: Mapping[str, Any]) -> tuple[Source, Calibration]:

@@ -182,14 +182,28 @@ def input_specs(captured: Captured, module: nn.Module | None = None) -> list[Inp
 
 
 def _calibration_data(matched: Matched, calibration: Calibration, run: Run) -> CalibrationSet:
-    """The data itself; of a part what reaches it when the whole runs on the data."""
+    """The data itself; of a part what reaches it when the whole runs on the data: all inputs of the whole, or those
+    alone that the part depends on.
+    """
     part = matched.loaded.part
     if part is not None and calibration.data is not None:
         text = _tokenization(part.whole, calibration.seq_len, calibration.tokenizer)
-        whole = load_calibration(calibration.data, _example_specs(part.whole), text=text, seed=calibration.seed,
-                                 preprocessing=part.whole.preprocessing, samples=_samples(calibration, text),
-                                 batch_size=calibration.batch_size)
-        return replace(whole, batches=[part.inputs(batch) for batch in whole.batches])
+        every = _example_specs(part.whole)
+
+        def load(specs: list[InputSpec]) -> CalibrationSet:
+            return load_calibration(calibration.data, specs, text=text, seed=calibration.seed,
+                                    preprocessing=part.whole.preprocessing, samples=_samples(calibration, text),
+                                    batch_size=calibration.batch_size)
+
+        needed = list(range(len(every)))
+        try:
+            whole = load(every)
+        except CalibrationError:
+            needed = part.needed()
+            if len(needed) in (0, len(every)):
+                raise
+            whole = load([every[index] for index in needed])
+        return replace(whole, batches=[part.inputs(part.completed(batch, needed)) for batch in whole.batches])
     return _own_data(matched, calibration, run)
 
 

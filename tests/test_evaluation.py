@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
-import types
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +19,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from repquant_fx.errors import CalibrationError, InputError, ModelFileError
-from repquant_fx.evaluation import Accuracy, accuracy_of, evaluate, labelled_folder, preprocessing_from_onnx
+from repquant_fx.evaluation import (
+    Accuracy,
+    accuracy_of,
+    evaluate,
+    labelled_folder,
+    preprocessing_from_onnx,
+    runners,
+)
+from repquant_fx.frontends.loading import LoadedModel
 from repquant_fx.options import Source
 
 SIZE = (3, 4, 4)
@@ -82,12 +87,10 @@ def torch_source(monkeypatch) -> Callable[..., None]:
                 inputs: int = 1) -> None:
         def load_source(source):
             assert source == Source("some.pt", "timm:x", allow_pickle=True)
-            return SimpleNamespace(module=module, guard=nullcontext(), exported=exported, preprocessing=preprocessing,
-                                   example_inputs=(torch.zeros(batch, *SIZE),) * inputs)
+            examples = (torch.zeros(batch, *SIZE),) * inputs
+            return LoadedModel(module, exported, examples, False, preprocessing, "some.pt")
 
-        fake = types.ModuleType("repquant_fx.frontends.loading")
-        fake.load_source = load_source  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "repquant_fx.frontends.loading", fake)
+        monkeypatch.setattr(runners, "load_source", load_source)
 
     return install
 

@@ -141,19 +141,30 @@ class ImageReader:
 
     def __call__(self, path: Path) -> Tensor | Unreadable:
         """The image as float32 (C, H, W), or why it cannot be read."""
-        from PIL import Image
+        return read_image(path, lambda image: self.transform(_to_channels(image, self.size[0])))
 
-        if kind := irregular(path):
-            return Unreadable(path, f"it is {kind}")
-        try:
-            with Image.open(path, formats=_FORMATS) as image:
-                if image.width * image.height > _MOST_PIXELS:
-                    return Unreadable(path, f"{image.width}x{image.height} pixels are more than {_MOST_PIXELS}")
-                if max(image.size) > _LONGEST * min(image.size):
-                    return Unreadable(path, f"{image.width}x{image.height} pixels are too long and thin")
-                return self.transform(_to_channels(image, self.size[0]))
-        except Exception as error:
-            return Unreadable(path, str(error).splitlines()[0] if str(error) else type(error).__name__)
+
+def read_image(path: Path, convert: Callable[[Image], Tensor]) -> Tensor | Unreadable:
+    """What `convert` makes of an image, or why it cannot be read."""
+    from PIL import Image
+
+    if kind := irregular(path):
+        return Unreadable(path, f"it is {kind}")
+    try:
+        with Image.open(path, formats=_FORMATS) as image:
+            if image.width * image.height > _MOST_PIXELS:
+                return Unreadable(path, f"{image.width}x{image.height} pixels are more than {_MOST_PIXELS}")
+            if max(image.size) > _LONGEST * min(image.size):
+                return Unreadable(path, f"{image.width}x{image.height} pixels are too long and thin")
+            return convert(image)
+    except Exception as error:
+        return Unreadable(path, str(error).splitlines()[0] if str(error) else type(error).__name__)
+
+
+def read_pixels(path: Path) -> Tensor | Unreadable:
+    """The image as it is: float32 (3, height, width), RGB in [0, 1]; or why it cannot be read."""
+    return read_image(path, lambda image: torch.from_numpy(
+        np.asarray(_to_channels(image, 3), dtype=np.float32) / 255).permute(2, 0, 1).contiguous())
 
 
 def mean_and_deviation(preprocessing: Mapping[str, Any] | None, channels: int) -> tuple[Tensor, Tensor]:

@@ -112,7 +112,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _measured(options: argparse.Namespace) -> tuple[Callable[[Any], float], float]:
     """A measure of compiled models on the data, larger is better, and what it must reach."""
-    from repquant_fx.evaluation import METRICS, Accuracy, Perplexity, deduce_metric, measure
+    from repquant_fx.evaluation import METRICS, Accuracy, Perplexity, Similarity, deduce_metric, measure
     from repquant_fx.files import scratch
 
     metric = deduce_metric(Path(options.data))
@@ -124,7 +124,10 @@ def _measured(options: argparse.Namespace) -> tuple[Callable[[Any], float], floa
         result = measure(source, how)
         if isinstance(result, Perplexity):
             return -result.perplexity
-        return result.top1 if isinstance(result, Accuracy) else 100 * result.spearman
+        if isinstance(result, Similarity):
+            return 100 * result.spearman
+        assert isinstance(result, Accuracy)  # what other metrics need, a search is not given
+        return result.top1
 
     def quality(compiled: Any) -> float:
         with scratch() as folder:

@@ -17,8 +17,12 @@ from torch import Tensor
 
 from repquant_fx.calibration.images import shape_text
 from repquant_fx.calibration.inputs import InputSpec
+from repquant_fx.compiled_module import run_from_file
 from repquant_fx.errors import InputError, RepQuantError, first_line
+from repquant_fx.evaluation.labels import labels_beside, read_labels
 from repquant_fx.exporters.reading import read_onnx
+from repquant_fx.frontends.huggingface import is_huggingface
+from repquant_fx.frontends.loading import LoadedModel, load_source
 from repquant_fx.options import Source
 from repquant_fx.security.guard import guarded
 from repquant_fx.torch_private import pytree
@@ -41,6 +45,7 @@ class Runner:
         preprocessing: of images, a timm data config; None where nothing is known.
         tokenizer: of transformers, if one lies beside the model.
         task: one of `frontends.tasks.TASKS`; None where it is not known.
+        labels: names of its classes by number, where its configuration has them.
     """
 
     call: Call
@@ -50,6 +55,7 @@ class Runner:
     preprocessing: Mapping[str, Any] | None = None
     tokenizer: Any | None = None
     task: str | None = None
+    labels: Mapping[int, str] | None = None
 
     def input(self, name: str) -> InputSpec | None:
         """The input of this name."""
@@ -100,19 +106,23 @@ def first_rows(outputs: Tensor, count: int) -> Tensor:
     return outputs[:count] if outputs.ndim and len(outputs) > count else outputs
 
 
-def open_runner(source: Source, threads: int | None = None) -> Runner:
+def open_runner(source: Source, threads: int | None = None, modules: Mapping[str, str] | None = None) -> Runner:
     """A model ready to run: an `.onnx` in ONNX Runtime, anything else that `load_model` takes in torch.
 
     Args:
         source: its task is that a transformers directory is built for; of others the model decides.
         threads: of ONNX Runtime; None leaves the choice to it. For torch see `torch_threads`.
+        modules: files that run in place of modules of a torch model, by their paths.
 
     Raises:
-        InputError: the model cannot be loaded.
+        InputError: the model or a file cannot be loaded.
     """
     if Path(source.model).suffix.lower() == ".onnx":
+        if modules:
+            raise InputError(f"--module {next(iter(modules))}: {source.model} is a file in which modules are no parts "
+                             "any more; give the torch model")
         return _onnx_runner(str(source.model), threads)
-    return _torch_runner(source)
+    return runner_of(load_torch(source, threads, modules), str(source.model))
 
 
 def preprocessing_from_onnx(path: str | Path) -> dict[str, Any] | None:
@@ -158,7 +168,8 @@ def _onnx_runner(path: str, threads: int | None) -> Runner:
     preprocessing = file.metadata.preprocessing()
     with guarded(f"reading {path}"):
         found = session(file.data, threads=threads)
-    return replace(_session_runner(found, path), preprocessing=preprocessing, tokenizer=_tokenizer_beside(Path(path)))
+    return replace(_session_runner(found, path), preprocessing=preprocessing, tokenizer=_tokenizer_beside(Path(path)),
+                   labels=labels_beside(Path(path)))
 
 
 def proto_runner(proto: onnx.ModelProto, source: str, threads: int | None = None) -> Runner:
@@ -207,15 +218,28 @@ def _tokenizer_beside(path: Path) -> Any | None:
 # ---- torch -----------------------------------------------------------------------------------------------------------
 
 
-def _torch_runner(source: Source) -> Runner:
-    from repquant_fx.frontends.huggingface import is_huggingface
-    from repquant_fx.frontends.loading import load_source
+def load_torch(
+    source: Source, threads: int | None = None, modules: Mapping[str, str] | None = None
+) -> LoadedModel:
+    """A torch model, with files in place of some of its modules; see `open_runner`.
 
-    name = str(source.model)
-    loaded = load_source(source if is_huggingface(name) else replace(source, task=None))
+    Raises:
+        InputError: the model or a file cannot be loaded.
+    """
+    loaded = load_source(source if is_huggingface(str(source.model)) else replace(source, task=None))
+    for path, file in (modules or {}).items():
+        if loaded.module is None:
+            raise InputError(f"--module {path}: {loaded.source} is a program, in which modules are no parts any more")
+        run_from_file(loaded.module, path, file, threads)
+    return loaded
+
+
+def runner_of(loaded: LoadedModel, name: str) -> Runner:
+    """A loaded model as a runner; `name` is for messages."""
     runner = _program_runner(loaded, name) if loaded.exported is not None else _module_runner(loaded, name)
-    return replace(runner, preprocessing=loaded.preprocessing, tokenizer=getattr(loaded, "tokenizer", None),
-                   task=getattr(loaded, "task", None))
+    config = getattr(loaded.module, "config", None)
+    return replace(runner, preprocessing=loaded.preprocessing, tokenizer=loaded.tokenizer, task=loaded.task,
+                   labels=read_labels(getattr(config, "id2label", None)))
 
 
 def _module_runner(loaded: Any, source: str) -> Runner:

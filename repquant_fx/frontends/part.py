@@ -45,6 +45,28 @@ class Part:
         """
         return tuple(self._arguments(batch)[0].values())
 
+    def needed(self) -> list[int]:
+        """Which inputs of the whole change what reaches the part: those of which other rows give it something else.
+
+        Raises:
+            InputError: as `inputs` does.
+        """
+        examples = self.whole.example_inputs
+        before, found = self.inputs(examples), list[int]()
+        for index, example in enumerate(examples):
+            rolled = example.roll(1, 0)
+            after = before if torch.equal(rolled, example) else self.inputs(
+                (*examples[:index], rolled, *examples[index + 1:]))
+            if torch.equal(rolled, example) or not all(map(torch.equal, before, after)):
+                found.append(index)
+        return found
+
+    def completed(self, batch: Sequence[Tensor], needed: Sequence[int]) -> tuple[Tensor, ...]:
+        """A batch for the whole of the inputs that are needed; the others are the first row of the example."""
+        given = dict(zip(needed, batch, strict=True))
+        return tuple(given[i] if i in given else example[:1].expand(len(batch[0]), *example.shape[1:])
+                     for i, example in enumerate(self.whole.example_inputs))
+
     def _arguments(self, batch: Sequence[Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and plain values by name; those that are the default are left out."""
         module, names = self.whole.module, self.whole.input_names
