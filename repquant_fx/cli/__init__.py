@@ -24,6 +24,7 @@ from repquant_fx.cli import (
     evaluate,
     generate,
     inspect,
+    lm_eval,
     recipe,
     search,
     sensitivity,
@@ -39,6 +40,7 @@ from repquant_fx.version import VERSION
 COMMANDS = {
     "compile": compile,
     "evaluate": evaluate,
+    "lm-eval": lm_eval,
     "generate": generate,
     "inspect": inspect,
     "recipe": recipe,

@@ -163,7 +163,7 @@ def _documents(path: Path, separator: str | None) -> list[str]:
 
 def _nats(runner: Runner, batch: Sequence[Window]) -> float:
     """Negative log-likelihood of the scored tokens of windows of one length, summed in float64."""
-    logits = _logits(runner, [w.tokens for w in batch])
+    logits = token_logits(runner, [w.tokens for w in batch])
     total = 0.0
     for row, window in zip(logits, batch):
         wanted = torch.tensor(window.tokens[window.scored:])
@@ -180,7 +180,7 @@ def _nats(runner: Runner, batch: Sequence[Window]) -> float:
     return total
 
 
-def _logits(runner: Runner, rows: Sequence[Sequence[int]]) -> Tensor:
+def token_logits(runner: Runner, rows: Sequence[Sequence[int]]) -> Tensor:
     """(rows, length, vocabulary) of rows of one length; a file's fixed length is filled up behind them, where a causal
     model cannot see.
     """
@@ -211,7 +211,7 @@ def _check_causal(runner: Runner, tokens: Sequence[int]) -> None:
     """
     probe = list(tokens[:_PROBE])
     other = [*probe[:-1], next(token for token in (*tokens, 0, 1) if token != probe[-1])]
-    one, two = (_logits(runner, [row])[0, :len(probe) - 1].double() for row in (probe, other))
+    one, two = (token_logits(runner, [row])[0, :len(probe) - 1].double() for row in (probe, other))
     if float((one - two).abs().max()) > _LEAK * float(one.abs().max()):
         raise InputError(
             f"{runner.source} is no causal language model: its logits at a token depend on the tokens after it, so it "

@@ -8,9 +8,9 @@
 | no program, no socket, no tracing, no signal to others | seccomp | `pyseccomp` is installed |
 
 The packages come with `pip install "repquant-fx[sandbox]"`, for Linux; pyseccomp needs the system's libseccomp. Not
-confined are commands in which the user's own code runs (`--allow-pickle`, `--calib module:callable`), that need the
-network (the hub, torchrun) or a GPU, whose driver writes and connects where it likes, and reserves addresses for all
-the memory that it may ever map. Reading is never restricted.
+confined are commands in which the user's own code runs (`--allow-pickle`, `--calib module:callable`, `lm-eval`), that
+need the network (the hub, torchrun) or a GPU, whose driver writes and connects where it likes, and reserves addresses
+for all the memory that it may ever map. Reading is never restricted.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def _free(options: argparse.Namespace) -> bool:
     hub = any(value.startswith(_HUB) and not os.path.isdir(value.removeprefix(_HUB)) for value in values)
     calibration = getattr(options, "calib", None) or ""
     callable_given = ":" in calibration and not os.path.exists(calibration)
-    return bool(options.allow_pickle or callable_given or hub or any(_PRETRAINED in value for value in values)
+    tasks = getattr(options, "tasks", None) is not None  # of lm_eval: libraries that keep caches, code of the user
+    return bool(options.allow_pickle or tasks or callable_given or hub or any(_PRETRAINED in value for value in values)
                 or "WORLD_SIZE" in os.environ)
 
 
