@@ -1,7 +1,7 @@
 """Post-training quantization of transformers by scale reparameterization: torch.fx in, ONNX QDQ out.
 
-The public API: `compile`, `compile_in_place`, `CompiledModel`, `Recipe`, `LayerRule`, `repq_vit`, `smoothquant`, `rtn`,
-the errors, and `session` to run a file.
+The public API: `compile`, `compile_in_place`, `from_pretrained`, `CompiledModel`, `Recipe`, `LayerRule`, `repq_vit`,
+`smoothquant`, `rtn`, the errors, and `session` to run a file.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from repquant_fx.compiler import compile
     from repquant_fx.errors import InputError, ParityError, RepQuantError
     from repquant_fx.in_place import compile_in_place
+    from repquant_fx.pretrained import from_pretrained
     from repquant_fx.recipe import LayerRule, Recipe, repq_vit, rtn, smoothquant
     from repquant_fx.runtime import session
 
@@ -28,6 +29,7 @@ __all__ = [
     "__version__",
     "compile",
     "compile_in_place",
+    "from_pretrained",
     "repq_vit",
     "rtn",
     "session",
@@ -35,7 +37,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "compile_in_place": "in_place",
+    "compile_in_place": "in_place", "from_pretrained": "pretrained",
     "compile": "compiler", "CompiledModel": "compiled", "Recipe": "recipe", "LayerRule": "recipe", "repq_vit": "recipe",
     "rtn": "recipe", "smoothquant": "recipe",
     "session": "runtime", "InputError": "errors", "ParityError": "errors", "RepQuantError": "errors",

@@ -17,6 +17,16 @@ from repquant_fx.runtime import run, session
 from repquant_fx.torch_private import pytree
 
 
+class Outputs(dict[str, Tensor]):
+    """Tensors by name, also as attributes, as transformers gives them."""
+
+    def __getattr__(self, name: str) -> Tensor:
+        try:
+            return self[name]
+        except KeyError as error:
+            raise AttributeError(f"the compiled file gives {', '.join(self)}, but no {name}") from error
+
+
 class CompiledModule(nn.Module):
     """Computes what a module computed, by ONNX Runtime, on the CPU and without gradients.
 
@@ -26,7 +36,7 @@ class CompiledModule(nn.Module):
     Attributes:
         compiled: the model that runs; None where it was read from a file.
         original: the module that it stands for.
-        inputs: names of those that the file takes.
+        inputs, outputs: names of those that the file takes, and gives.
     """
 
     def __init__(
@@ -34,6 +44,7 @@ class CompiledModule(nn.Module):
     ) -> None:
         """
         Args:
+            original: the module that it stands for.
             source: the compiled module, or its `.onnx`.
             threads: of ONNX Runtime; its default where None.
 
@@ -48,7 +59,19 @@ class CompiledModule(nn.Module):
             source.session(threads) if isinstance(source, CompiledModel) else session(source, threads=threads)
         )
         self.inputs = [value.name for value in self._session.get_inputs()]
+        self.outputs = [value.name for value in self._session.get_outputs()]
         self._structure: Any = None
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the compiled file, and what belongs beside it, into a directory; returns the file.
+
+        Raises:
+            OutputError: it cannot be written.
+            InputError: the module runs from a file, which is written already.
+        """
+        if self.compiled is None:
+            raise InputError("this module runs from a file, which is written already")
+        return self.compiled.save(folder, force=True)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -66,14 +89,18 @@ class CompiledModule(nn.Module):
         """
         named = bind(self.original, args, kwargs)
         try:
-            tensors = {name: named[name] for name in self.inputs}
-            first = next(iter(tensors.values()))
+            first = next(value for value in named.values() if isinstance(value, Tensor))
+            # a mask that is left out hides nothing
+            tensors = {name: torch.ones_like(first) if "mask" in name and named.get(name) is None else named[name]
+                       for name in self.inputs}
             found = run(self._session, {name: _plain(value) for name, value in tensors.items()})
         except Exception as error:
             shapes = {name: tuple(value.shape) for name, value in named.items() if isinstance(value, Tensor)}
             raise InputError(f"the compiled module does not run on {shapes}: {first_line(error)}; compile it on inputs "
                              "of this shape") from error
         leaves, spec = self._structure or self._learn(args, kwargs)
+        if sum(isinstance(leaf, Tensor) for leaf in leaves) != len(found):  # the file gives what its task asks for
+            return Outputs({name: value.to(first.device) for name, value in zip(self.outputs, found, strict=True)})
         results = iter(found)
         filled = [next(results).to(first.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         return pytree.tree_unflatten(filled, spec)
