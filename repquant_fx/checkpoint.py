@@ -9,6 +9,7 @@ and runs the finished part once over the data to reach the next group.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import warnings
@@ -24,6 +25,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 from torch.fx import GraphModule
 
+import repquant_fx
+from repquant_fx import exporters, passes
 from repquant_fx.distributed import Tensors, World
 from repquant_fx.errors import OutputError, RepQuantWarning
 from repquant_fx.files import write_part
@@ -127,8 +130,8 @@ def open_cache(work_dir: str | Path | None, digest: str, world: World) -> Checkp
 
 
 def fingerprint(graph_module: GraphModule, batches: Sequence[tuple[Tensor, ...]], recipe: Recipe, seed: int) -> str:
-    """SHA-256 (hex) of the graph, its constants, the calibration data, the recipe, the seed, and the versions of this
-    package and of torch."""
+    """SHA-256 (hex) of the graph, its constants, the calibration data, the recipe, the seed, the code of this package
+    and the version of torch."""
     digest = graph_digest(graph_module, recipe.to_dict(), seed)
     for batch in batches:
         digest.update(b"\nbatch")
@@ -138,13 +141,31 @@ def fingerprint(graph_module: GraphModule, batches: Sequence[tuple[Tensor, ...]]
 
 
 def graph_digest(graph_module: GraphModule, *settings: Any) -> hashlib._Hash:
-    """SHA-256 of a graph, its constants, plain settings, and the versions of this package and of torch."""
-    digest = hashlib.sha256(json.dumps([VERSION, torch.__version__, *settings], sort_keys=True).encode())
+    """SHA-256 of a graph, its constants, plain settings, the code of this package and the version of torch."""
+    about = [VERSION, code_digest(), torch.__version__, *settings]
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for node in graph_module.graph.nodes:
         digest.update(f"\n{node.format_node()}".encode())
         if node.op == "get_attr":
             _update(digest, attribute(graph_module, node))
     return digest
+
+
+@functools.cache
+def code_digest() -> str:
+    """SHA-256 (hex) of the sources of this package: work that other code did is not gone on with, though the version
+    may be the same.
+    """
+    digest = hashlib.sha256()
+    seen: dict[Path, str] = {}  # two of the packages may be links inside the first
+    for package in (passes, exporters, repquant_fx):
+        folder = Path(package.__path__[0])
+        for path in folder.rglob("*.py"):
+            seen.setdefault(path.resolve(), f"{package.__name__}/{path.relative_to(folder).as_posix()}")
+    for path, name in sorted(seen.items(), key=lambda item: item[1]):
+        digest.update(f"\n{name}\n".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _update(digest: hashlib._Hash, tensor: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,8 +21,9 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 from torch.fx import GraphModule
 
-from repquant_fx import Recipe, compile
-from repquant_fx.checkpoint import fingerprint, open_checkpoint
+import repquant_fx
+from repquant_fx import Recipe, compile, exporters, passes
+from repquant_fx.checkpoint import code_digest, fingerprint, open_checkpoint
 from repquant_fx.cli import main
 from repquant_fx.compiled import CompiledModel
 from repquant_fx.distributed import World
@@ -182,9 +184,24 @@ def test_what_a_fingerprint_sees(encoder_graph, monkeypatch: pytest.MonkeyPatch)
         fingerprint(encoder_graph(), x, Recipe(wbits=4, abits=5), 0),
         fingerprint(encoder_graph(), x, RECIPE, 1),
     ]
-    monkeypatch.setattr(module, "VERSION", "other")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "VERSION", "other")
+        digests.append(fingerprint(encoder_graph(), x, RECIPE, 0))
+    monkeypatch.setattr(module, "code_digest", lambda: "other")
     digests.append(fingerprint(encoder_graph(), x, RECIPE, 0))
     assert len(set(digests)) == len(digests)
+
+
+def test_the_code_counts_wherever_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = code_digest()
+    for package in (repquant_fx, exporters, passes):
+        place = tmp_path / package.__name__
+        links = ("passes", "exporters") if package is repquant_fx else ()  # that `make` may have made
+        shutil.copytree(package.__path__[0], place, ignore=shutil.ignore_patterns("__pycache__", *links))
+        monkeypatch.setattr(package, "__path__", [str(place)])
+    assert code_digest.__wrapped__() == before
+    (tmp_path / "repquant_fx.passes/base.py").write_text("changed = True\n")
+    assert code_digest.__wrapped__() != before
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ import pytest
 from helpers import FAST
 from pictures import ARCH
 
+import repquant_fx
+
 ROOT = Path(__file__).parents[1]
 PARTS = {"repquant_fx": "repquant_fx", "passes": "repquant_fx/passes", "exporters": "repquant_fx/exporters"}
 
@@ -58,6 +60,14 @@ def test_every_file_of_the_package_is_in_it(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         found = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert found == expected
+
+
+def test_the_command_has_the_name_of_the_package(wheel: Path) -> None:
+    """So that pipx run finds it: pipx run --spec . repquant-fx."""
+    with zipfile.ZipFile(wheel) as archive:
+        (entries,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith("entry_points.txt"))
+    assert "repquant-fx = repquant_fx.cli:main" in entries.splitlines()
+    assert wheel.name.startswith(f"repquant_fx-{repquant_fx.__version__}-")
 
 
 @pytest.mark.slow

@@ -175,7 +175,8 @@ def totals(inspection: Inspection) -> list[str]:
     """A few lines below the tables."""
     about = inspection.about
     kinds = ", ".join(f"{count} {kind}" for kind, count in about["kinds"].items())
-    lines = [f"{about['sites']} quantized sites ({kinds}); {len(inspection.left_alone)} operators left alone; "
+    lines = [f"{about['weighted_layers']} weighted layers and {about['products']} products read {about['sites']} "
+             f"quantized sites ({kinds}); {len(inspection.left_alone)} operators left alone; "
              f"{about['quantized_parameters']:,} weights"]
     if not inspection.compiled:
         return [f"{inspection.source}: what `compile` would do, {about['bits']}", *lines]

@@ -6,6 +6,7 @@ that the rule is our own. So is the one for a bilinear layer, which torch cannot
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -77,4 +78,19 @@ def decomposed(program: torch.export.ExportedProgram) -> nn.Module:
         torch.ops.aten.bilinear.default: decompose_bilinear,
         **grouped_rules(),
     }
-    return program.run_decompositions(rules).module(check_guards=False)
+    try:
+        return program.run_decompositions(rules).module(check_guards=False)
+    except (RuntimeError, ValueError) as error:
+        if "view" not in str(error):
+            raise
+        return _with_reshapes(program).run_decompositions(rules).module(check_guards=False)
+
+
+def _with_reshapes(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """A copy whose views may copy: torch's attention gives its result in an order of memory that some views rely on."""
+    copied = copy.deepcopy(program)
+    for node in copied.graph.nodes:
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
+    copied.graph_module.recompile()
+    return copied

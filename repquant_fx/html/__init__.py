@@ -78,8 +78,7 @@ def inspection_page(inspection: Inspection, *, command: str) -> str:
     Args:
         command: the command line that made the page.
 
-    Raises:
-        InputError: plotly is not installed.
+    Without plotly the figures are left out.
     """
     about, audited = inspection.about, [row for row in inspection.rows if row.integer is not None]
     file = shlex.quote(inspection.source)
@@ -115,8 +114,7 @@ def _fill(data: Mapping[str, Any], heading: str) -> str:
     ).replace("<", "\\u003c")
     return Template(_read("template.html")).substitute(
         title=html.escape(printable(f"{_headline(heading)} — repquant-fx")), version=VERSION,
-        style=_read("style.css"),
-        plotly=plotly_script() if data["layers"] else "", data=text, script=_read("report.js"))
+        style=_read("style.css"), plotly=_library(data), data=text, script=_read("report.js"))
 
 
 def plotly_script() -> str:
@@ -130,6 +128,16 @@ def plotly_script() -> str:
     except ImportError as error:
         raise InputError("the HTML report needs plotly; install it with: pip install 'repquant-fx[report]'") from error
     return str(get_plotlyjs())
+
+
+def _library(data: Mapping[str, Any]) -> str:
+    """The plotting library where there is something to draw; a page of sites is worth reading without it, too."""
+    if data["layers"]:
+        return plotly_script()
+    try:
+        return plotly_script() if data.get("sites") else ""
+    except InputError:
+        return ""
 
 
 def versions() -> dict[str, str]:

@@ -58,12 +58,13 @@ function summary() {
   const report = data.report, parity = data.parity, calibration = report.calibration;
   const weighted = layers.filter(l => l.weight).length;
   document.getElementById("head").append(element("h1", {}, data.title), element("p", {},
-    [report.compiled === false ? "not compiled yet: what would be done" : null, report.bits, layers.length ? layers.length + " quantized layers" : null, report.repquant_fx && "repquant-fx " + report.repquant_fx].filter(Boolean).join(" · ")));
+    [report.compiled === false ? "not compiled yet: what would be done" : null, report.bits, layers.length ? layers.length + " quantized layers" : null, report.target && "for " + report.target, report.repquant_fx && "repquant-fx " + report.repquant_fx].filter(Boolean).join(" · ")));
   const cards = element("div", { className: "cards" });
   const card = (value, text, bad) => cards.append(element("div", { className: bad ? "card bad" : "card" }, element("b", {}, value), element("span", {}, text)));
   if (known(report.output_sqnr_db)) card(decibel(report.output_sqnr_db), "output against the float model (SQNR)" + (calibration ? `, ${calibration.held_back} held-back samples` : ""));
   if (parity) card(parity.agrees ? "agrees" : "disagrees", `checked in ONNX Runtime at each of ${parity.compared} quantizers on equal inputs: ${parity.worst_share ? `at most ${percent(parity.worst_share)} of the codes differ` : "0 codes differ, ties aside"}`, !parity.agrees);
   if (layers.length) card(`${weighted} + ${layers.length - weighted}`, "layers with weights + matrix products");
+  if (known(report.weighted_layers)) card(`${report.weighted_layers} + ${report.products}`, "layers with weights + matrix products");
   if (known(report.sites)) card(String(report.sites), (report.compiled ? "quantized activations: " : "activations would be quantized: ") + Object.entries(report.kinds).map(([kind, n]) => `${n} ${kind}`).join(", "));
   if (known(report.quantized_parameters)) card(report.quantized_parameters.toLocaleString("en"), report.compiled ? "quantized weights" : "weights would be quantized");
   if (known(data.products)) card(`${data.products - data.lost.length} of ${data.products}`, "quantized products run as integer kernels under ONNX Runtime");
@@ -99,7 +100,30 @@ function sites() {
     { title: "integer kernel", text: r => known(r.integer) ? (r.integer ? "yes" : "no") : "?" }, { title: "size", number: true, text: r => size(r.bytes) });
   else columns.push({ title: "weights", number: true, text: r => r.parameters ? r.parameters.toLocaleString("en") : "" });
   columns.push({ title: "rewritten", style: "reason", text: r => r.rewritten.join("; ") });
+  siteFigures(compiled);
   section(compiled ? "Quantized sites" : "What would be quantized", note("One row per activation and what reads it, in graph order."), table(columns, data.sites));
+}
+
+// Where the weights are, and how far apart the scales: a bar and a mark for each site.
+function siteFigures(compiled) {
+  if (typeof Plotly === "undefined" || !data.sites.length) return;
+  const rows = data.sites, x = rows.map((_, i) => i), names = rows.map(r => plain(r.site)), kinds = [...new Set(rows.map(r => r.kind))];
+  const colors = Object.fromEntries(kinds.map((kind, i) => [kind, Object.values(COLORS)[i % 5]]));
+  const axis = { title: { text: "site, in graph order" }, range: [-0.7, rows.length - 0.3], showgrid: false, zeroline: false };
+  const weight = r => compiled ? r.bytes : r.parameters, place = plot("sizes");
+  section(compiled ? "Where the bytes are" : "Where the weights are", note((compiled ? "Bytes of the weights, scales and biases" : "Number of the weights") + " behind each site, by kind."), place);
+  draw(place, kinds.map(kind => {
+    const own = x.filter(i => rows[i].kind === kind);
+    return { type: "bar", width: 0.85, name: plain(kind), x: own, y: own.map(i => weight(rows[i])), marker: { color: colors[kind] },
+      customdata: own.map(i => names[i]), hovertemplate: "%{customdata}<br>%{y:,}<extra></extra>" };
+  }), { barmode: "overlay", xaxis: axis, yaxis: { title: { text: compiled ? "bytes" : "weights" } }, showlegend: kinds.length > 1 });
+  const scaled = x.filter(i => known(rows[i].scale));
+  if (!scaled.length) return;
+  const ends = v => Array.isArray(v) ? v : [v, v], scales = plot("scales");
+  section("Scales", note("The scale of each activation, on a logarithmic axis; where there is one per channel, the smallest and the largest."), scales);
+  const marks = (name, side, symbol) => ({ mode: "markers", name, x: scaled, y: scaled.map(i => ends(rows[i].scale)[side]), marker: { color: AFTER, symbol, size: 7 },
+    customdata: scaled.map(i => names[i]), hovertemplate: "%{customdata}<br>%{y:.4g}<extra></extra>", showlegend: false });
+  draw(scales, [marks("smallest", 0, "circle"), marks("largest", 1, "circle-open")], { xaxis: axis, yaxis: { type: "log", title: { text: "scale" }, exponentformat: "power" } });
 }
 
 // ---- overviews over all layers ------------------------------------------------------------------------------------------------------

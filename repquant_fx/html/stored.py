@@ -153,6 +153,7 @@ class Report:
     recipe: dict[str, Any] | None
     source: str | None = None
     bits: str | None = None
+    target: str | None = None
     repquant_fx: str | None = None
     output_sqnr_db: float | None = None
     file_bytes: Count | None = None

@@ -64,7 +64,8 @@ def inspect_file(path: str | Path, *, audit: bool = True) -> Inspection:
     opset = next((entry.version for entry in file.model.opset_import if not entry.domain), None)
     about = {"version": version, "target": metadata.target(), "opset": opset,
              "method": metadata.entries.get("method"), "bits": metadata.entries.get("bits"),
-             **totals(rows), "quantized_bytes": weights, "other_bytes": stored - weights, "file_bytes": len(file.data),
+             **totals(rows, sum(layer.weight is None for layer in record.layers)),
+             "quantized_bytes": weights, "other_bytes": stored - weights, "file_bytes": len(file.data),
              "float_bytes": stored - weights + quantized * FLOAT_BYTES, "recipe": recipe}
     return Inspection(str(path), True, rows, [asdict(item) for item in record.left_alone], about)
 

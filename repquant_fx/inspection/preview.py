@@ -34,8 +34,9 @@ def inspect_model(model: Any, recipe: Any = None, **options: Any) -> Inspection:
             rows.append(Row(site.name, [_path(c) for c in site.consumers], kind_of(group.kind, site.name), site.bits,
                             [bits for bits, _ in behind], rewritten=list(group.notes),
                             parameters=sum(count for _, count in behind)))
+    products = sum(len(group.consumers) for group in matched.plan.groups if group.kind == "matmul")
     chosen = matched.recipe
-    about = {"bits": f"W{chosen.wbits}A{chosen.abits}", **totals(rows), "recipe": chosen.to_dict()}
+    about = {"bits": f"W{chosen.wbits}A{chosen.abits}", **totals(rows, products), "recipe": chosen.to_dict()}
     left = [{"path": item.path, "operator": item.operator, "reason": item.reason} for item in matched.plan.left_alone]
     return Inspection(matched.loaded.source, False, rows, left, about)
 

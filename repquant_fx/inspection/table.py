@@ -77,11 +77,14 @@ def kind_of(group: str, site: str) -> str:
     return KINDS.get(group, group)
 
 
-def totals(rows: Sequence[Row]) -> dict[str, Any]:
-    """Counts over the rows."""
+def totals(rows: Sequence[Row], products: int) -> dict[str, Any]:
+    """Counts over the rows, and of layers: those with weights, as each reads one activation, and the products of two,
+    which are counted by the caller.
+    """
     audited = [row.integer for row in rows if row.integer is not None]
     kinds: dict[str, int] = {}
     for row in rows:
         kinds[row.kind] = kinds.get(row.kind, 0) + 1
-    return {"sites": len(rows), "kinds": kinds, "quantized_parameters": sum(row.parameters for row in rows),
+    return {"sites": len(rows), "kinds": kinds, "weighted_layers": sum(len(row.weight_bits) for row in rows),
+            "products": products, "quantized_parameters": sum(row.parameters for row in rows),
             "integer_sites": sum(audited) if audited else None}

@@ -53,6 +53,8 @@ def test_a_file_for_people_and_for_programs(exported: Path, capsys: pytest.Captu
     )
     assert main(["inspect", str(exported), "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
+    about = data["about"]
+    assert f"{about['weighted_layers']} weighted layers and {about['products']} products read 10 " in found.stdout
     assert data["compiled"] and len(data["rows"]) == 10 and data["about"]["recipe"]["wbits"] == 4
 
 

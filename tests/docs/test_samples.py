@@ -23,7 +23,7 @@ from repquant_fx.cli import main, parser
 
 LANGUAGES = {"python", "sh", "yaml", "toml", "json", "text"}
 # known commands that are never run
-ELSEWHERE = {"docker", "eval", "source", "netron", "pip", "make", "python", "torchrun", "jq", "olive"}
+ELSEWHERE = {"docker", "eval", "source", "netron", "pip", "make", "python", "torchrun", "jq", "olive", "pipx"}
 CLI = "repquant-fx"
 FILE = re.compile(r"# (?:tests/)?passes/(\w+)\.py\n")  # first line of a block that is a whole file
 

@@ -24,6 +24,7 @@ pytest.importorskip("plotly", reason="the page needs plotly: pip install '.[repo
 
 from repquant_fx import html as pages
 from repquant_fx.inspection import inspect
+from repquant_fx.report import summary
 
 RECIPE = Recipe(wbits=4, abits=4)
 
@@ -104,15 +105,27 @@ def test_names_cannot_end_the_script(result: CompiledModel) -> None:
     assert data["layers"][0]["path"] == data["layers"][0]["label"] == data["source"] == evil and evil not in text
 
 
-def test_inspected_files_and_models(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspected_files_and_models(
+    folder: Path, result: CompiledModel, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = result.report["layers"]
     for source, compiled in (("model.onnx", True), ("model.pt2", False)):
         out = folder / f"{source}.html"
         assert main(["inspect", str(folder / source), "--html", str(out), "--quiet"]) == 0
         data, fetched = parsed(out.read_text())
         assert not fetched and data["report"]["compiled"] is compiled
-        assert out.stat().st_size < 1_000_000  # no figures, no plotting library
+        assert out.stat().st_size > 1_000_000  # figures of the sites, with the plotting library
+        about = data["report"]
+        if compiled:
+            assert about["weighted_layers"] == sum("weight" in layer for layer in layers)
+            assert about["products"] == len(layers) - about["weighted_layers"] and about["target"] == "ort-cpu"
+            counts = f"{about['weighted_layers']} weighted layers and {about['products']} products"
+            assert counts in summary(result.report)
         assert len(data["sites"]) == len(inspect(folder / source).rows) if compiled else data["sites"]
     assert capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)  # without it the page has no figures
+    assert main(["inspect", str(folder / "model.onnx"), "--html", str(out), "--force", "--quiet"]) == 0
+    assert out.stat().st_size < 1_000_000
 
 
 def test_inspection_with_a_report(folder: Path, result: CompiledModel, capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,6 +248,11 @@ def test_in_a_browser(folder: Path, width: int, height: int) -> None:
             and max(widths) - min(widths) < 1
         )
         assert drawn[0] >= 3 and drawn[1] <= width and drawn[2] == 0
+        arguments = ["inspect", str(folder / "model.onnx"), "--html", str(folder / "i.html"), "--force", "--quiet"]
+        assert main(arguments) == 0
+        driver.get(f"file://{folder / 'i.html'}")
+        assert driver.execute_script("return document.querySelectorAll('#sizes.js-plotly-plot, #scales .bars, "
+                                     "#scales.js-plotly-plot').length") == 2
         assert [e for e in driver.get_log("browser") if e["level"] == "SEVERE"] == []
         requests = [m for m in (json.loads(e["message"])["message"] for e in driver.get_log("performance"))
                     if m["method"] == "Network.requestWillBeSent" and m["params"]["request"]["url"].startswith("http")]

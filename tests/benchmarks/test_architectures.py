@@ -1,0 +1,85 @@
+"""The sweep over architectures: what is tried first, models made small, processes that end, and the page."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import architectures
+import pytest
+import results
+import shrink
+from results import Row
+
+DOCUMENT = Path(__file__).parents[2] / "docs/architectures.md"
+ROWS = {(("timm", name), 0): Row({"outcome": outcome, "reason": reason, "seconds": 1.0}, {"known": {"timm": 9}}, {})
+        for name, outcome, reason in (("b", "code for code", ""), ("a", "code for code", ""),
+                                      ("c", "refused", "a | b `c`"), ("d", "not captured", "x"))}
+
+
+def test_one_of_each_file_comes_first() -> None:
+    names = {"a1": "a", "a2": "a", "a3": "a", "b1": "b", "c1": "c", "c2": "c"}
+    assert architectures.chosen(names, None) == ["a1", "b1", "c1", "a2", "c2", "a3"]
+    assert architectures.chosen(names, 4) == ["a1", "b1", "c1", "a2"]
+    assert architectures.chosen(names, 2) == ["a1", "c1"] and architectures.chosen(names, 0) == []
+
+
+def test_configurations_are_made_small() -> None:
+    large = {"hidden_size": 768, "num_hidden_layers": 12, "vocab_size": 30522, "head_dim": 64, "dropout": 0.1,
+             "hidden_sizes": [64, 128], "depths": [3, 4], "tie": True, "pad_token_id": 50256, "eps": 1,
+             "text_config": {"d_model": 512}, "layer_types": ["full", "sliding"]}
+    small = shrink.smaller(large, ("layer_types",))
+    assert small == {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 96, "head_dim": 16, "dropout": 0.1,
+                     "hidden_sizes": [32, 32], "depths": [2, 1], "tie": True, "pad_token_id": 3, "eps": 1,
+                     "text_config": {"d_model": 32}}
+
+
+def test_processes_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    def burn(library: str, name: str) -> None:
+        while True:
+            pass
+
+    monkeypatch.setattr(architectures, "outcome", lambda library, name: {"outcome": library + name})
+    assert architectures.in_a_child("a", "b", 60)["outcome"] == "ab"
+    monkeypatch.setattr(architectures, "outcome", burn)
+    assert architectures.in_a_child("a", "b", 0.1) == {"outcome": "time limit", "reason": "0.1 s"} | {
+        "seconds": pytest.approx(1, abs=1000)}
+    monkeypatch.setattr(architectures, "outcome", lambda library, name: os._exit(7))
+    assert architectures.in_a_child("a", "b", 60)["reason"] == "it ended with the code 7"
+
+
+def test_the_page_counts() -> None:
+    text = architectures.page(ROWS)
+    assert "| tried | 4 |" in text and "| known | 9 |" in text and "captures** | 66.7 % |" in text
+    assert "| timm `c` | refused | `a \\| b 'c'` |" in text and "**timm**: `a`, `b`." in text
+
+
+def test_the_page_of_the_documents_is_that_of_the_rows() -> None:
+    rows = results.load(results.FOLDER / "architectures.json")
+    assert rows and DOCUMENT.read_text(encoding="utf-8") == architectures.page(rows)
+
+
+def test_an_interrupted_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def tried(library: str, name: str, seconds: float) -> results.Values:
+        done.append(name)
+        if name == "stop":
+            raise KeyboardInterrupt
+        return {"outcome": "code for code", "reason": ""}
+
+    monkeypatch.setattr(architectures, "in_a_child", tried)
+    about, path = {"commit": "a"}, tmp_path / "rows.json"
+    with pytest.raises(KeyboardInterrupt):
+        architectures.run(results.Results(path, about=about), [("timm", "one"), ("timm", "stop")], 1)
+    architectures.run(results.Results(path, about=about), [("timm", "one"), ("timm", "two")], 1)
+    assert done == ["one", "stop", "two"] and len(results.load(path)) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["timm:vit_tiny_patch16_224", "transformers:bert", "transformers:afmoe"])
+def test_small_models_compile(name: str) -> None:
+    assert sys.platform != "win32"
+    library, _, kind = name.partition(":")
+    assert architectures.outcome(library, kind) == {"outcome": architectures.DONE, "reason": ""}
