@@ -6,15 +6,19 @@ that the rule is our own. So is the one for a bilinear layer, which torch cannot
 
 from __future__ import annotations
 
-import copy
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Node
 from torch.overrides import TorchFunctionMode
 
 from repquant_fx.frontends.grouped import grouped_rules
+
+aten = torch.ops.aten
 
 
 def decompose_attention(
@@ -65,7 +69,9 @@ class VisibleAttention(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.scaled_dot_product_attention:
-            return decompose_attention(*args, **(kwargs or {}))
+            found = decompose_attention(*args, **(kwargs or {}))
+            # in the order of memory of torch's, on which a view may rely
+            return found.transpose(1, 2).contiguous().transpose(1, 2) if found.ndim == 4 else found
         return func(*args, **(kwargs or {}))
 
 
@@ -78,19 +84,32 @@ def decomposed(program: torch.export.ExportedProgram) -> nn.Module:
         torch.ops.aten.bilinear.default: decompose_bilinear,
         **grouped_rules(),
     }
-    try:
+    with _reshapes_behind_attention(program):
         return program.run_decompositions(rules).module(check_guards=False)
-    except (RuntimeError, ValueError) as error:
-        if "view" not in str(error):
-            raise
-        return _with_reshapes(program).run_decompositions(rules).module(check_guards=False)
 
 
-def _with_reshapes(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """A copy whose views may copy: torch's attention gives its result in an order of memory that some views rely on."""
-    copied = copy.deepcopy(program)
-    for node in copied.graph.nodes:
-        if node.target is torch.ops.aten.view.default:
-            node.target = torch.ops.aten.reshape.default
-    copied.graph_module.recompile()
-    return copied
+@contextmanager
+def _reshapes_behind_attention(program: torch.export.ExportedProgram) -> Iterator[None]:
+    """Views of what attention gives may copy, for the block: torch gives it in an order of memory that they rely on,
+    and the rule in another. Where a view will do, a reshape becomes one again.
+    """
+    attention, moved = aten.scaled_dot_product_attention.default, (aten.transpose.int, aten.permute.default)
+    found = []
+    for node in program.graph.nodes:
+        behind = node
+        while behind.target in (aten.view.default, *moved) and behind.args:
+            behind = behind.args[0]
+        if node.target is aten.view.default and behind.target is attention:
+            found.append(node)
+    _retarget(program, found, aten.reshape.default)
+    try:
+        yield
+    finally:
+        _retarget(program, found, aten.view.default)
+
+
+def _retarget(program: torch.export.ExportedProgram, nodes: Sequence[Node], target: Any) -> None:
+    for node in nodes:
+        node.target = target
+    if nodes:
+        program.graph_module.recompile()

@@ -232,3 +232,25 @@ def test_an_axis_that_cannot_be_free_is_named() -> None:
         captured = capture(Three(), [torch.ones(4, 3)], dynamic_axes=[{0: "batch", 1: "sequence"}])
     assert captured.graph_module.graph.find_nodes(op="placeholder")[0].meta[AXES] == {0: "batch"}
     assert captured.dynamic_batch and captured.graph_module(torch.ones(7, 3)).shape == (7, 2)
+
+
+class Viewed(nn.Module):
+    """A view of what attention gives: torch's order of memory allows it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.o = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x).view(*x.shape[:2], 2, 8).transpose(1, 2)
+        heads = nn.functional.scaled_dot_product_attention(q, q, q)
+        return self.o(heads.transpose(1, 2).view(*x.shape[:2], 16))
+
+
+def test_a_view_of_attention_that_its_order_of_memory_allows() -> None:
+    model, x = redraw(Viewed()), sequences(2)
+    program = torch.export.export(model, (x,))
+    for given in (model, program):
+        graph_module = capture(given, [x]).graph_module
+        assert relative(output(graph_module, x), output(model, x)) < 1e-5
+    assert count(program.graph_module, aten.view.default) == 2 and relative(program.module()(x), model(x)) < 1e-6
