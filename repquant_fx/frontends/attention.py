@@ -84,6 +84,11 @@ def decomposed(program: torch.export.ExportedProgram) -> nn.Module:
         torch.ops.aten.bilinear.default: decompose_bilinear,
         **grouped_rules(),
     }
+    try:
+        return program.run_decompositions(rules).module(check_guards=False)
+    except (RuntimeError, ValueError) as error:
+        if "view" not in str(error):
+            raise
     with _reshapes_behind_attention(program):
         return program.run_decompositions(rules).module(check_guards=False)
 
@@ -91,7 +96,7 @@ def decomposed(program: torch.export.ExportedProgram) -> nn.Module:
 @contextmanager
 def _reshapes_behind_attention(program: torch.export.ExportedProgram) -> Iterator[None]:
     """Views of what attention gives may copy, for the block: torch gives it in an order of memory that they rely on,
-    and the rule in another. Where a view will do, a reshape becomes one again.
+    and the rule in another.
     """
     attention, moved = aten.scaled_dot_product_attention.default, (aten.transpose.int, aten.permute.default)
     found = []
