@@ -145,6 +145,7 @@ def run_all(name: str, bench: Any, results: Results, seed: int, only: str | None
             calibration=bench.calibration,
             samples=len(bench.calibration["input_ids"]),
             batch_size=16,
+            with_past=False,
         )
         seconds, session = time.perf_counter() - start, result.session(torch.get_num_threads())
 

@@ -89,13 +89,14 @@ def describe(recipe: Recipe, preprocessing: Mapping[str, Any] | None, layers: st
         layers: what `record` gives.
         target: the name of one; the default one is not said.
     """
-    parts = [recipe.norm + " norms", recipe.softmax + " softmax",
-             f"{recipe.clipping} clipping" if recipe.clipping != "none" else "no clipping",
+    activations = [recipe.norm + " norms", recipe.softmax + " softmax",
+                   f"{recipe.clipping} clipping" if recipe.clipping != "none" else "no clipping"]
+    parts = [*(["weights alone"] if recipe.weight_only else activations),
              "GPTQ" if recipe.gptq else "round to nearest"]
     entries = {
         "version": VERSION,
         "method": "RepQuant (arXiv 2402.05628): " + ", ".join(parts),
-        "bits": f"W{recipe.wbits}A{recipe.abits}" + (" with per-layer overrides" if recipe.layers else ""),
+        "bits": recipe.bits + (" with per-layer overrides" if recipe.layers else ""),
         "recipe": json.dumps(recipe.to_dict(), sort_keys=True),
     }
     if preprocessing is not None:

@@ -71,7 +71,7 @@ def export_onnx(
     """
     target = target or find()
     copy_outputs(graph_module)
-    packed = narrow_weights(graph_module)
+    packed, alone = narrow_weights(graph_module), weights_alone(graph_module)
     model = _translate(graph_module, distinct(example_inputs), input_names, output_names, dynamic_shapes)
     set_apart(model)
     simplify(model)
@@ -80,7 +80,7 @@ def export_onnx(
     name_axes(model, [node.meta.get(AXES, {}) for node in graph_module.graph.find_nodes(op="placeholder")])
     add_zero_points(model)
     functions.set_thresholds(model)
-    pack_weights(model, packed)
+    pack_weights(model, packed, alone)
     if container == "int4":
         narrow_codes(model)
         common.RemoveUnusedNodesPass()(model)
@@ -132,9 +132,24 @@ def narrow_weights(graph_module: GraphModule) -> set[str]:
     names = set()
     for node in graph_module.graph.nodes:
         if node.target is DEQUANTIZE and node.args[3] <= PACKED_BITS and node.args[0].op == "get_attr":
-            if attribute(graph_module, node.args[0]).dtype is torch.int8:
+            if attribute(graph_module, node.args[0]).dtype is torch.int8 and not _multiplies_float(node):
                 names.add(str(node.args[0].target))
     return names
+
+
+def weights_alone(graph_module: GraphModule) -> set[str]:
+    """Names of the constants that hold codes, or zero points, of at most 4 bits of weights whose activations are in
+    float: a runtime multiplies by them as they are packed.
+    """
+    read = (node for node in graph_module.graph.nodes if node.target is DEQUANTIZE and node.args[3] <= PACKED_BITS)
+    return {str(constant.target) for node in read if _multiplies_float(node)
+            for constant in (node.args[0], node.args[2]) if isinstance(constant, Node)}
+
+
+def _multiplies_float(weight: Node) -> bool:
+    """Whether a dequantized weight is the right operand of a MatMul; beside integers it is a Linear's."""
+    return weight.args[0].op == "get_attr" and all(  # type: ignore[union-attr]
+        user.target is aten.matmul.default and user.args[1] is weight for user in weight.users)
 
 
 def _translate(

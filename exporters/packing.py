@@ -6,6 +6,8 @@ the Cast is folded when the session is created. Data is raw and packed, two code
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import onnx_ir as ir
 
@@ -14,9 +16,17 @@ from repquant_fx.naming import INT8, onnx_node
 PACKED_BITS = 4
 
 
-def pack_weights(model: ir.Model, names: set[str]) -> int:
-    """Store the int8 initializers called `names` (codes within [-8, 7]) as INT4; returns how many."""
+def pack_weights(model: ir.Model, names: set[str], alone: Collection[str] = ()) -> int:
+    """Store the int8 initializers called `names` (codes within [-8, 7]) as INT4; returns how many.
+
+    Args:
+        alone: further ones, codes and zero points of weights alone, which are read as they are packed.
+    """
     graph, packed = model.graph, 0
+    for name in sorted(alone):
+        value = graph.initializers.get(name)
+        if value is not None and value.const_value is not None and value.dtype == ir.DataType.INT8:
+            _store(value, value.const_value.numpy())
     for name in sorted(names):
         value = graph.initializers.get(name)
         if value is None or value.const_value is None or value.dtype != ir.DataType.INT8:
@@ -25,8 +35,7 @@ def pack_weights(model: ir.Model, names: set[str]) -> int:
         if codes.min(initial=0) < -8 or codes.max(initial=0) > 7:
             continue
         users = list(value.uses())
-        tensor = ir.Tensor(_nibbles(codes), dtype=ir.DataType.INT4, shape=ir.Shape(codes.shape), name=name)
-        value.const_value, value.dtype = tensor, ir.DataType.INT4
+        _store(value, codes)
         cast = ir.Node("", "Cast", [value], [ir.AttrInt64("to", int(ir.DataType.INT8))])
         cast.outputs[0].name = INT8.of(name)
         cast.outputs[0].dtype, cast.outputs[0].shape = ir.DataType.INT8, ir.Shape(codes.shape)
@@ -37,6 +46,11 @@ def pack_weights(model: ir.Model, names: set[str]) -> int:
             user.replace_input_with(index, cast.outputs[0])
         packed += 1
     return packed
+
+
+def _store(value: ir.Value, codes: np.ndarray) -> None:
+    value.const_value = ir.Tensor(_nibbles(codes), dtype=ir.DataType.INT4, shape=ir.Shape(codes.shape), name=value.name)
+    value.dtype = ir.DataType.INT4
 
 
 def _nibbles(codes: np.ndarray) -> np.ndarray:

@@ -47,9 +47,11 @@ def quantize(x: Any, scale: Any, zero_point: Any, bits: int, axis: int) -> Any:
     return op.Min(codes, op.Constant(value=onnx.helper.make_tensor("top", onnx.TensorProto.UINT8, [], [2**bits - 1])))
 
 
-def dequantize(codes: Any, scale: Any, zero_point: Any, bits: int, axis: int) -> Any:
+def dequantize(codes: Any, scale: Any, zero_point: Any, bits: int, axis: int, block: int = 0) -> Any:
     """DequantizeLinear-21."""
     inputs = (codes, scale) if zero_point is None else (codes, scale, zero_point)
+    if block:
+        return op.DequantizeLinear(*inputs, axis=axis, block_size=block)
     return op.DequantizeLinear(*inputs) if axis < 0 else op.DequantizeLinear(*inputs, axis=axis)
 
 

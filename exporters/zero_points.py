@@ -19,6 +19,8 @@ def add_zero_points(model: ir.Model) -> int:
     for node in graph:
         if node.op_type != "DequantizeLinear" or (len(node.inputs) > 2 and node.inputs[2] is not None):
             continue
+        if "block_size" in node.attributes and node.attributes["block_size"].as_int():  # of weights alone
+            continue
         codes, scale = node.inputs[0], node.inputs[1]
         if (
             codes is None

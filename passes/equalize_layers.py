@@ -33,6 +33,7 @@ from repquant_fx.passes.spec import CANONICAL
 from repquant_fx.quantizers.affine import into_reader, into_writer, scale_input
 from repquant_fx.quantizers.equalization import Equalization
 from repquant_fx.recipe import EQUALIZE
+from repquant_fx.recipe_settings import FLOAT
 
 LEVELLED = "its channels share a scale with what they are multiplied by"
 
@@ -132,7 +133,8 @@ def _keep_what_is_free(result: Equalizable, flow: ChannelFlow, sources: Mapping[
     }
     for group in plan.groups:
         for site in group.sites:
-            pattern = flow.pattern(site.value) if site.role == "plain" else None
+            levelled = site.role == "plain" and site.bits != FLOAT
+            pattern = flow.pattern(site.value) if levelled else None
             pattern = None if pattern is None else _without_batch(pattern, site.value)
             if pattern is not None and bool(torch.isin(pattern, free).any()):
                 result.sites[site.name] = only_free(pattern)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from torch import nn
 from torch.fx import GraphModule
 
 from repquant_fx.naming import Names, attribute_name, unique
@@ -12,7 +13,8 @@ from repquant_fx.passes.channel_flow import hinted
 from repquant_fx.passes.match_sites import Group, Plan, Site
 from repquant_fx.passes.slots import mark
 from repquant_fx.passes.spec import CANONICAL, OBSERVED
-from repquant_fx.quantizers.observers import Observer
+from repquant_fx.quantizers.observers import Observer, Passthrough
+from repquant_fx.recipe_settings import FLOAT
 
 CHANNEL_SAMPLE = 4096  # tokens kept per norm group
 TENSOR_SAMPLE = 1 << 17  # values kept per per-tensor site
@@ -22,8 +24,8 @@ SLOTS = "quantizers"
 
 
 class InsertObservers(Pass):
-    """Puts an `Observer` between each site's value and its consumers; it returns the value (float32, any shape) as it
-    is.
+    """Puts an `Observer` between each site's value and its consumers, and nothing that records where it stays in float;
+    it returns the value (float32, any shape) as it is.
 
     Args:
         plan: of `MatchSites`.
@@ -57,7 +59,9 @@ class InsertObservers(Pass):
                     consumer.update_arg(consumer.args.index(site.value), slot)
         return True
 
-    def _observer(self, group: Group, site: Site) -> Observer:
+    def _observer(self, group: Group, site: Site) -> nn.Module:
+        if site.bits == FLOAT:
+            return Passthrough()
         if site.role == "norm":
             return Observer(True, CHANNEL_SAMPLE)
         if any(s.role == "softmax" for s in group.sites):

@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Node
 
 from repquant_fx.decision import Decision
 from repquant_fx.errors import PassError
-from repquant_fx.naming import QUANTIZED, SCALE, beside
+from repquant_fx.naming import QUANTIZED, SCALE, ZERO_POINT, beside
 from repquant_fx.passes.base import (
     Pass,
     attribute,
@@ -29,8 +29,8 @@ from repquant_fx.quantizers.weight import ChosenWeight
 class InstallDecision(Pass):
     """Installs what the decision speaks of.
 
-    A weight of shape (out, in, ...) becomes int8 codes of the same shape and float32 scales of shape (out,), read
-    through `dequantize`; its bias float32 of shape (out,).
+    A weight of shape (out, in, ...) becomes int8 codes of the same shape and float32 scales of shape (out,), or
+    (out, groups), read through `dequantize`; its bias float32 of shape (out,).
     """
 
     name = "install decision"
@@ -68,7 +68,8 @@ def installed_weights(graph_module: GraphModule, plan: Plan) -> dict[Node, Quant
         read = consumer.args[1]
         if isinstance(read, Node) and read.target is DEQUANTIZE:
             codes, scale = (attribute(graph_module, cast(Node, constant)) for constant in read.args[:2])
-            weights[consumer] = QuantizedWeight(codes, scale)
+            zero_point = None if read.args[2] is None else attribute(graph_module, cast(Node, read.args[2]))
+            weights[consumer] = QuantizedWeight(codes, scale, zero_point, cast(int, (*read.args, 0)[5]))
     return weights
 
 
@@ -82,8 +83,11 @@ def _install_weight(graph_module: GraphModule, consumer: Node, chosen: ChosenWei
     stem = free_stem(graph_module, name)
     codes = constant_node(graph_module, QUANTIZED.of(stem), chosen.weight.codes, consumer)
     scales = constant_node(graph_module, SCALE.of(stem), chosen.weight.scale, consumer)
+    zeros, group = chosen.weight.zero_point, chosen.weight.group
+    zero_points = None if zeros is None else constant_node(graph_module, ZERO_POINT.of(stem), zeros, consumer)
     with graph_module.graph.inserting_before(consumer):
-        value = graph_module.graph.call_function(DEQUANTIZE, (codes, scales, None, bits, 0))
+        blocks = (1, group) if group else (0,)
+        value = graph_module.graph.call_function(DEQUANTIZE, (codes, scales, zero_points, bits, *blocks))
     copy_meta(consumer, value, node.meta["val"])
     consumer.update_arg(1, value)
     drop_constant(graph_module, node)

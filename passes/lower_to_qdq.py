@@ -24,6 +24,7 @@ from repquant_fx.passes.base import (
     copy_meta,
     free_stem,
     module_path,
+    replace_constant,
     shape_of,
 )
 from repquant_fx.passes.match_sites import Plan, Site
@@ -52,7 +53,8 @@ class Lowered:
 
 class LowerToQDQ(Pass[Lowered]):
     """Activations (float32, any shape) become uint8 codes of that shape and float32 again; weights (out, in) are int8
-    with a float32 scale (out,), biases (out,) int32. A Linear runs on a matrix (rows, in).
+    with a float32 scale (out,), biases (out,) int32. A Linear runs on a matrix (rows, in); where its activation stays
+    in float it is a MatMul with the transposed weight (in, out), which runtimes have kernels of weights alone for.
     """
 
     name = "lower to Q/DQ"
@@ -69,6 +71,8 @@ class LowerToQDQ(Pass[Lowered]):
     def run(self, graph_module: GraphModule) -> Made[Lowered]:
         sites = [site for group in self.plan.groups for site in group.sites]
         slots = {str(slot_of(graph_module, site).target).partition(".")[0] for site in sites}
+        codes = {consumer.name: str(cast(Node, consumer.args[1].args[0]).target)  # type: ignore[union-attr]
+                 for consumer in self.weights}
         lowered = [(site.name, self._lower_site(graph_module, site)) for site in sites]
         for name in slots:
             delattr(graph_module, name)
@@ -77,10 +81,7 @@ class LowerToQDQ(Pass[Lowered]):
         refresh_metadata(graph_module)
         quantizers = {name: node for name, node in lowered if node is not None}
         constants = {name: str(cast(Node, node.args[1]).target) for name, node in quantizers.items()}
-        for consumer in self.weights:
-            codes = consumer.args[1].args[0]  # type: ignore[union-attr]
-            constants[consumer.name] = str(cast(Node, codes).target)
-        return Made(True, Lowered(quantizers, constants))
+        return Made(True, Lowered(quantizers, constants | codes))
 
     def requires(self, graph_module: GraphModule) -> None:
         super().requires(graph_module)
@@ -96,6 +97,9 @@ class LowerToQDQ(Pass[Lowered]):
         codes: Node | None = None
         if isinstance(module, Passthrough):
             slot.replace_all_uses_with(source)
+            for consumer in site.consumers:
+                if consumer in self.weights and consumer.target is aten.linear.default:
+                    _multiply(graph_module, consumer)
         elif isinstance(module, LogQuantizer):
             codes, value = self._log(graph_module, site, slot, module)
             slot.replace_all_uses_with(value)
@@ -197,6 +201,24 @@ class LowerToQDQ(Pass[Lowered]):
         consumer.update_arg(2, restored)
         if not bias.users:
             graph.erase_node(bias)
+
+
+def _multiply(graph_module: GraphModule, linear: Node) -> None:
+    """A Linear of an activation in float as the product with a weight of shape (in, out), and its bias after it."""
+    graph, (source, weight, *bias) = graph_module.graph, linear.args
+    assert isinstance(weight, Node)
+    codes, scale, zero_point, bits, axis, *block = weight.args
+    for constant in (codes, scale, zero_point):
+        if isinstance(constant, Node) and (value := attribute(graph_module, constant)).ndim > 1:
+            replace_constant(graph_module, weight, weight.args.index(constant), value.T.contiguous(),
+                             str(constant.target))
+    weight.args = (*weight.args[:3], bits, 1 - cast(int, axis), *block)
+    if not bias or bias[0] is None:
+        linear.target, linear.args = aten.matmul.default, (source, weight)
+        return
+    with graph.inserting_before(linear):
+        product = copy_meta(linear, graph.call_function(aten.matmul.default, (source, weight)), linear.meta["val"])
+    linear.target, linear.args = aten.add.Tensor, (product, bias[0])
 
 
 def _restore_shape(graph_module: GraphModule, linear: Node, source: Node) -> None:

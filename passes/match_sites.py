@@ -33,6 +33,7 @@ class Site:
         value: the node that produces it in the matched graph; later passes may put others between it and the site's
             slot.
         consumers: the nodes that read it.
+        bits: `FLOAT` where it stays in float.
     """
 
     name: str
@@ -135,7 +136,8 @@ class _Matching:
         for value, consumers in by_value.items():
             alike: dict[object, list[Node]] = {}
             for consumer in consumers:
-                alike.setdefault(_geometry(consumer), []).append(consumer)
+                in_float = self.recipe.layer(module_path(consumer)).weight_only
+                alike.setdefault((_geometry(consumer), in_float), []).append(consumer)
             for chosen in alike.values():
                 self._match_weighted(value, chosen, "conv" if chosen[0].target in CONVOLUTIONS else "linear")
         matched = {group.softmax for group in self._groups}
@@ -164,10 +166,11 @@ class _Matching:
                    and r.node.args[0] is r.value and r.columns is not None and torch.equal(r.columns, channels)
                    and not is_empty(r.node) and r.node in self._read]
         plans = {r.node: self.recipe.layer(module_path(r.node)) for r in readers}
-        readers = [r for r in readers if not plans[r.node].skip]
+        readers = [r for r in readers if not plans[r.node].skip and not plans[r.node].weight_only]
         if not readers:
             if plans:
-                self._leave(norm, "the recipe skips every Linear that reads it")
+                verb = "skips" if all(plan.skip for plan in plans.values()) else "keeps in float what goes to"
+                self._leave_as_asked(norm, f"the recipe {verb} every Linear that reads it")
                 return
             why = "; ".join(dict.fromkeys(r.reason for r in flow.readers if r.reason))
             read_by = ", ".join(dict.fromkeys(describe_reader(r) for r in flow.readers if not r.reason))
@@ -218,6 +221,10 @@ class _Matching:
             if softmax is not None:
                 self._leave(softmax, "the recipe skips the product that reads it")
             return
+        if plan.weight_only:
+            if softmax is not None:
+                self._leave_as_asked(softmax, "the recipe leaves the operands of the product that reads it in float")
+            return
         feeds_softmax = any(_reaches_softmax(user) for user in node.users)
         labels = ["query", "key"] if feeds_softmax and softmax is None else ["left", "right"]
         sites = []
@@ -238,7 +245,7 @@ class _Matching:
         from_input = origin(value).op == "placeholder"
         bits = (
             self.recipe.input_bits
-            if from_input and not self._overridden(path)
+            if from_input and not self.recipe.weight_only and not self._overridden(path)
             else max(plans[c].abits for c in consumers)
         )
         site = self._site(naming.site(path, "input"), "plain", value, consumers, bits)
@@ -251,6 +258,12 @@ class _Matching:
 
     def _site(self, name: str, role: str, value: Node, consumers: Sequence[Node], bits: int) -> Site:
         return Site(self._names.unique(name), role, value, tuple(consumers), bits)
+
+    def _leave_as_asked(self, node: Node, reason: str) -> None:
+        """A reason is worth a line where the recipe quantizes activations elsewhere."""
+        self._left.add(node)
+        if not self.recipe.weight_only:
+            self._leave(node, reason)
 
     def _leave(self, node: Node, reason: str) -> None:
         self._left.add(node)

@@ -42,7 +42,7 @@ CONSTANT_CODES = frozenset({torch.uint8, torch.int8, torch.int32})
 SIGNATURES: dict[object, tuple[tuple[frozenset[torch.dtype], ...], frozenset[torch.dtype]]] = {
     AFFINE: ((FLOAT, FLOAT, FLOAT), FLOAT),
     QUANTIZE: ((FLOAT, FLOAT, CODES), CODES),
-    DEQUANTIZE: ((CONSTANT_CODES, FLOAT, CODES), FLOAT),
+    DEQUANTIZE: ((CONSTANT_CODES, FLOAT, CONSTANT_CODES), FLOAT),
     LOG2_SOFTMAX: ((FLOAT, FLOAT), FLOAT),
     LOG2_QUANTIZE: ((FLOAT, FLOAT), FLOAT),
 }

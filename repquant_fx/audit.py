@@ -7,7 +7,7 @@ product, it dequantizes both operands and multiplies in float, which is slower t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,20 +43,22 @@ LAYOUT = {
     "Gather",
     "Concat",
 }
+WEIGHTS_ALONE = "MatMulNBits"
 LOGARITHMIC = {"Log2Softmax", "Log2Quantize"}
 
 
 @dataclass(frozen=True)
 class Product:
-    """One MatMul, Gemm or Conv of a file whose operands are both quantized.
+    """One MatMul, Gemm or Conv of a file whose operands are both quantized, or the right one alone, a weight.
 
     Attributes:
         path: module path, the node's name without its operator.
         node: the node's name.
         op: `MatMul`, `Gemm` or `Conv`.
         kernel: the operator that ONNX Runtime runs in its place, "" where it is not found under its name.
-        integer: whether that multiplies integers.
+        integer: whether that multiplies integers; of a weight alone, whether it reads the codes as they are.
         reason: why not, "" where it does.
+        weight_only: the left operand is float.
     """
 
     path: str
@@ -65,6 +67,7 @@ class Product:
     kernel: str
     integer: bool
     reason: str
+    weight_only: bool = False
 
 
 def audit(model: str | Path | bytes | onnx.ModelProto) -> list[Product]:
@@ -85,6 +88,7 @@ def audit(model: str | Path | bytes | onnx.ModelProto) -> list[Product]:
         proto, data = file.model, file.data
     kernels = {node.name: node.op_type for node in _optimized(data).graph.node}
     producers = {name: node for node in proto.graph.node for name in node.output}
+    constants = {tensor.name for tensor in proto.graph.initializer}
     four_bit = {
         t.name for t in proto.graph.initializer if t.data_type in (onnx.TensorProto.UINT4, onnx.TensorProto.INT4)
     }
@@ -92,25 +96,40 @@ def audit(model: str | Path | bytes | onnx.ModelProto) -> list[Product]:
     for node in proto.graph.node:
         if node.op_type not in PRODUCTS:
             continue
-        origins = [_origin(name, producers) for name in node.input[:2]]
-        if None in origins:
+        left, right = (_origin(name, producers) for name in node.input[:2])
+        weight_only = left is None and right is not None and _is_constant(right.input[0], producers, constants)
+        if right is None or (left is None and not weight_only):
             continue  # an operand is float on purpose
         kernel = kernels.get(node.name, "")
-        integer = kernel in INTEGER
-        reason = "" if integer else _reason(node.op_type, origins, kernel, _narrow(origins, four_bit))
-        products.append(Product(node.name.rsplit("/", 1)[0], node.name, node.op_type, kernel, integer, reason))
+        if weight_only:
+            integer = kernel == WEIGHTS_ALONE
+            reason = "" if integer else f"ONNX Runtime dequantizes the weight and runs {kernel or 'another operator'}"
+        else:
+            assert left is not None
+            integer, origins = kernel in INTEGER, [left, right]
+            reason = "" if integer else _reason(node.op_type, origins, kernel, _narrow(origins, four_bit))
+        products.append(Product(node.name.rsplit("/", 1)[0], node.name, node.op_type, kernel, integer, reason,
+                                weight_only))
     return products
 
 
 def summary(products: Iterable[Product]) -> str:
-    """One line: how many run with integers, and why the others do not."""
+    """One line: how many run with integers, or with weights as they are packed, and why the others do not."""
     products = list(products)
+    alone = [product for product in products if product.weight_only]
+    both = [product for product in products if not product.weight_only]
+    kinds = ((both, "quantized products run as integer kernels"),
+             (alone, f"products with weights alone quantized read their codes ({WEIGHTS_ALONE})"))
+    return ". ".join(_counted(some, words) for some, words in kinds if some or (some is both and not alone))
+
+
+def _counted(products: Sequence[Product], words: str) -> str:
     lost: dict[str, int] = {}
     for product in products:
         if not product.integer:
             lost[product.reason] = lost.get(product.reason, 0) + 1
     integer = sum(p.integer for p in products)
-    text = f"{integer} of {len(products)} quantized products run as integer kernels under ONNX Runtime"
+    text = f"{integer} of {len(products)} {words} under ONNX Runtime"
     return text + "".join(f"; {count} in float: {reason}" for reason, count in lost.items())
 
 
@@ -126,6 +145,12 @@ def _optimized(data: bytes) -> onnx.ModelProto:
                 f"ONNX Runtime cannot load the model: {(str(error).splitlines() or [type(error).__name__])[0]}"
             ) from error
         return onnx.load(str(path), load_external_data=False)
+
+
+def _is_constant(name: str, producers: Mapping[str, onnx.NodeProto], constants: Container[str]) -> bool:
+    """Whether codes are constant, packed or not."""
+    node = producers.get(name)
+    return (name if node is None or node.op_type != "Cast" else node.input[0]) in constants
 
 
 def _origin(name: str, producers: Mapping[str, onnx.NodeProto]) -> onnx.NodeProto | None:

@@ -93,8 +93,8 @@ class CompiledModel:
         statistics = {} if self.statistics is None else {"statistics": self.statistics}
         return json.dumps({**self.report, **statistics}, indent=2, sort_keys=False) + "\n"
 
-    def session(self, threads: int | None = None) -> Any:
-        """An ONNX Runtime session on the model."""
+    def session(self, threads: int | None = None, accuracy_level: int = 1) -> Any:
+        """An ONNX Runtime session on the model; see `runtime.session`."""
         from repquant_fx.runtime import session
 
-        return session(self.to_bytes(), threads=threads)
+        return session(self.to_bytes(), threads=threads, accuracy_level=accuracy_level)

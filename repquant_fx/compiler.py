@@ -28,7 +28,7 @@ from repquant_fx.calibration.batching import CalibrationSet
 from repquant_fx.checkpoint import Checkpoint, fingerprint, open_checkpoint
 from repquant_fx.compiled import CompiledModel
 from repquant_fx.distributed import World
-from repquant_fx.evaluation.decoder import Decoder
+from repquant_fx.evaluation.decoder import half_way
 from repquant_fx.evaluation.runners import proto_runner
 from repquant_fx.exporters.dynamic_shapes import dynamic_shapes
 from repquant_fx.exporters.metadata import describe, record
@@ -75,7 +75,7 @@ def compile(
     tokenizer: Any | None = None,
     check: bool = True, work_dir: str | Path | None = None, distributed: bool = False,
     device: str | torch.device = "cpu", statistics: bool = False, module: str | None = None,
-    target: str = DEFAULT, opset: int | None = None, with_past: bool = False,
+    target: str = DEFAULT, opset: int | None = None, with_past: bool | None = None,
 ) -> CompiledModel:
     """Quantize a model and write it as ONNX QDQ.
 
@@ -107,8 +107,9 @@ def compile(
         statistics: keep what the page of `CompiledModel.html` draws of each layer. The model is the same.
         target, opset: the runtime that the file is for, by its name in `targets.TARGETS`, and the opset of its
             operators where it shall be another than the target's.
-        with_past: of a causal language model of transformers: the file decodes with a key/value cache (see
-            `frontends.past`), instead of computing the logits of whole sequences.
+        with_past: the file of a causal language model of transformers decodes with a key/value cache (see
+            `frontends.past`), or computes the logits of whole sequences where False. Where None it decodes if the model
+            keeps such a cache; the report's notes say why where it does not.
 
     Raises:
         InputError: something given cannot be used (its subclasses say what).
@@ -133,7 +134,7 @@ def compile_model(
     device = devices.usable(run.device)
     target = find(run.target, run.opset)
     prepared = prepare(source, calibration, target.recipe(Recipe.of(recipe)), run)
-    notes = [*_notes(source, prepared.graph_module), *filter(None, [prepared.data.notes])]
+    notes = [*prepared.notes, *_notes(source, prepared.graph_module), *filter(None, [prepared.data.notes])]
     calibrating, held_back = prepared.data.split_held_back(HELD_BACK)
     check_runs(prepared.graph_module, [*calibrating.batches, *held_back.batches])
     log.stage("quantize")
@@ -278,7 +279,7 @@ def _export(prepared: Prepared, rewritten: _Rewritten, probe: list[Tensor], targ
     lowering = LowerToQDQ(rewritten.plan, installed_weights(graph_module, rewritten.plan))
     lowered = run_pass(graph_module, lowering)
     shipped = optimize_for_runtime(graph_module, lowered.quantizers, adjacent=recipe.container == "int4",
-                                   float_caches=recipe.cache == "float")
+                                   float_caches=recipe.cache == "float" or recipe.weight_only)
     names = [entry["node"] for entry in layers]
     sqnr = reports.layer_sqnr(rewritten.float_graph, graph_module, names, probe, shipped.codes)
     stored = partial(stored_as, graph_module)
@@ -305,22 +306,12 @@ def _check(
     names = prepared.captured.input_names
     probe = stored_as(rewritten.graph_module, probe)
     if exported.caches:
-        probe = _half_way(exported, probe)
+        fed = half_way(proto_runner(exported.proto, "the exported file"), *probe[:2])
+        probe = [fed[name] for name in names]
     parity = parity_check.compare(rewritten.graph_module, exported.proto, exported.quantizers, probe, names)
     named = check_in_runtime(target.runtime, rewritten.graph_module, exported.proto, exported.quantizers, probe, names,
                              prepared.captured.dynamic_batch)
     return parity, audit(exported.proto), named
-
-
-def _half_way(exported: _Exported, probe: list[Tensor]) -> list[Tensor]:
-    """Inputs of a decoder on the second half of sequences, with the caches that the file made of the first."""
-    ids, mask, *positions = probe[:len(probe) - len(exported.caches)]
-    half = ids.shape[1] // 2
-    decoder = Decoder(proto_runner(exported.proto, "the exported file"))
-    if half:
-        decoder(ids[:, :half], mask[:, :half])
-    caches = decoder.caches.values() if half else probe[-len(exported.caches):]
-    return [ids[:, half:], mask, *(each[:, half:] for each in positions), *caches]
 
 
 def _about(
@@ -330,7 +321,7 @@ def _about(
     """What the report says of the whole compile."""
     captured, data, recipe = prepared.captured, prepared.data, prepared.recipe
     return {
-        "repquant_fx": VERSION, "source": prepared.loaded.source, "bits": f"W{recipe.wbits}A{recipe.abits}",
+        "repquant_fx": VERSION, "source": prepared.loaded.source, "bits": recipe.bits,
         "target": target, "recipe": recipe.to_dict(),
         **({"rotations": [trial.to_dict() for trial in rewritten.rotations]} if recipe.rotate else {}),
         **({"reconstruction": [block.to_dict() for block in rewritten.blocks]} if recipe.reconstruct else {}),

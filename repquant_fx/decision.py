@@ -16,6 +16,7 @@ from repquant_fx.passes.match_sites import Group
 from repquant_fx.quantizers.gptq import QuantizedWeight
 from repquant_fx.quantizers.observers import LogQuantizer, UniformQuantizer
 from repquant_fx.quantizers.weight import ChosenWeight
+from repquant_fx.recipe_settings import FLOAT
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Decision:
         quantizers = {
             site.name: _quantizer_from_tensors(_under(f"site.{index}.", tensors))
             for index, site in enumerate(group.sites)
+            if site.bits != FLOAT
         }
         parts = [(consumer, _under(f"weight.{index}.", tensors)) for index, consumer in enumerate(group.consumers)]
         return cls(quantizers, {consumer: _weight_from_tensors(consumer, part) for consumer, part in parts if part})
@@ -60,7 +62,7 @@ class Decision:
     def is_complete(self, group: Group) -> bool:
         """Whether it says what becomes of every activation and weight of the group."""
         weighted = group.consumers if group.kind != "matmul" else ()
-        return all(site.name in self.quantizers for site in group.sites) and all(
+        return all(site.name in self.quantizers for site in group.sites if site.bits != FLOAT) and all(
             consumer in self.weights for consumer in weighted
         )
 
@@ -87,6 +89,10 @@ def _quantizer_from_tensors(tensors: Mapping[str, Tensor]) -> nn.Module:
 
 def _weight_to_tensors(chosen: ChosenWeight) -> dict[str, Tensor]:
     tensors = {"codes": chosen.weight.codes, "scale": chosen.weight.scale}
+    if chosen.weight.zero_point is not None:
+        tensors["zero_point"] = chosen.weight.zero_point
+    if chosen.weight.group:
+        tensors["group"] = torch.tensor(chosen.weight.group)
     if chosen.bias is not None:
         tensors["bias"] = chosen.bias
     if chosen.errors is not None:
@@ -95,7 +101,9 @@ def _weight_to_tensors(chosen: ChosenWeight) -> dict[str, Tensor]:
 
 
 def _weight_from_tensors(consumer: Node, tensors: Mapping[str, Tensor]) -> ChosenWeight:
-    weight, node = QuantizedWeight(tensors["codes"], tensors["scale"]), consumer.args[1]
+    group = int(tensors["group"]) if "group" in tensors else 0
+    weight = QuantizedWeight(tensors["codes"], tensors["scale"], tensors.get("zero_point"), group)
+    node = consumer.args[1]
     if not isinstance(node, Node) or weight.codes.shape != node.meta["val"].shape or weight.codes.dtype != torch.int8:
         raise ValueError(f"codes {tuple(weight.codes.shape)} of {consumer.name}")
     errors = tensors.get("errors")

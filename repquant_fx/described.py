@@ -15,10 +15,14 @@ Bits = Annotated[int, Within(2, 8)]
 
 @dataclass(frozen=True, kw_only=True)
 class Activation:
-    """A quantized activation. `zero_code` is the code of a logarithmic grid that stands for zero."""
+    """What a layer reads. `zero_code` is the code of a logarithmic grid that stands for zero.
+
+    Attributes:
+        bits: 32 where it stays in float.
+    """
 
     name: str
-    bits: Bits
+    bits: Annotated[int, Within(2, 32)]
     zero_code: Annotated[int, Within(0, 255)] | None = None
 
 

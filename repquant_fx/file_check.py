@@ -24,10 +24,13 @@ from repquant_fx.calibration.inputs import InputSpec
 from repquant_fx.calibration.synthetic import Synthesis, synthesise
 from repquant_fx.checkpoint import Checkpoint
 from repquant_fx.errors import InputError, ModelFileError, RepQuantError, RepQuantWarning, first_line
+from repquant_fx.evaluation.decoder import half_way
+from repquant_fx.evaluation.runners import proto_runner
 from repquant_fx.exporters.conformance import check_conformance
 from repquant_fx.exporters.inlining import inlined
 from repquant_fx.exporters.reading import OnnxFile, read_onnx
 from repquant_fx.fit import misfit
+from repquant_fx.frontends.past import is_cache
 from repquant_fx.naming import UINT8
 from repquant_fx.parity import CodeDifference, Parity, largest_difference, share_of, sqnr, ties
 from repquant_fx.runtimes import Call, load_as_written, loader, version
@@ -37,7 +40,9 @@ from repquant_fx.targets import DEFAULT, RUNTIMES, TARGETS
 SAMPLES = 4
 REFERENCE = "the file run operator by operator"
 _TYPES = {TensorProto.FLOAT: torch.float32, TensorProto.FLOAT16: torch.float16, TensorProto.DOUBLE: torch.float64,
-          TensorProto.INT64: torch.int64, TensorProto.INT32: torch.int32, TensorProto.BOOL: torch.bool}
+          TensorProto.INT64: torch.int64, TensorProto.INT32: torch.int32, TensorProto.BOOL: torch.bool,
+          TensorProto.UINT8: torch.uint8}
+_TOKENS = ("input_ids",)  # what all else that a decoder takes follows from
 _OWN, _GIVEN, _EXACT = ":own", ":given", ":exact"
 
 
@@ -93,9 +98,13 @@ def check_file(path: str | Path, runtime: str | None = None, data: Any = None, *
             check_conformance(file.model, row)
             specs, plain = input_specs(file.model), inlined(file.model)
             sites = find_sites(plain)
-        inputs, about = _inputs(file, specs, data, samples, seed)
+        given = [s for s in specs if s.name in _TOKENS] if any(is_cache(s.name) for s in specs) else specs
+        inputs, about = _inputs(file, given, data, samples, seed)
         with guarded(f"running {path}"):
-            feed = {spec.name: tensor for spec, tensor in zip(specs, inputs)}
+            feed = {spec.name: tensor for spec, tensor in zip(given, inputs)}
+            if given is not specs:  # the caches are those that the file itself makes
+                ids = feed["input_ids"]
+                feed = half_way(proto_runner(file.model, str(path)), ids, torch.ones_like(ids))
             parity = _compare(file.model, plain, sites, feed, load, RUNTIMES[runtime])
     except RepQuantError:
         raise

@@ -57,14 +57,19 @@ def _(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int) -> Ten
 
 
 @torch.library.custom_op("repquant_fx::dequantize", mutates_args=())
-def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, axis: int) -> Tensor:
-    """float32 values of integer codes. `bits` tells the exporter how to store constant codes."""
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, axis: int, block: int = 0) -> Tensor:
+    """float32 values of integer codes. `bits` tells the exporter how to store constant codes; with a `block` so many
+    of them along `axis` share a scale, which has as many axes as the codes then.
+    """
     zero = torch.zeros_like(scale) if zero_point is None else zero_point.to(scale.dtype)
+    if block:
+        scale, zero = (t.repeat_interleave(block, axis).narrow(axis, 0, codes.shape[axis]) for t in (scale, zero))
+        return (codes.to(scale.dtype) - zero) * scale
     return uniform.dequantize(codes.to(scale.dtype), scale, zero, axis if scale.ndim else None)
 
 
 @dequantize.register_fake
-def _(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, axis: int) -> Tensor:
+def _(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, axis: int, block: int = 0) -> Tensor:
     return torch.empty_like(codes, dtype=scale.dtype)
 
 

@@ -58,7 +58,7 @@ class Run:
     statistics: bool = False
     target: str = DEFAULT
     opset: int | None = None
-    with_past: bool = False
+    with_past: bool | None = None
 
 
 @dataclass(frozen=True)

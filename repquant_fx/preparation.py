@@ -28,7 +28,7 @@ from repquant_fx.frontends.capture import Captured, capture
 from repquant_fx.frontends.loading import LoadedModel, load_source
 from repquant_fx.frontends.memory import from_memory
 from repquant_fx.frontends.part import part_of, proposal
-from repquant_fx.frontends.past import LEAST, NoCacheError, as_decoder
+from repquant_fx.frontends.past import LEAST, NoCacheError, as_decoder, may_decode
 from repquant_fx.frontends.tokenizer import load_tokenizer
 from repquant_fx.options import Calibration, Run, Source
 from repquant_fx.passes.base import left_alone, module_path, run_pass, run_passes
@@ -46,13 +46,18 @@ IMAGE_SAMPLES = 1024
 
 @dataclass(frozen=True)
 class Matched:
-    """A model in normal form and what the recipe, completed by the rules that the model brings, quantizes of it."""
+    """A model in normal form and what the recipe, completed by the rules that the model brings, quantizes of it.
+
+    Attributes:
+        notes: what is done otherwise than by default, as sentences.
+    """
 
     loaded: LoadedModel
     captured: Captured
     graph_module: GraphModule
     plan: Plan
     recipe: Recipe
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -62,16 +67,18 @@ class Prepared(Matched):
     data: CalibrationSet
 
 
-def match(source: Source, recipe: RecipeLike | None = None, with_past: bool = False) -> Matched:
+def match(source: Source, recipe: RecipeLike | None = None, with_past: bool | None = False) -> Matched:
     """Load, capture, bring into normal form, match. Nothing is calibrated.
 
     Args:
-        with_past: capture a causal language model as one that decodes with a key/value cache.
+        with_past: capture a causal language model as one that decodes with a key/value cache; where None if it keeps
+            one.
 
     Raises:
         InputError: the model cannot be loaded or captured.
     """
     recipe = Recipe.of(recipe)
+    recipe.check_together()
     log.stage("load")
     loaded = load(source)
     given = tuple(rule for rule in recipe.layers if rule.match not in loaded.float_modules)
@@ -80,7 +87,7 @@ def match(source: Source, recipe: RecipeLike | None = None, with_past: bool = Fa
     recipe = replace(recipe, layers=(*(rule for rule in brought if rule not in recipe.layers), *recipe.layers))
     log.stage("capture")
     with loaded.guard:
-        loaded, captured = _capture(loaded, with_past)
+        loaded, captured, notes = _capture(loaded, with_past)
         graph_module = normalize(captured.graph_module, loaded.example_inputs)
         if recipe.activation_affine and recipe.norm in ("reparameterize", "smooth"):
             run_passes(graph_module, [InsertAffine(recipe.few_bits)], NodeProbe(loaded.example_inputs))
@@ -89,19 +96,20 @@ def match(source: Source, recipe: RecipeLike | None = None, with_past: bool = Fa
     paths = [module_path(node) for node in graph_module.graph.nodes if node.target in PRODUCTS]
     for sentence in replace(recipe, layers=given).unmatched(paths):
         warnings.warn(f"the recipe's {sentence}", RepQuantWarning, stacklevel=2)
-    return Matched(loaded, captured, graph_module, plan, recipe)
+    return Matched(loaded, captured, graph_module, plan, recipe, notes)
 
 
 def prepare(
     source: Source, calibration: Calibration, recipe: RecipeLike | None = None, run: Run | None = None
 ) -> Prepared:
-    """Match, and read the calibration data: what every analysis starts from. `run` says where synthesised data is kept.
+    """Match, and read the calibration data: what every analysis starts from. `run` says where synthesised data is kept,
+    and whether a cache is wanted, which no analysis needs.
 
     Raises:
         InputError: the model or the data cannot be used, or there is nothing to quantize.
     """
     torch.manual_seed(calibration.seed)
-    run = run or Run()
+    run = run or Run(with_past=False)
     matched = match(source, recipe, run.with_past)
     if not matched.plan.groups:
         reasons = "; ".join(f"{item.operator} at {item.path}: {item.reason}" for item in matched.plan.left_alone[:3])
@@ -147,15 +155,27 @@ def load(source: Source) -> LoadedModel:
     return loaded if source.module is None else part_of(loaded, source.module)
 
 
-def _capture(loaded: LoadedModel, decoding: bool) -> tuple[LoadedModel, Captured]:
-    """The model as it was captured: one that decodes with a key/value cache where that is wanted."""
-    loaded = as_decoder(loaded) if decoding else loaded
+def _capture(loaded: LoadedModel, decoding: bool | None) -> tuple[LoadedModel, Captured, tuple[str, ...]]:
+    """The model as it was captured: one that decodes with a key/value cache where that is wanted, or possible and not
+    unwanted (None); and a note where it is not possible.
+    """
+    if decoding is None and may_decode(loaded):
+        try:
+            return (*_decoder(loaded), ())
+        except (NoCacheError, ExportError) as error:
+            note = f"the file keeps no keys and values of earlier tokens: {error}"
+            return loaded, _captured(loaded), (note,)
+    return (*_decoder(loaded), ()) if decoding else (loaded, _captured(loaded), ())
+
+
+def _decoder(loaded: LoadedModel) -> tuple[LoadedModel, Captured]:
+    loaded = as_decoder(loaded)
     captured = _captured(loaded)
-    if loaded.past is not None:
-        names = loaded.past.names()
-        if len(caches(captured.graph_module)) != len(names):
-            raise NoCacheError(f"{loaded.source} does not append to its cache, or reads it otherwise as well")
-        captured.input_names[-len(names):] = names
+    assert loaded.past is not None
+    names = loaded.past.names()
+    if len(caches(captured.graph_module)) != len(names):
+        raise NoCacheError(f"{loaded.source} does not append to its cache, or reads it otherwise as well")
+    captured.input_names[-len(names):] = names
     return loaded, captured
 
 

@@ -5,20 +5,18 @@ switch.
 from __future__ import annotations
 
 import fnmatch
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from repquant_fx.errors import InputError, RecipeError
-from repquant_fx.recipe_settings import bits, nearest, setting, settings_of
+from repquant_fx.recipe_reading import MOST_BYTES, parse
+from repquant_fx.recipe_settings import FLOAT, bits, bits_or_none, nearest, setting, settings_of
 
 MANY_BITS = 8  # of an activation whose error is so small that no operator is added to lessen it
-_MOST_BYTES = 1 << 18  # of a file; a rule for each of a thousand layers takes a third of it
-_DEEPEST = 8
 _FORMER = {"absorb": "equalize"}  # names that settings had in files written before
-_DOTTED = re.compile(rf'(?<![\w"-])([\w"-]+[ \t]*\.[ \t]*){{{_DEEPEST}}}')
+GROUP_SIZES = (0, 16, 32, 64, 128, 256)  # those that ONNX Runtime's MatMulNBits takes
 
 
 @dataclass(frozen=True)
@@ -28,26 +26,34 @@ class LayerRule:
     Attributes:
         match: glob of module paths, such as "blocks.*.mlp.fc2".
         wbits: bits of the layer's weights; the recipe's where left out.
-        abits: bits of the activations it reads; the recipe's where left out.
+        abits: bits of the activations it reads, `none` to leave them in float; the recipe's where left out.
         gptq: false rounds its weights to nearest.
         skip: true leaves it in float.
     """
 
     match: str
     wbits: int | None = bits()
-    abits: int | None = bits()
+    abits: int | None = bits_or_none()
     gptq: bool | None = setting(None, bool)
     skip: bool | None = setting(None, bool)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "abits", settings_of(LayerRule)["abits"].read(self.abits))
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """Effective settings of one layer."""
+    """Effective settings of one layer; `abits` is `FLOAT` where its activations stay in float."""
 
     wbits: int
     abits: int
     gptq: bool
     skip: bool
+
+    @property
+    def weight_only(self) -> bool:
+        """Whether its activations stay in float."""
+        return self.abits == FLOAT
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,9 @@ class Recipe:
 
     Attributes:
         wbits: bits of weights.
-        abits: bits of activations.
+        abits: bits of activations; `none` leaves them in float and quantizes weights alone.
+        group_size: how many inputs of a layer share a scale and a zero point of each of its outputs, where its
+            activations stay in float; 0 for all of them.
         input_bits: bits of the model input where a layer reads it directly (the patch embedding), 8 in the paper's
             code.
         norm: norm activations per channel and reparameterized (the method), `layerwise` (one scale, no rewriting),
@@ -109,7 +117,8 @@ class Recipe:
     """
 
     wbits: int = bits(8)
-    abits: int = bits(8)
+    abits: int = bits_or_none(8)
+    group_size: int = setting(0, numbers=GROUP_SIZES)
     input_bits: int = bits(8)
     norm: str = setting("reparameterize", choices=("reparameterize", "layerwise", "channelwise", "smooth"))
     balance: bool = setting(True)
@@ -135,6 +144,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, limits in settings_of(Recipe).items():
+            object.__setattr__(self, name, limits.read(getattr(self, name)))
             limits.check(name, getattr(self, name))
         for name in ("equalize", "rotate"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -142,6 +152,29 @@ class Recipe:
             for name, limits in settings_of(LayerRule).items():
                 if getattr(rule, name) is not None:
                     limits.check(f"layers[{index}].{name}", getattr(rule, name))
+
+    def check_together(self) -> None:
+        """
+        Raises:
+            RecipeError: two settings that do not go together.
+        """
+        some_float = self.weight_only or any(rule.abits == FLOAT for rule in self.layers)
+        if self.group_size and not some_float:
+            raise RecipeError(f"group_size {self.group_size} needs activations in float (abits none): products of "
+                              "integers have one scale per output channel")
+        if self.reconstruct and some_float:
+            raise RecipeError("reconstruct learns where activations are quantized: give all of them bits, or leave it "
+                              "out")
+
+    @property
+    def weight_only(self) -> bool:
+        """Whether activations stay in float, but where a rule gives them bits."""
+        return self.abits == FLOAT
+
+    @property
+    def bits(self) -> str:
+        """As the field writes it: `W4A8`; `W4A32g128` where groups of 128 weights share a scale."""
+        return f"W{self.wbits}A{self.abits}" + (f"g{self.group_size}" if self.group_size else "")
 
     def layer(self, path: str) -> LayerPlan:
         """Effective settings of the layer at module path `path`."""
@@ -159,9 +192,11 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` reads back to an equal recipe."""
-        data = asdict(self)
+        data = _written(Recipe, asdict(self))
         data["equalize"], data["rotate"] = list(self.equalize), list(self.rotate)
-        data["layers"] = [{k: v for k, v in asdict(rule).items() if v is not None} for rule in self.layers]
+        data["layers"] = [
+            _written(LayerRule, {k: v for k, v in asdict(rule).items() if v is not None}) for rule in self.layers
+        ]
         return data
 
     @classmethod
@@ -229,14 +264,14 @@ class Recipe:
             return cls.from_dict(_stored(path), f"recipe stored in {path}")
         try:
             with path.open("rb") as file:
-                data = file.read(_MOST_BYTES + 1)
+                data = file.read(MOST_BYTES + 1)
             text = data.decode("utf-8")
         except (OSError, ValueError) as error:
             raise RecipeError(f"cannot read recipe {path}: {error}") from error
-        if len(data) > _MOST_BYTES:
-            raise RecipeError(f"recipe {path} is larger than {_MOST_BYTES >> 10} KiB; that is no recipe")
+        if len(data) > MOST_BYTES:
+            raise RecipeError(f"recipe {path} is larger than {MOST_BYTES >> 10} KiB; that is no recipe")
         try:
-            parsed = _parse(text, path.suffix.lower())
+            parsed = parse(text, path.suffix.lower())
         except RecipeError:
             raise
         except Exception as error:
@@ -319,53 +354,10 @@ def _stored(path: Path) -> Any:
     return stored
 
 
-def _parse(text: str, suffix: str) -> Any:
-    if suffix == ".toml":
-        try:
-            import tomllib
-        except ModuleNotFoundError:  # Python 3.10
-            import tomli as tomllib  # type: ignore[import-not-found,no-redef]
-        # the memory it takes grows with the square of the length
-        if _DOTTED.search(re.sub(r'"[^"\n]*"|\'[^\'\n]*\'', '""', text)):
-            raise RecipeError(f"a recipe has no key of more than {_DEEPEST} parts")
-        return tomllib.loads(text)
-    if suffix in (".yaml", ".yml"):
-        import yaml
-
-        depth = 0
-        keys: list[set[str] | None] = []  # of the open collections; None of a list
-        expects_key: list[bool] = []
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            _note_key(event, keys, expects_key)
-            if isinstance(event, yaml.AliasEvent):  # nine lines of them can stand for billions of settings
-                raise RecipeError("a recipe has no aliases (*name); write the settings out")
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > _DEEPEST:
-                raise RecipeError(f"a recipe is not nested {depth} levels deep")
-        return yaml.safe_load(text)
-    raise RecipeError(f"a recipe is .yaml, .yml, .toml, or an exported .onnx; found {suffix or 'no suffix'!r}")
-
-
-def _note_key(event: Any, keys: list[set[str] | None], expects_key: list[bool]) -> None:
-    """Follow a YAML document; a key that a table has already is an error (YAML itself would let the last one win)."""
-    import yaml
-
-    if isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
-        keys.pop()
-        expects_key.pop()
-        return
-    if not isinstance(event, (yaml.ScalarEvent, yaml.CollectionStartEvent)):
-        return
-    if keys and keys[-1] is not None:
-        if expects_key[-1] and isinstance(event, yaml.ScalarEvent):
-            if event.value in keys[-1]:
-                where = "" if event.start_mark is None else f"line {event.start_mark.line + 1}: "
-                raise RecipeError(f"{where}{event.value!r} is set twice")
-            keys[-1].add(event.value)
-        expects_key[-1] = not expects_key[-1]
-    if isinstance(event, yaml.CollectionStartEvent):
-        keys.append(set() if isinstance(event, yaml.MappingStartEvent) else None)
-        expects_key.append(True)
+def _written(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Numbers that have a word as the word."""
+    limits = settings_of(cls)
+    return {name: limits[name].written(value) if name in limits else value for name, value in values.items()}
 
 
 def _under_current_names(data: Any, where: str) -> Any:

@@ -82,7 +82,11 @@ def _property(name: str, cls: Any, default: Any) -> dict[str, Any]:
     if limits is None:
         return {"type": "array", "items": _object(LayerRule)} if name == "layers" else {"type": "string"}
     property_ = limits.schema()
-    return {**property_, "type": [property_["type"], "null"]} if default is None else property_
+    if default is not None:
+        return property_
+    if "anyOf" in property_:
+        return {"anyOf": [*property_["anyOf"], {"type": "null"}]}
+    return {**property_, "type": [property_["type"], "null"]}
 
 
 def _allowed(name: str) -> str:

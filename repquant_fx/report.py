@@ -24,6 +24,7 @@ from repquant_fx.pipeline import Quantized
 from repquant_fx.pipeline.padding import find_padding
 from repquant_fx.quantizers.observers import LogQuantizer, UniformQuantizer
 from repquant_fx.quantizers.requantization import Codes
+from repquant_fx.recipe_settings import FLOAT
 from repquant_fx.recorder import Recorder
 from repquant_fx.security.escape import printable
 from repquant_fx.torch_private import pytree
@@ -56,8 +57,9 @@ def describe_layers(
                 wanted = gptq and plan_of.gptq
                 entry["weight"] = {
                     "bits": plan_of.wbits,
-                    "granularity": "per output channel",
-                    "zero_point": 0,
+                    "granularity": f"per output channel and {weight.group} inputs" if weight.group
+                                   else "per output channel",
+                    "zero_point": 0 if weight.zero_point is None else "one for each scale",
                     "scale": {
                         "min": float(weight.scale.min()),
                         "max": float(weight.scale.max()),
@@ -205,6 +207,9 @@ def checked(parity: Mapping[str, Any]) -> str:
     """
     quantizers = parity["quantizers"].values()
     worst = max((q["share_step"] for q in quantizers), default=0.0)
+    if not quantizers:
+        apart = parity["output_step"]
+        return f"checked in {parity['runtime']}: outputs are at most {apart:.2g} of the largest value apart"
     differ = f"at most {100 * worst:.2g} % of the codes differ" if worst else "0 codes differ"
     if not worst and any(q["largest_step"] for q in quantizers):
         differ += " but for values midway between two codes"
@@ -224,7 +229,9 @@ def summary(report: Mapping[str, Any], *, verbose: bool = False) -> str:
     norms = {e["path"] for e in layers if e["group"] == "norm_linear"}
     logs = sum(any("log" in i.get("quantizer", "") for i in e["inputs"]) for e in layers)
     lines = [f"quantized {len(weights)} weighted layers and {len(layers) - len(weights)} products "
-             f"({report['bits']}); {len(norms)} layers behind norms, {logs} softmax operands on a logarithmic grid"]
+             f"({report['bits']}); {len(norms)} layers behind norms, {logs} softmax operands on a logarithmic grid"
+             if any(i["bits"] != FLOAT for entry in layers for i in entry["inputs"])
+             else f"quantized the weights alone of {len(weights)} layers ({report['bits']})"]
     for item in report["left_alone"]:
         lines.append(f"left alone: {item['operator']} at {item['path']}: {item['reason']}")
     if report.get("output_sqnr_db") is not None:

@@ -16,10 +16,10 @@ from repquant_fx.errors import ModelFileError
 from repquant_fx.exporters.reading import read_onnx
 
 
-def session_options(threads: int | None = None) -> onnxruntime.SessionOptions:
+def session_options(threads: int | None = None, accuracy_level: int = 1) -> onnxruntime.SessionOptions:
     """Options under which ONNX Runtime computes what the file says (see `session`)."""
     options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
     if processor.saturates():  # elsewhere it would give up faster kernels for nothing
         options.add_session_config_entry("session.x64quantprecision", "1")
     options.log_severity_level = 4  # what it logs as an error it raises, too
@@ -29,24 +29,29 @@ def session_options(threads: int | None = None) -> onnxruntime.SessionOptions:
 
 
 def session(
-    model: str | Path | bytes | onnx.ModelProto, *, threads: int | None = None, optimize: bool = True
+    model: str | Path | bytes | onnx.ModelProto, *, threads: int | None = None, optimize: bool = True,
+    accuracy_level: int = 1,
 ) -> onnxruntime.InferenceSession:
     """A CPU session that computes what the file says.
 
-    ONNX Runtime may turn DequantizeLinear(INT4) + MatMul into a kernel that re-quantizes activations on its own;
-    `session.qdq_matmulnbits_accuracy_level = 1` keeps it from doing so. On x86 processors without VNNI its kernels of
-    uint8 and int8 saturate; `session.x64quantprecision = 1` makes it store weights that may do so as uint8, for which
-    it has exact kernels. It would do so on processors with VNNI, too, which need it not: there it stays unset.
+    ONNX Runtime turns a dequantized weight and MatMul into a kernel (MatMulNBits) that quantizes activations on its
+    own, unless `session.qdq_matmulnbits_accuracy_level = 1` keeps it from doing so. On x86 processors without VNNI its
+    kernels of uint8 and int8 saturate; `session.x64quantprecision = 1` makes it store weights that may do so as uint8,
+    for which it has exact kernels. It would do so on processors with VNNI, too, which need it not: there it stays
+    unset.
 
     Args:
         model: a path, serialized bytes or a proto.
         threads: intra-op threads; ONNX Runtime's default where None.
         optimize: let ONNX Runtime rewrite the graph; without, it runs each operator as it stands, in float.
+        accuracy_level: of files with weights alone quantized: 1 multiplies activations as they are, in float32; 4, the
+            default of ONNX Runtime itself, gives 8 bits to each block of them first: faster, and not what the file
+            says.
 
     Raises:
         ModelFileError: the file is missing or refused (see `exporters.reading`), or ONNX Runtime refuses it.
     """
-    options = session_options(threads)
+    options = session_options(threads, accuracy_level)
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     name = str(model) if isinstance(model, (str, Path)) else "the model"

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from repquant_fx.errors import InputError
-from repquant_fx.recipe_settings import nearest
+from repquant_fx.recipe_settings import FLOAT, nearest
 
 if TYPE_CHECKING:
     from repquant_fx.recipe import Recipe
@@ -65,6 +65,8 @@ class Target:
                 raise InputError(f"the target {self.name} takes no container {container}: its files hold codes in "
                                  f"{' or '.join(self.containers)}; leave --container out, or take another target")
             container = self.containers[0]
+        if given.weight_only and all(rule.abits in (None, FLOAT) for rule in given.layers):  # no product of integers
+            return replace(given, container=container)
         rules = tuple(
             rule if rule.wbits is None else replace(rule, wbits=min(rule.wbits, self.weight_bits))
             for rule in given.layers

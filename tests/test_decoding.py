@@ -12,7 +12,7 @@ import pytest
 import torch
 from compiled import PLAIN
 from helpers import redraw
-from language import MODELS, VOCABULARY
+from language import MODELS, TEXT, VOCABULARY
 from language import make as small
 from torch import nn
 
@@ -22,6 +22,7 @@ from repquant_fx.evaluation.decoder import Decoder
 from repquant_fx.evaluation.runners import Runner, open_runner
 from repquant_fx.generation import generate
 from repquant_fx.options import Source
+from repquant_fx.preparation import match
 
 LENGTH = 12
 IDS = torch.randint(3, VOCABULARY, (12, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -174,6 +175,21 @@ def test_files_that_are_no_decoders_are_refused() -> None:
     huge = InputSpec("past_key_values.0.key", (None, 1 << 30, 1 << 30, 1 << 10), torch.uint8)
     with pytest.raises(InputError, match=r"past_key_values\.0\.key"):
         Decoder(replace(gives(), inputs=(*specs[:2], huge)))(torch.tensor([[1]]))
+
+
+def test_a_cache_is_the_default_where_the_model_keeps_one() -> None:
+    import transformers as t
+
+    source = Source(small("opt"))
+    assert match(source).loaded.past is None and match(source, with_past=None).loaded.past is not None
+    short = Source(redraw(t.LlamaForCausalLM(t.LlamaConfig(**{**TEXT, "max_position_embeddings": 4}))))
+    without = match(short, with_past=None)
+    assert without.loaded.past is None and without.captured.input_names == ["input_ids", "attention_mask"]
+    assert without.notes == (
+        "the file keeps no keys and values of earlier tokens: its sequences have 4 tokens at most",)
+    with pytest.raises(InputError, match="4 tokens at most"):
+        match(short, with_past=True)
+    assert match(Source(small("bert")), with_past=None).notes == ()
 
 
 def test_what_has_no_cache_is_said(tmp_path: Path) -> None:

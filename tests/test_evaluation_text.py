@@ -68,6 +68,7 @@ def test_torch_and_onnx_runtime_alike(place: Path, tmp_path: Path) -> None:
         seq_len=16,
         samples=16,
         batch_size=8,
+        with_past=False,
     )
     compiled.save(tmp_path / "m.onnx")
     options = {"seq_len": 32, "stride": 16}

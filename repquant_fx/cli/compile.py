@@ -42,8 +42,9 @@ def add(command: argparse.ArgumentParser) -> None:
     )
     add_calibration(command)
     command.add_argument(
-        "--with-past", action=argparse.BooleanOptionalAction, default=False,
-        help="a causal language model decodes with a key/value cache, instead of reading whole sequences (default off)")
+        "--with-past", action=argparse.BooleanOptionalAction, default=None,
+        help="a causal language model decodes with a key/value cache, instead of reading whole sequences (default on "
+        "where the model keeps such a cache)")
     long = command.add_argument_group("long compiles (under torchrun the processes share the calibration data)")
     long.add_argument(
         "--work-dir",

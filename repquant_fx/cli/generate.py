@@ -14,7 +14,7 @@ from repquant_fx.security.channel import LOAD_SECONDS
 def add(command: argparse.ArgumentParser) -> None:
     """The options of `generate`."""
     command.set_defaults(run=run, allow_pickle=False)
-    command.add_argument("model", help="what compile --with-past wrote: an .onnx, or a directory")
+    command.add_argument("model", help="what compile wrote of a causal language model: an .onnx, or a directory")
     command.add_argument("prompt", help="the beginning of the text")
     command.add_argument("--tokens", type=count(MOST_TOKENS), default=64, help="how many at most (default 64)")
     command.add_argument("--temperature", type=number(0, 100), default=0.0,

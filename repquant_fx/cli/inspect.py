@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from repquant_fx.cli.common import SOURCES, add_source, add_task, read_shape
 from repquant_fx.cli.method import add_method, recipe_from
 from repquant_fx.errors import InputError
+from repquant_fx.recipe_settings import FLOAT
 from repquant_fx.security.escape import printable
 
 if TYPE_CHECKING:
@@ -184,7 +185,9 @@ def totals(inspection: Inspection) -> list[str]:
         lines.append("fused under ONNX Runtime: not known (?)")
     else:
         audited = sum(row.integer is not None for row in inspection.rows)
-        lines.append(f"computed with integers by ONNX Runtime: {about['integer_sites']} of {audited}")
+        alone = all(row.bits == FLOAT for row in inspection.rows)
+        how = "multiplied by the codes of weights (MatMulNBits)" if alone else "computed with integers"
+        lines.append(f"{how} by ONNX Runtime: {about['integer_sites']} of {audited}")
         reasons = Counter(row.reason for row in inspection.rows if row.integer is False)
         lines += [f"  {count} not: {reason or 'for no audited reason'}" for reason, count in reasons.items()]
     lines.append(

@@ -42,6 +42,8 @@ def _form(limits: Setting) -> dict[str, Any]:
         return {"type": _kinds, "metavar": "KIND,... or none"}
     if limits.alone is not None:
         return {"type": limits.kind, "nargs": "?", "const": limits.alone, "metavar": "STEPS"}
+    if limits.words:
+        return {"type": number_or_word, "metavar": f"N or {limits.words[0][0]}"}
     return {"choices": limits.choices} if limits.kind is str else {"type": limits.kind}
 
 
@@ -63,6 +65,11 @@ def recipe_from(options: argparse.Namespace) -> Any:
     bits = {name: given.pop(name, 8) for name in ("wbits", "abits")}
     preset: Any = PRESETS[options.preset or "repquant"]
     return preset(**bits, **given)
+
+
+def number_or_word(text: str) -> int | str:
+    """A word is checked with the whole recipe, as numbers are."""
+    return int(text) if text.strip().lstrip("-").isdecimal() else text
 
 
 def _kinds(text: str) -> tuple[str, ...]:

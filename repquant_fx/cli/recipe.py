@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from repquant_fx.cli.common import Parser, add_output
+from repquant_fx.cli.method import number_or_word
 
 
 def add(command: argparse.ArgumentParser) -> None:
@@ -27,7 +28,8 @@ def add(command: argparse.ArgumentParser) -> None:
         "--preset", choices=tuple(PRESETS), default="repquant", help="a published method (default repquant)"
     )
     init.add_argument("--wbits", type=int, default=8, help="bits of weights (default 8)")
-    init.add_argument("--abits", type=int, default=8, help="bits of activations (default 8)")
+    init.add_argument("--abits", type=number_or_word, default=8, metavar="N or none",
+                      help="bits of activations, none to leave them in float (default 8)")
     show = sub(
         "show", run_show, "print the effective recipe of an exported file, or of a recipe with its defaults filled in"
     )

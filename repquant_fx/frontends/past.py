@@ -76,6 +76,11 @@ def is_cache(name: str) -> bool:
     return name.startswith(f"{_INPUTS}.")
 
 
+def may_decode(loaded: LoadedModel) -> bool:
+    """Whether a model is a causal language model of transformers, and whole."""
+    return loaded.task == TASK and loaded.part is None and is_transformers(loaded.module)
+
+
 def as_decoder(loaded: LoadedModel) -> LoadedModel:
     """The same model as one that decodes with a cache; the module given is left as it is.
 
@@ -83,7 +88,7 @@ def as_decoder(loaded: LoadedModel) -> LoadedModel:
         NoCacheError: no causal language model of transformers, or one whose cache is no pair of keys and values in
             each layer.
     """
-    if loaded.task != TASK or not is_transformers(loaded.module) or loaded.input_names is None:
+    if not may_decode(loaded) or loaded.input_names is None:
         raise NoCacheError("only causal language models of transformers decode with a cache")
     names, inputs = list(loaded.input_names), dict(zip(loaded.input_names, loaded.example_inputs))
     if names != ["input_ids", "attention_mask"]:

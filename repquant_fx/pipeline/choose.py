@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -32,6 +33,7 @@ from repquant_fx.quantizers.activation import (
 from repquant_fx.quantizers.balance import Weight
 from repquant_fx.quantizers.correction import fit
 from repquant_fx.quantizers.gptq import QuantizedWeight, output_error
+from repquant_fx.quantizers.groups import Grouping
 from repquant_fx.quantizers.observers import LogQuantizer, Observer, UniformQuantizer
 from repquant_fx.quantizers.weight import (
     ChosenWeight,
@@ -42,6 +44,7 @@ from repquant_fx.quantizers.weight import (
     with_room_for_bias,
 )
 from repquant_fx.recipe import MANY_BITS, Recipe
+from repquant_fx.recipe_settings import FLOAT
 from repquant_fx.statistics import rounding
 
 
@@ -51,7 +54,7 @@ def choose_quantizers(
     """The quantizers of a group's sites, by site name, from what the observers in its slots recorded.
 
     Norm sites get scales per channel (all sites of a norm share them), Softmax operands a logarithmic scale, every
-    other site a scale for the whole tensor.
+    other site a scale for the whole tensor, and what stays in float none.
 
     Args:
         bits: by site name, where others than those matched are wanted.
@@ -60,10 +63,11 @@ def choose_quantizers(
         PassError: a slot holds no observer, or it has seen no data.
         CalibrationError: probabilities of a Softmax are no numbers.
     """
-    bits = {site.name: site.bits for site in group.sites} | dict(bits or {})
-    observers = {site.name: observer(graph_module, site) for site in group.sites}
+    sites = [site for site in group.sites if site.bits != FLOAT]
+    bits = {site.name: site.bits for site in sites} | dict(bits or {})
+    observers = {site.name: observer(graph_module, site) for site in sites}
     chosen: dict[str, nn.Module] = {}
-    norm_sites = [site for site in group.sites if site.role == "norm"]
+    norm_sites = [site for site in sites if site.role == "norm"]
     if norm_sites:
         sample = torch.cat([observers[site.name].sample() for site in norm_sites], dim=1)
         assert group.norm is not None
@@ -72,9 +76,9 @@ def choose_quantizers(
                                 bias=parameters(graph_module, group.norm)[1])
         chosen |= {site.name: UniformQuantizer(*shared.exact, shared.bits) for site in norm_sites}
     # the value operand first: the Softmax scale is chosen with it already quantized
-    for site in (site for site in group.sites if site.role == "plain"):
+    for site in (site for site in sites if site.role == "plain"):
         chosen[site.name] = tensor_quantizer(observers[site.name].sample(), bits[site.name], recipe)
-    for site in (site for site in group.sites if site.role == "softmax"):
+    for site in (site for site in sites if site.role == "softmax"):
         other = next(s for s in group.sites if s is not site)
         chosen[site.name] = _choose_softmax(
             site,
@@ -154,17 +158,20 @@ def choose_weights(graph_module: GraphModule, group: Group, recipe: Recipe, mome
         for consumer in site.consumers:
             plan = group.plans[consumer]
             alike.setdefault((plan.wbits, plan.gptq and recipe.gptq), []).append(consumer)
+        grouped = site.bits == FLOAT and group.kind == "linear"
         for (bits, use_gptq), consumers in alike.items():
+            grouping = Grouping(bits, recipe.group_size, recipe.weights == "mse") if grouped else None
             weights = [
                 as_matrix(graph_module, c) + corrections[c].float() if c in corrections else as_matrix(graph_module, c)
                 for c in consumers
             ]
             hessian = moments.hessian(site, weights[0].shape[1])
-            rounded = _round(
-                weights, bits, hessian, recipe, use_gptq, module_path(consumers[0]), world, lost=statistics is not None
-            )
+            how = partial(round_weight, bits=bits, hessian=hessian, recipe=recipe, use_gptq=use_gptq,
+                          where=module_path(consumers[0]), grouping=grouping)
+            rounded = _round(weights, how, hessian, world, lost=statistics is not None)
             for consumer, weight, tensors in zip(consumers, weights, rounded):
-                chosen[consumer] = _finished(graph_module, site, consumer, tensors, moments)
+                chosen[consumer] = _finished(graph_module, site, consumer, tensors, moments,
+                                             grouping.size if grouping else 0)
                 if statistics is not None:
                     statistics[consumer.name] = rounding(
                         weight, tensors["lost"], tensors.get("errors"), hessian, use_gptq and hessian is not None
@@ -172,27 +179,20 @@ def choose_weights(graph_module: GraphModule, group: Group, recipe: Recipe, mome
     return chosen
 
 
-def _round(
-    weights: list[Tensor],
-    bits: int,
-    hessian: Tensor | None,
-    recipe: Recipe,
-    use_gptq: bool,
-    where: str,
-    world: World,
-    *,
-    lost: bool,
-) -> list[dict[str, Tensor]]:
-    """For each of some weights that read one site: `codes` and `scale`, each row's (to nearest, as chosen) `errors` of
-    the output, and where `lost` is set those of the weight itself.
+def _round(weights: list[Tensor], rounded: Callable[[Tensor], tuple[QuantizedWeight, QuantizedWeight]],
+           hessian: Tensor | None, world: World, *, lost: bool) -> list[dict[str, Tensor]]:
+    """For each of some weights that read one site: `codes`, `scale` and a `zero_point` where it has one, each row's
+    (to nearest, as chosen) `errors` of the output, and where `lost` is set those of the weight itself.
 
     All share one Hessian and so one sweep. Rows are independent, so ranks share them out.
     """
     stacked, part = torch.cat(weights), dict[str, Tensor]()
     rows = stacked[world.row_shard(len(stacked))]
     if len(rows):
-        nearest, quantized = round_weight(rows, bits, hessian, recipe, use_gptq, where)
+        nearest, quantized = rounded(rows)
         part = {"codes": quantized.codes, "scale": quantized.scale}
+        if quantized.zero_point is not None:
+            part["zero_point"] = quantized.zero_point
         if lost:
             part["lost"] = torch.stack(
                 [(q.dequantize() - rows).double().square().sum(dim=1) for q in (nearest, quantized)], dim=1
@@ -209,12 +209,17 @@ def _round(
 
 
 def _finished(
-    graph_module: GraphModule, site: Site, consumer: Node, rounding: Mapping[str, Tensor], moments: SecondMoments
+    graph_module: GraphModule, site: Site, consumer: Node, rounding: Mapping[str, Tensor], moments: SecondMoments,
+    size: int = 0
 ) -> ChosenWeight:
     """In the shape of the consumer's weight, with the bias that makes the mean output the float model's where there are
     moments of it.
+
+    Args:
+        size: of the groups that share a scale, 0 for all.
     """
-    quantized, bias, errors = QuantizedWeight(rounding["codes"], rounding["scale"]), None, None
+    quantized = QuantizedWeight(rounding["codes"], rounding["scale"], rounding.get("zero_point"), size)
+    bias, errors = None, None
     argument = consumer.args[2] if len(consumer.args) > 2 else None
     old_bias = attribute(graph_module, argument) if is_constant(argument) else None  # type: ignore[arg-type]
     if site.name in moments.halves:
@@ -228,14 +233,14 @@ def _finished(
         )
     if "errors" in rounding:
         errors = (float(rounding["errors"][:, 0].sum()), float(rounding["errors"][:, 1].sum()))
-    quantized = with_ordinary_scales(quantized)
+    if site.bits != FLOAT:
+        quantized = with_ordinary_scales(quantized)
     kept, quantizer = old_bias if bias is None else bias, slot_module(graph_module, site)
     if kept is not None and isinstance(quantizer, UniformQuantizer) and quantizer.axis is None:
         quantized = with_room_for_bias(quantized, kept, float(quantizer.scale))
     shape = attribute(graph_module, consumer.args[1]).shape  # type: ignore[arg-type]
-    return ChosenWeight(
-        QuantizedWeight(quantized.codes.reshape(shape).contiguous(), quantized.scale.contiguous()), bias, errors
-    )
+    codes, scale = quantized.codes.reshape(shape).contiguous(), quantized.scale.contiguous()
+    return ChosenWeight(replace(quantized, codes=codes, scale=scale), bias, errors)
 
 
 def as_matrix(graph_module: GraphModule, consumer: Node) -> Tensor:

@@ -44,6 +44,8 @@ def observe_group(
     for site in group.sites:
         if site.name in observers:
             observers[site.name].start(total, numbers, partial(padding.counts, name=site.value.name))
+    if not observers:
+        return {}
     for values in runner.run(segment.first, segment.stop, list(slots)):
         for slot, site in slots.items():
             check_finite(values[slot], site.name)

@@ -31,10 +31,12 @@ from repquant_fx.pipeline.padding import find_padding
 from repquant_fx.quantizers.clipping import search_bounds
 from repquant_fx.quantizers.counted import counted_rows, zero_elsewhere
 from repquant_fx.quantizers.gptq import LEAVES
+from repquant_fx.quantizers.groups import Grouping, nearest
 from repquant_fx.quantizers.rotation import rotation
 from repquant_fx.quantizers.uniform import fake_quantize, parameters_from_range
 from repquant_fx.quantizers.weight import chosen_grid
 from repquant_fx.recipe import MANY_BITS, ROTATE, Recipe
+from repquant_fx.recipe_settings import FLOAT
 from repquant_fx.recorder import Recorder
 
 BATCHES = 2  # of the calibration data that a trial runs
@@ -225,7 +227,9 @@ def _linears(graph_module: GraphModule, group: Group, rows: Values, twin: Mappin
              recipe: Recipe) -> Iterator[tuple[Node, float]]:
     for site in group.sites:
         x = _some_rows(rows[twin.get(site.value, site.value)], ROWS)
-        if site.role == "norm":
+        if site.bits == FLOAT:
+            quantized = x
+        elif site.role == "norm":
             bounds = search_bounds(x.T.contiguous(), site.bits)
             quantized = fake_quantize(
                 x, *parameters_from_range(bounds.low, bounds.up, site.bits, include_zero=False), site.bits, axis=-1
@@ -238,7 +242,11 @@ def _linears(graph_module: GraphModule, group: Group, rows: Values, twin: Mappin
                 continue
             weight = attribute(graph_module, weight_node)  # type: ignore[arg-type]
             plan = group.plans[consumer]
-            lost = chosen_grid(weight, plan.wbits, recipe).values(weight) - weight
+            if site.bits == FLOAT:
+                grouping = Grouping(plan.wbits, recipe.group_size, recipe.weights == "mse")
+                lost = nearest(weight, grouping).dequantize() - weight
+            else:
+                lost = chosen_grid(weight, plan.wbits, recipe).values(weight) - weight
             noise = (quantized - x) @ weight.T
             noise += quantized @ lost.T * (LEAVES if plan.gptq and recipe.gptq else 1.0)
             yield consumer, float(noise.square().sum() / (x @ weight.T).square().sum().clamp(min=1e-30))

@@ -8,6 +8,7 @@ share one factorisation: stack their rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,23 +21,38 @@ LEAVES = 0.45  # of the amplitude of what rounding to nearest does to the output
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """Integer codes with zero point folded in: `weight ~ codes * scale[:, None]`.
+    """Integer codes: `weight ~ (codes - zero_point) * scale`.
 
     Attributes:
-        codes: int8, shape (out, in). For an asymmetric grid these are `q - z`, so that the stored zero point is 0.
-        scale: float32, shape (out,).
+        codes: int8, shape (out, in). Without a zero point these are `q - z`, so that the stored one is 0.
+        scale: float32, shape (out,); (out, groups) where `group` inputs share one, the last group may have fewer.
+        zero_point: int8, of the shape of `scale`; None for 0.
+        group: how many inputs share a scale; 0 for all.
     """
 
     codes: Tensor
     scale: Tensor
+    zero_point: Tensor | None = None
+    group: int = 0
 
     def to(self, device: str | torch.device) -> QuantizedWeight:
         """The same on another device."""
-        return QuantizedWeight(self.codes.to(device), self.scale.to(device))
+        zero_point = None if self.zero_point is None else self.zero_point.to(device)
+        return QuantizedWeight(self.codes.to(device), self.scale.to(device), zero_point, self.group)
 
     def dequantize(self) -> Tensor:
         """float32 weight, shape (out, in)."""
-        return self.codes.to(torch.float32) * self.scale[:, None]
+        codes, inputs = self.codes.to(torch.float32), self.codes.shape[1]
+        if self.zero_point is not None:
+            codes = codes - per_input(self.zero_point, self.group, inputs)
+        return codes * per_input(self.scale, self.group, inputs)
+
+
+def per_input(values: Tensor, group: int, inputs: int) -> Tensor:
+    """A value of each group of inputs, shape (out, groups), for each input, (out, in); one of all, (out,), as
+    (out, 1).
+    """
+    return values.repeat_interleave(group, 1)[:, :inputs] if group else values[:, None]
 
 
 @dataclass(frozen=True)
@@ -57,6 +73,9 @@ class WeightGrid:
         return self.codes(w) * self.scale.view((-1,) + (1,) * (w.ndim - 1))
 
 
+Grids = Callable[[int, int, Tensor, Tensor], Iterable[WeightGrid]]
+
+
 def symmetric_range(bits: int) -> tuple[int, int]:
     """Code range of a symmetric grid; at 8 bits -127..127, as integer kernels expect."""
     half = 1 << (bits - 1)
@@ -75,7 +94,7 @@ def weight_grid(
     Args:
         weight: shape (out, in).
         search: shrink the min-max range over 40 steps and keep the smallest (weighted) squared error, else min-max.
-        importance: weights of the columns' errors, shape (in,), e.g. the diagonal of the Hessian.
+        importance: weights of the columns' errors, shape (in,) or (out, in), e.g. the diagonal of the Hessian.
 
     Raises:
         PassError: an asymmetric grid of 8 bits, whose codes would overflow int8.
@@ -183,26 +202,42 @@ def gptq(
         if activation_order
         else torch.arange(weight.shape[1])
     )
-    upper, dead = inverse_factor(hessian[order][:, order], damping, where)
-    w = w0.T[order].contiguous()  # one row per input, so that every step below reads contiguous memory
-    w[dead] = 0
-    exact = WeightGrid(*(t.to(w.dtype) for t in (grid.scale, grid.low, grid.high)))
-    codes = torch.empty_like(w)
-    for start in range(0, len(w), block):
-        stop = min(start + block, len(w))
-        errors = torch.empty_like(w[start:stop])
-        for j in range(start, stop):
-            column = w[j] - upper[start:j, j] @ errors[: j - start]
-            codes[j] = exact.codes(column)
-            errors[j - start] = (column - codes[j] * exact.scale) / upper[j, j]
-        w[stop:] -= upper[start:stop, stop:].T @ errors
-    result = torch.empty_like(w0)
-    result[:, order] = codes.T
+    exact = WeightGrid(*(t.to(w0.dtype) for t in (grid.scale, grid.low, grid.high)))
+    spans = [(start, min(start + block, len(order))) for start in range(0, len(order), block)]
+    result = sweep(w0, hessian, order, spans, lambda start, stop, *_: [exact] * (stop - start), damping, where)
     nearest = exact.codes(torch.where(hessian.diagonal() > 0, w0, torch.zeros_like(w0)))
     scale = exact.scale[:, None]
     worse = output_error(w0, result * scale, hessian) > output_error(w0, nearest * scale, hessian)
     result = torch.where(worse[:, None], nearest, result)
     return QuantizedWeight(result.to(torch.int8), grid.scale.float())
+
+
+def sweep(weight: Tensor, hessian: Tensor, order: Tensor, spans: Sequence[tuple[int, int]], grids: Grids,
+          damping: float, where: str) -> Tensor:
+    """Codes of the columns, rounded in an order, each column's error spread over those that follow.
+
+    Args:
+        weight: shape (out, in), in the dtype of the Hessian; so is the result.
+        order: of the columns, shape (in,).
+        spans: places (start, stop) in the order, together all of it; what follows a span is updated behind it.
+        grids: gives the grid of each column of a span, from where it starts and stops, its columns as they are then,
+            shape (columns, out), and the diagonal of the inverse's factor there.
+    """
+    upper, dead = inverse_factor(hessian[order][:, order], damping, where)
+    w = weight.T[order].contiguous()  # one row per input, so that every step below reads contiguous memory
+    w[dead] = 0
+    codes = torch.empty_like(w)
+    for start, stop in spans:
+        errors = torch.empty_like(w[start:stop])
+        found = grids(start, stop, w[start:stop], upper.diagonal()[start:stop])
+        for j, grid in zip(range(start, stop), found):
+            column = w[j] - upper[start:j, j] @ errors[: j - start]
+            codes[j] = grid.codes(column)
+            errors[j - start] = (column - codes[j] * grid.scale) / upper[j, j]
+        w[stop:] -= upper[start:stop, stop:].T @ errors
+    result = torch.empty_like(weight)
+    result[:, order] = codes.T
+    return result
 
 
 def round_to_nearest(weight: Tensor, grid: WeightGrid) -> QuantizedWeight:

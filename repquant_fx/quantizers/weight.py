@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from repquant_fx.quantizers.correction import Moments
 from repquant_fx.quantizers.gptq import QuantizedWeight, WeightGrid, gptq, output_error, round_to_nearest, weight_grid
+from repquant_fx.quantizers.groups import Grouping, gptq_groups
+from repquant_fx.quantizers.groups import nearest as rounded_to_nearest
 from repquant_fx.recipe import Recipe
 
 BIAS_ROOM = 2.0**30  # of an int32: what a bias may take, so that the product can still be added to it
@@ -36,15 +38,22 @@ def chosen_grid(weight: Tensor, bits: int, recipe: Recipe, importance: Tensor | 
                        importance=importance)
 
 
-def round_weight(weight: Tensor, bits: int, hessian: Tensor | None, recipe: Recipe, use_gptq: bool,
-                 where: str) -> tuple[QuantizedWeight, QuantizedWeight]:
+def round_weight(weight: Tensor, bits: int, hessian: Tensor | None, recipe: Recipe, use_gptq: bool, where: str,
+                 grouping: Grouping | None = None) -> tuple[QuantizedWeight, QuantizedWeight]:
     """Codes to nearest, and the codes chosen. Rows are independent of each other.
 
     Args:
         weight: shape (out, in), float32.
         hessian: `2 X^T X` of the input, shape (in, in), float64; None where there is none for this kind of layer.
         where: names the layer in errors.
+        grouping: of a weight whose activations stay in float; one scale per output channel where None.
     """
+    if grouping is not None:
+        to_nearest = rounded_to_nearest(weight, grouping)
+        if not use_gptq or hessian is None:
+            return to_nearest, to_nearest
+        return to_nearest, gptq_groups(weight, hessian, grouping, damping=recipe.gptq_damping, block=recipe.gptq_block,
+                                       activation_order=recipe.gptq_activation_order, where=where)
     grid = chosen_grid(weight, bits, recipe)
     nearest = round_to_nearest(weight, grid)
     if not use_gptq or hessian is None:
@@ -99,7 +108,7 @@ def with_room_for_bias(quantized: QuantizedWeight, bias: Tensor, step: float) ->
     codes, scale = quantized.codes, quantized.scale
     wanted = torch.maximum(scale, (bias.abs().double() / step / BIAS_ROOM).float())
     shrunk = torch.round(codes * (scale / wanted).reshape(-1, *[1] * (codes.ndim - 1)))
-    return QuantizedWeight(shrunk.to(codes.dtype), wanted)
+    return replace(quantized, codes=shrunk.to(codes.dtype), scale=wanted)
 
 
 def fills_container(bits: int) -> bool:

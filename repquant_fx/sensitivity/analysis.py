@@ -17,6 +17,7 @@ from repquant_fx.pipeline.padding import find_padding
 from repquant_fx.preparation import HELD_BACK, Prepared, check_runs, prepare
 from repquant_fx.progress import progress
 from repquant_fx.recipe import Recipe
+from repquant_fx.recipe_settings import FLOAT
 from repquant_fx.security.escape import printable
 from repquant_fx.sensitivity.candidates import RoundedWeight, activation_quantizers, observe, rounded_weights
 from repquant_fx.sensitivity.estimate import LOSSES, estimate
@@ -133,6 +134,9 @@ def analyse(
     """`sensitivity` of a prepared model, whose graph is used up."""
     if loss not in LOSSES:
         raise InputError(f"the loss is one of {', '.join(LOSSES)}; found {loss!r}")
+    if any(site.bits == FLOAT for group in prepared.plan.groups for site in group.sites):
+        raise InputError("what bits do is measured where activations are quantized: give bits for abits, here and in "
+                         "the recipe's rules")
     if probes < 1:
         raise InputError(f"at least 1 probe is needed, not {probes}")
     tried = {WEIGHTS: _checked(weight_choices), ACTIVATIONS: _checked(activation_choices)}

@@ -131,7 +131,7 @@ def _measured(
 ) -> SearchResult:
     """The recipe on a frontier that reaches a target, by compiling some."""
     def compiled(result: SearchResult) -> CompiledModel:
-        return compile_model(source, calibration, result.recipe, Run(check=False))
+        return compile_model(source, calibration, result.recipe, Run(check=False, with_past=False))
 
     if target.target_size is not None:
         budget = read_size(target.target_size, frontier.weights)

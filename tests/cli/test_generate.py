@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("decoding")
     save("opt", root / "opt", with_tokenizer=True)
     (root / "text.txt").write_text("\n".join(LINES))
-    arguments = ["compile", root / "opt", "--out", root / "out", "--with-past", "--calib", root / "text.txt",
+    arguments = ["compile", root / "opt", "--out", root / "out", "--calib", root / "text.txt",
                  "--seq-len", 16, "--quiet", *FAST]
     assert main([str(a) for a in arguments]) == 0
     return root

@@ -7,7 +7,7 @@ import os
 
 from documents import ROOT
 
-from repquant_fx import limits, recipe
+from repquant_fx import limits, recipe_reading
 from repquant_fx.calibration import arrays, checks, images, text
 from repquant_fx.cli import common
 from repquant_fx.exporters import reading
@@ -152,7 +152,8 @@ def rows() -> list[tuple[str, str, str]]:
             f"{size(schema.LONGEST)}; {schema.DEEPEST}",
             code + "security/schema.py",
         ),
-        ("**recipe**: bytes; levels", f"{size(recipe._MOST_BYTES)}; {recipe._DEEPEST}", code + "recipe.py"),
+        ("**recipe**: bytes; levels", f"{size(recipe_reading.MOST_BYTES)}; {recipe_reading._DEEPEST}",
+         code + "recipe_reading.py"),
         (
             "**image**: pixels; the longer side over the shorter",
             f"{n(images._MOST_PIXELS)}; {images._LONGEST}",

@@ -138,7 +138,7 @@ def test_an_operator_without_counterpart_is_named(encoder: GraphModule) -> None:
 
 def test_a_refused_model_is_an_error(encoder: GraphModule, monkeypatch: pytest.MonkeyPatch) -> None:
     """A name that is taken twice is what the checker finds."""
-    def spoil(model: object, names: set[str]) -> int:
+    def spoil(model: object, *names: set[str]) -> int:
         for node in model.graph:  # type: ignore[attr-defined]
             node.outputs[0].name = "same"
         return 0

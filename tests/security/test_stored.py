@@ -93,7 +93,7 @@ def set_at(document: Any, way: str, value: Any) -> str:
         (
             "layers.0.sites.0.bits",
             "1" * 400,
-            "layers[0].sites[0].bits must be an integer from 2 to 8; found a huge number",
+            "layers[0].sites[0].bits must be an integer from 2 to 32; found a huge number",
         ),
         ("layers.0.sites.0.bits", "9" * 5000, "cannot be read"),
         ("layers.0.sites.0.bits", "true", "must be an integer; found True"),
