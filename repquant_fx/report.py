@@ -22,6 +22,7 @@ from repquant_fx.passes.slots import slot_module
 from repquant_fx.passes.store_caches import stored_as
 from repquant_fx.pipeline import Quantized
 from repquant_fx.pipeline.padding import find_padding
+from repquant_fx.pipeline.routed import kept_rows
 from repquant_fx.quantizers.observers import LogQuantizer, UniformQuantizer
 from repquant_fx.quantizers.requantization import Codes
 from repquant_fx.recipe_settings import FLOAT
@@ -68,10 +69,11 @@ def describe_layers(
                     "method": "GPTQ" if wanted and consumer in quantized.errors else "round to nearest",
                 }
                 if wanted and consumer not in quantized.errors:
-                    entry["notes"] = [
-                        f"rounded to nearest: GPTQ has no second moments of the input of a {entry['operator']}"
-                        " whose windows are not rows of one matrix"
-                    ]
+                    why = f"GPTQ has no second moments of the input of a {entry['operator']} whose windows are not " \
+                          "rows of one matrix"
+                    if kept_rows(consumer) is not None:
+                        why = "no token of the calibration data reached this expert; give more data, or other"
+                    entry["notes"] = [f"rounded to nearest: {why}"]
                 if consumer in quantized.errors:
                     nearest, chosen = quantized.errors[consumer]
                     entry["weight"]["output_error"] = {"round_to_nearest": nearest, "chosen": chosen}

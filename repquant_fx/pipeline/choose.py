@@ -22,6 +22,7 @@ from repquant_fx.passes.match_sites import Group, Site
 from repquant_fx.passes.normalize_rows import may_normalize
 from repquant_fx.passes.parameters import parameters
 from repquant_fx.passes.slots import observer, slot_module
+from repquant_fx.pipeline.routed import Part, parts
 from repquant_fx.pipeline.second_moments import SecondMoments
 from repquant_fx.quantizers.activation import (
     STEPS,
@@ -151,11 +152,11 @@ def choose_weights(graph_module: GraphModule, group: Group, recipe: Recipe, mome
         statistics: filled with `statistics.rounding` of every weight, by its consumer's name, where given.
     """
     chosen: dict[Node, ChosenWeight] = {}
-    for site in group.sites:
-        halves = moments.halves.get(site.name)
-        corrections = dict(zip(site.consumers, fit(*halves))) if halves is not None else {}
+    for site, part in ((s, part) for s in group.sites for part in parts(s)):
+        halves = moments.halves.get(part.key)
+        corrections = dict(zip(part.consumers, fit(*halves))) if halves is not None else {}
         alike: dict[tuple[int, bool], list[Node]] = {}
-        for consumer in site.consumers:
+        for consumer in part.consumers:
             plan = group.plans[consumer]
             alike.setdefault((plan.wbits, plan.gptq and recipe.gptq), []).append(consumer)
         grouped = site.bits == FLOAT and group.kind == "linear"
@@ -165,12 +166,12 @@ def choose_weights(graph_module: GraphModule, group: Group, recipe: Recipe, mome
                 as_matrix(graph_module, c) + corrections[c].float() if c in corrections else as_matrix(graph_module, c)
                 for c in consumers
             ]
-            hessian = moments.hessian(site, weights[0].shape[1])
+            hessian = moments.hessian(part, weights[0].shape[1])
             how = partial(round_weight, bits=bits, hessian=hessian, recipe=recipe, use_gptq=use_gptq,
                           where=module_path(consumers[0]), grouping=grouping)
             rounded = _round(weights, how, hessian, world, lost=statistics is not None)
             for consumer, weight, tensors in zip(consumers, weights, rounded):
-                chosen[consumer] = _finished(graph_module, site, consumer, tensors, moments,
+                chosen[consumer] = _finished(graph_module, site, part, consumer, tensors, moments,
                                              grouping.size if grouping else 0)
                 if statistics is not None:
                     statistics[consumer.name] = rounding(
@@ -209,8 +210,8 @@ def _round(weights: list[Tensor], rounded: Callable[[Tensor], tuple[QuantizedWei
 
 
 def _finished(
-    graph_module: GraphModule, site: Site, consumer: Node, rounding: Mapping[str, Tensor], moments: SecondMoments,
-    size: int = 0
+    graph_module: GraphModule, site: Site, part: Part, consumer: Node, rounding: Mapping[str, Tensor],
+    moments: SecondMoments, size: int = 0
 ) -> ChosenWeight:
     """In the shape of the consumer's weight, with the bias that makes the mean output the float model's where there are
     moments of it.
@@ -222,14 +223,14 @@ def _finished(
     bias, errors = None, None
     argument = consumer.args[2] if len(consumer.args) > 2 else None
     old_bias = attribute(graph_module, argument) if is_constant(argument) else None  # type: ignore[arg-type]
-    if site.name in moments.halves:
-        first, second = moments.halves[site.name]
+    if part.key in moments.halves:
+        first, second = moments.halves[part.key]
         bias = corrected_bias(
             as_matrix(graph_module, consumer),
             old_bias,
             quantized,
             first + second,
-            site.consumers.index(consumer),
+            part.consumers.index(consumer),
         )
     if "errors" in rounding:
         errors = (float(rounding["errors"][:, 0].sum()), float(rounding["errors"][:, 1].sum()))

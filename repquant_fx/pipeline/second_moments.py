@@ -19,6 +19,7 @@ from repquant_fx.passes.match_sites import Group, Site
 from repquant_fx.passes.slots import slot_of
 from repquant_fx.pipeline.float_model import FloatModel
 from repquant_fx.pipeline.padding import Padding
+from repquant_fx.pipeline.routed import Part, parts, rows_of
 from repquant_fx.pipeline.runner import SegmentRunner
 from repquant_fx.pipeline.segments import Segment, between
 from repquant_fx.quantizers.correction import Moments
@@ -31,10 +32,11 @@ Halves = tuple[Moments, Moments]
 
 @dataclass(frozen=True)
 class SecondMoments:
-    """Sums over all calibration data, float64, by site name.
+    """Sums over all calibration data, float64, by the key of a `Part` (the site's name, where all rows are kept).
 
     Attributes:
-        hessians: `2 X^T X`, shape (in, in), where no correction follows.
+        hessians: `2 X^T X`, shape (in, in), where no correction follows: none does where only some rows are kept, as
+            the float model may keep others.
         halves: moments of the input and of what each consumer's output lacks, over the even and the odd batches, where
             one does.
     """
@@ -49,15 +51,17 @@ class SecondMoments:
             *(t for halves in self.halves.values() for half in halves for t in half.tensors()),
         ]
 
-    def hessian(self, site: Site, inputs: int) -> Tensor | None:
-        """`2 X^T X` of a site, centred where a bias correction follows; None where there is none for this kind of
-        layer.
+    def hessian(self, part: Part, inputs: int) -> Tensor | None:
+        """`2 X^T X` of what layers read, centred where a bias correction follows; None where there is none for this
+        kind of layer, or no row is kept.
         """
-        if site.name in self.halves:
-            first, second = self.halves[site.name]
+        if part.key in self.halves:
+            first, second = self.halves[part.key]
             return (first + second).hessian
-        hessian = self.hessians.get(site.name)
-        return hessian if hessian is not None and hessian.shape[0] == inputs else None
+        hessian = self.hessians.get(part.key)
+        if hessian is None or hessian.shape[0] != inputs or (part.kept is not None and not hessian.any()):
+            return None
+        return hessian
 
 
 def second_moments(runner: SegmentRunner, float_model: FloatModel | None, segment: Segment, group: Group,
@@ -76,27 +80,30 @@ def second_moments(runner: SegmentRunner, float_model: FloatModel | None, segmen
     sites = {slot_of(runner.graph_module, site): site for site in group.sites if _input_size(site)}
     inside = set(between(segment.first, segment.stop))
     compared = {c: _compared(c, inside) for c in group.consumers}
-    for site in sites.values():
-        device = attribute(runner.graph_module, site.consumers[0].args[1]).device  # type: ignore[arg-type]
-        inputs, outputs = _input_size(site), [_weight_shape(c)[0] for c in site.consumers]
-        if float_model is None:
-            moments.hessians[site.name] = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
+    found = {slot: parts(site) for slot, site in sites.items()}
+    for slot, part in ((s, part) for s, each in found.items() for part in each):
+        device = attribute(runner.graph_module, part.consumers[0].args[1]).device  # type: ignore[arg-type]
+        inputs, outputs = _input_size(sites[slot]), [_weight_shape(c)[0] for c in part.consumers]
+        if float_model is None or part.kept is not None:
+            moments.hessians[part.key] = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
         else:
-            moments.halves[site.name] = (Moments(inputs, outputs, device), Moments(inputs, outputs, device))
-    wanted = [*sites, *compared.values()] if float_model is not None else list(sites)
+            moments.halves[part.key] = (Moments(inputs, outputs, device), Moments(inputs, outputs, device))
+    kept = {part.kept for each in found.values() for part in each if part.kept is not None}
+    wanted = [*sites, *kept, *(compared.values() if float_model is not None else ())]
     targets = float_model.run(segment, list(compared.values())) if float_model is not None else itertools.repeat(None)
     for number, values, target in zip(numbers, runner.run(segment.first, segment.stop, wanted), targets):
         for slot, site in sites.items():
             rows = as_rows(values[slot], site)
             assert rows is not None  # it has a size
             which = counted_tokens(values[slot], site, padding.counts(number, site.value.name))
-            x = picked(rows, which)
-            if target is None:
-                moments.hessians[site.name] += 2 * (x.T @ x).double()
-            else:
-                lacking = (_output_rows(target[compared[c]] - values[compared[c]], c) for c in site.consumers)
-                residuals = [picked(residual, which) for residual in lacking]
-                moments.halves[site.name][number % 2].add(x, residuals)
+            for part in found[slot]:
+                x = rows_of(rows, which, None if part.kept is None else values[part.kept])
+                if target is None or part.kept is not None:
+                    moments.hessians[part.key] += 2 * (x.T @ x).double()
+                else:
+                    lacking = (_output_rows(target[compared[c]] - values[compared[c]], c) for c in part.consumers)
+                    residuals = [picked(residual, which) for residual in lacking]
+                    moments.halves[part.key][number % 2].add(x, residuals)
     return moments
 
 
