@@ -20,6 +20,7 @@ from repquant_fx import CompiledModel, InputError, Recipe, compile
 from repquant_fx.calibration.inputs import InputSpec
 from repquant_fx.evaluation.decoder import Decoder
 from repquant_fx.evaluation.runners import Runner, open_runner
+from repquant_fx.file_check import check_file
 from repquant_fx.generation import generate
 from repquant_fx.options import Source
 from repquant_fx.preparation import match
@@ -139,6 +140,21 @@ def test_few_bits_and_four_bit_containers(tmp_path: Path) -> None:
     narrow = compiled("llama", wbits=4, abits=4, container="int4")  # codes of four bits are no tensors of Python's
     assert {v.type.tensor_type.elem_type for v in narrow.proto.graph.input if "past" in v.name} == {
         onnx.TensorProto.FLOAT}
+
+
+def test_weights_alone_keep_float_caches(tmp_path: Path) -> None:
+    model = compiled("mistral", wbits=4, abits="none", group_size=16)
+    found, ids = runner(model, tmp_path), IDS[:3]
+    whole, decoder = Decoder(found), Decoder(found)
+    logits = torch.cat([decoder(part) for part in ids.split([5, 7], 1)], 1)
+    assert torch.allclose(logits, whole(ids), atol=1e-5)
+    assert {cache.dtype for cache in whole.caches.values()} == {torch.float32} and not model.report["runtime_form"]
+
+
+def test_such_a_file_is_checked_half_way(tmp_path: Path) -> None:
+    path = compiled("mistral").save(tmp_path / "m.onnx")
+    found = check_file(path)
+    assert not found.parity.problems() and len(found.parity.quantizers) == 9
 
 
 def test_generating_is_greedy_or_seeded(tmp_path: Path) -> None:
