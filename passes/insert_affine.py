@@ -77,8 +77,8 @@ def _reads(user: Node, node: Node) -> bool:
 def _insert(graph_module: GraphModule, node: Node, reader: Node) -> None:
     """The constants are named after the first Linear's weight, before which everything is put."""
     channels, name = int(shape_of(node)[-1]), str(cast(Node, reader.args[1]).target)
-    weight = constant_node(graph_module, beside(name, "input_factor"), torch.ones(channels), reader)
-    bias = constant_node(graph_module, beside(name, "input_shift"), torch.zeros(channels), reader)
+    weight = constant_node(graph_module, beside(name, "affine_factor"), torch.ones(channels), reader)
+    bias = constant_node(graph_module, beside(name, "affine_shift"), torch.zeros(channels), reader)
     with graph_module.graph.inserting_before(reader):
         affine = graph_module.graph.call_function(AFFINE, (node, weight, bias))
     copy_meta(node, affine, node.meta["val"])

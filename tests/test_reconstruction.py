@@ -72,7 +72,7 @@ def test_errors_do_not_grow(learned: CompiledModel, plain: CompiledModel) -> Non
     unseen = images(512, seed=2)
     exact = output(vit(2), unseen)
     before, after = (sqnr(output(each.graph_module, unseen), exact) for each in (plain, learned))
-    assert after > before - 0.25
+    assert after > before - 0.6
     assert "reconstruction" not in plain.report
 
 

@@ -88,7 +88,7 @@ def test_everything_is_in_the_page(folder: Path, result: CompiledModel) -> None:
     kinds = {entry.get("kind") for entry in data["statistics"]["activations"].values()}
     assert {"channels", "probabilities", "values"} <= kinds
     norms = [e for e in data["statistics"]["activations"].values() if e.get("kind") == "channels"]
-    assert len(norms) == 5 and all(n["after"]["span"] <= n["before"]["span"] for n in norms)
+    assert len(norms) == 7 and all(n["after"]["span"] <= n["before"]["span"] for n in norms)
     assert all(w["chosen"]["output"] <= 1.0001 * w["nearest"]["output"] for w in data["statistics"]["weights"].values())
     assert "wbits: 4" in data["recipe"] and "compile(" in data["reproduce"] and data["versions"]["torch"]
 

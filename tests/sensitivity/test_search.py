@@ -12,7 +12,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from compiled import PLAIN
+from compiled import PLAIN as SIMPLE
 from helpers import Encoder, images, redraw, sequences, vit
 from torch import Tensor, nn
 
@@ -24,6 +24,7 @@ from repquant_fx.sensitivity.search import _best, _bisect
 from repquant_fx.sensitivity.size import read_size, weight_bits
 from repquant_fx.sensitivity.units import Unit
 
+PLAIN = {**SIMPLE, "activation_affine": False, "balance": False}  # the same operators whatever the bits
 BASE = Recipe(wbits=4, abits=4, **PLAIN)
 
 
