@@ -36,11 +36,7 @@ def inspect_model(model: Any, recipe: Any = None, **options: Any) -> Inspection:
                             parameters=sum(count for _, count in behind)))
     products = sum(len(group.consumers) for group in matched.plan.groups if group.kind == "matmul")
     chosen = matched.recipe
-<<<<<<< HEAD
-    about = {"bits": f"W{chosen.wbits}A{chosen.abits}", **totals(rows, products), "recipe": chosen.to_dict()}
-=======
-    about = {"bits": chosen.bits, **totals(rows), "recipe": chosen.to_dict()}
->>>>>>> c6f45ab (Weights alone are quantized (--abits none), in groups of inputs; a cache is the default of causal language models)
+    about = {"bits": chosen.bits, **totals(rows, products), "recipe": chosen.to_dict()}
     left = [{"path": item.path, "operator": item.operator, "reason": item.reason} for item in matched.plan.left_alone]
     return Inspection(matched.loaded.source, False, rows, left, about)
 
