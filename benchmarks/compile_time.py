@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from latency import LENGTH, MODELS
+from latency_models import LENGTH, MODELS
 from results import Results, Values, add_options
 from torch import Tensor
 

@@ -1,18 +1,22 @@
-"""Inference speed under ONNX Runtime on the CPU: ours beside float and beside ONNX Runtime's own quantizer. Prints
-ratios.
+"""Inference speed on the CPU, ours beside float and other tools, under ONNX Runtime and OpenVINO. Prints ratios.
 
     python benchmarks/latency.py --models deit_small --batches 1 8 --threads 1 2 [--work FOLDER] [--results
     latency.json]
 
 Weights are random: speed does not depend on them. Every variant runs in a process of its own with one session; the
-processes take turns, a few runs each, and the ratio is that of the medians over all turns. Variants:
+processes take turns, a few runs each, and the ratio is that of the medians over all turns, to float under ONNX Runtime
+in the same turns. Quartiles are kept beside the medians, and seconds of CPU, which other jobs on a machine move less.
+Variants:
 
 - float: torch.onnx.export of the model;
 - peer: `quantize_static`, QDQ, per-channel int8 weights, uint8 activations, after its own pre-processing; all operators
   it knows;
 - peer, products: the same, restricted to MatMul, Gemm and Conv (its best variant: Softmax, LayerNorm, GELU and
   additions stay float);
-- W8A8, W6A6, W4A4: ours.
+- optimized float, dynamic: see `latency_peers.py`;
+- W8A8, W6A6, W4A4: ours; W8A8 fast: with the preset `fast`;
+- in OpenVINO, where it is installed: float, NNCF, and W8A8, our file for it with the preset `fast`. Each with float
+  operators in float32 and, where OpenVINO would take another precision on this processor, as it runs unasked.
 
 Figures that `--results` already holds for the same commit and machine are not measured again (`results.py`).
 """
@@ -34,13 +38,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from results import Key, Results, Values, add_options
+from latency_models import MODELS
+from latency_peers import optimize, quantize_dynamic, quantize_nncf, quantize_static
+from results import Key, Results, Values, add_options, machine
 from torch import Tensor, nn
 
 from repquant_fx import Recipe, compile
+from repquant_fx.recipe import fast
+from repquant_fx.runtimes import OPENVINO_FLOAT32, import_openvino, version
 
 BITS = [(8, 8), (6, 6), (4, 4)]
-LENGTH, VOCABULARY = 128, 1000
 # what takes time in compiling and not in running is off
 FAST = {
     "gptq": False,
@@ -53,107 +60,70 @@ FAST = {
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A model and how to make inputs for it."""
+class Variant:
+    """A file, and in what it runs.
 
-    build: Callable[[], nn.Module]
-    inputs: Callable[[int], dict[str, Tensor]]
+    Attributes:
+        precision: of OpenVINO's float operators; "" for what it takes unasked.
+    """
 
-
-def image(side: int) -> Callable[[int], dict[str, Tensor]]:
-    return lambda batch: {"x": torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(0))}
-
-
-def tokens(batch: int) -> dict[str, Tensor]:
-    ids = torch.randint(0, VOCABULARY, (batch, LENGTH), generator=torch.Generator().manual_seed(0))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    path: Path
+    runtime: str = "ort"
+    precision: str = ""
 
 
-def timm(name: str) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        import timm
-
-        return timm.create_model(name)
-    return build
-
-
-def opt() -> nn.Module:
-    from transformers import OPTConfig, OPTForCausalLM
-
-    return OPTForCausalLM(
-        OPTConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=512,
-            word_embed_proj_dim=512,
-            ffn_dim=2048,
-            num_hidden_layers=4,
-            num_attention_heads=8,
-            max_position_embeddings=512,
-            use_cache=False,
-        )
-    )
-
-
-def llama() -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=512,
-            intermediate_size=1408,
-            num_hidden_layers=4,
-            num_attention_heads=8,
-            num_key_value_heads=8,
-            max_position_embeddings=512,
-            use_cache=False,
-        )
-    )
-
-
-def minilm() -> nn.Module:
-    from transformers import BertConfig, BertModel
-
-    return BertModel(BertConfig(vocab_size=VOCABULARY, hidden_size=384, num_hidden_layers=6, num_attention_heads=12,
-                                intermediate_size=1536), add_pooling_layer=False)
-
-
-MODELS = {
-    "deit_tiny": Entry(timm("deit_tiny_patch16_224"), image(224)),
-    "deit_small": Entry(timm("deit_small_patch16_224"), image(224)),
-    "vit_base": Entry(timm("vit_base_patch16_224"), image(224)),
-    "swin_tiny": Entry(timm("swin_tiny_patch4_window7_224"), image(224)),
-    "opt": Entry(opt, tokens),
-    "llama": Entry(llama, tokens),
-    "minilm": Entry(minilm, tokens),
-}
-
-
-def write_variants(name: str, folder: Path, wanted: set[str] | None = None) -> dict[str, Path]:
-    """The files of all variants; those that are there already are kept."""
+def write_variants(name: str, folder: Path, wanted: set[str] | None = None) -> dict[str, Variant]:
+    """All variants, or those that are wanted; files that are there already are kept."""
     folder.mkdir(parents=True, exist_ok=True)
     entry = MODELS[name]
     torch.manual_seed(0)
     model = entry.build().eval()
     calibration = entry.inputs(8)
-    files = {label: folder / f"{label.replace(', ', '_')}.onnx" for label in
-             ["float", "peer", "peer, products", *(f"W{w}A{a}" for w, a in BITS)]}
+    source = folder / "float.onnx"
 
-    def missing(label: str) -> bool:
-        return (wanted is None or label in wanted) and not files[label].exists()
+    def ours(wbits: int, abits: int, target: str = "ort-cpu", **changes: Any) -> Callable[[Path], object]:
+        recipe = Recipe(wbits=wbits, abits=abits, **{**FAST, **changes})
+        return lambda path: compiled(model, calibration, recipe, target).save(path)
 
-    if not files["float"].exists():
-        export_float(model, calibration, files["float"])
-    for label, operators in (("peer", None), ("peer, products", ["MatMul", "Gemm", "Conv"])):
-        if missing(label):
-            quantize_static(files["float"], files[label], calibration, operators)
-    for w, a in BITS:
-        if missing(f"W{w}A{a}"):
-            compiled(model, calibration, Recipe(wbits=w, abits=a, **FAST)).save(files[f"W{w}A{a}"])
-    return {label: path for label, path in files.items() if path.exists()}
+    quick = {each: getattr(fast(8, 8), each) for each in ("symmetric", "softmax")}
+    ways: dict[str, tuple[str, str, Callable[[Path], object]]] = {
+        "float": ("ort", "float.onnx", lambda path: export_float(model, calibration, path)),
+        "peer": ("ort", "peer.onnx", lambda path: quantize_static(source, path, calibration, None)),
+        "peer, products": ("ort", "peer_products.onnx", lambda path: quantize_static(
+            source, path, calibration, ["MatMul", "Gemm", "Conv"])),
+        "optimized float": ("ort", "optimized.onnx", lambda path: optimize(source, path, "x" not in calibration)),
+        "dynamic": ("ort", "dynamic.onnx", lambda path: quantize_dynamic(source, path)),
+        **{f"W{w}A{a}": ("ort", f"W{w}A{a}.onnx", ours(w, a)) for w, a in BITS},
+        "W8A8 fast": ("ort", "W8A8_fast.onnx", ours(8, 8, **quick)),
+        "OpenVINO float": ("openvino", "float.onnx", lambda path: None),
+        "OpenVINO NNCF": ("openvino", "nncf.xml", lambda path: quantize_nncf(source, path, calibration)),
+        "OpenVINO W8A8": ("openvino", "W8A8_openvino.onnx", ours(8, 8, "openvino", **quick)),
+    }
+    variants: dict[str, Variant] = {}
+    for label, (runtime, file, write) in ways.items():
+        if (wanted is not None and label not in wanted) or (runtime == "openvino" and version("openvino") is None):
+            continue
+        path = folder / file
+        try:
+            if not path.exists():
+                write(path)
+        except ImportError as error:
+            print(f"{label} is left out: {error.name} is not installed", flush=True)
+            continue
+        variants[label] = Variant(path, runtime, "f32" if runtime == "openvino" else "")
+        if runtime == "openvino" and (unasked := precision()) != "f32":
+            variants[f"{label}, {unasked}"] = Variant(path, runtime)
+    return variants
 
 
-def compiled(model: nn.Module, calibration: dict[str, Tensor], recipe: Recipe) -> Any:
+@functools.cache
+def precision() -> str:
+    """What OpenVINO's float operators compute in unasked, on this processor."""
+    found = import_openvino().Core().get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name()
+    return {"float32": "f32"}.get(str(found), str(found))
+
+
+def compiled(model: nn.Module, calibration: dict[str, Tensor], recipe: Recipe, target: str) -> Any:
     return compile(
         model,
         recipe=recipe,
@@ -161,6 +131,7 @@ def compiled(model: nn.Module, calibration: dict[str, Tensor], recipe: Recipe) -
         batch_size=4,
         example_inputs={k: v[:2] for k, v in calibration.items()} if "x" not in calibration else [calibration["x"][:2]],
         check=False,
+        target=target,
     )
 
 
@@ -192,91 +163,95 @@ def export_float(model: nn.Module, calibration: dict[str, Tensor], path: Path) -
     )
 
 
-def quantize_static(source: Path, target: Path, calibration: dict[str, Tensor], operators: list[str] | None) -> None:
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType
-    from onnxruntime.quantization import quantize_static as peer
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    count = len(next(iter(calibration.values())))
-    batches = iter([{k: v[i:i + 4].numpy() for k, v in calibration.items()} for i in range(0, count, 4)])
-
-    class Reader(CalibrationDataReader):
-        def get_next(self) -> Any:
-            return next(batches, None)
-
-    with tempfile.TemporaryDirectory() as scratch:
-        prepared = str(Path(scratch) / "prepared.onnx")
-        quant_pre_process(str(source), prepared, skip_symbolic_shape=True)
-        peer(
-            prepared,
-            str(target),
-            Reader(),
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            op_types_to_quantize=operators,
-        )
-
-
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
 
-def serve(path: str, inputs: str, threads: int) -> None:
-    """A worker: reads how many runs to make, answers with their seconds."""
-    from repquant_fx import session
+def runner(variant: Variant, data: str, threads: int) -> Callable[[], object]:
+    """What runs a variant once."""
+    with np.load(data) as stored:
+        arrays = dict(stored)
+    if variant.runtime == "ort":
+        from repquant_fx import session
 
-    runner = session(path, threads=threads)
-    with np.load(inputs) as stored:
-        feed = {node.name: stored[node.name] for node in runner.get_inputs()}
+        found = session(variant.path, threads=threads)
+        feed = {node.name: arrays[node.name] for node in found.get_inputs()}
+        return lambda: found.run(None, feed)
+    core = import_openvino().Core()
+    settings = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY",
+                **(OPENVINO_FLOAT32 if variant.precision else {})}
+    request = core.compile_model(core.read_model(variant.path), "CPU", settings).create_infer_request()
+    inputs = {name: array for name, array in arrays.items()
+              if any(name in each.get_names() for each in request.model_inputs)}
+    return lambda: request.infer(inputs)
+
+
+def serve(variant: Variant, data: str, threads: int) -> None:
+    """A worker: reads how many runs to make, answers with their seconds, passed and of CPU."""
+    run = runner(variant, data, threads)
     for line in sys.stdin:
         times = []
         for _ in range(int(line)):
-            start = time.perf_counter()
-            runner.run(None, feed)
-            times.append(time.perf_counter() - start)
+            start, busy = time.perf_counter(), time.process_time()
+            run()
+            times.append((time.perf_counter() - start, time.process_time() - busy))
         print(json.dumps(times), flush=True)
 
 
-def measure(files: dict[str, Path], inputs: dict[str, Tensor], threads: int, seconds: float) -> dict[str, float]:
-    """Median seconds per run of each file, the files taking turns until `seconds` have passed for each."""
+def measure(
+    variants: dict[str, Variant], inputs: dict[str, Tensor], threads: int, seconds: float
+) -> dict[str, dict[str, float]]:
+    """Seconds per run of each variant, taking turns until `seconds` have passed for each: median and quartiles, and the
+    median of the CPU's.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "inputs.npz"
         np.savez(data, **{k: v.numpy() for k, v in inputs.items()})  # type: ignore[arg-type]
         workers = {
             label: subprocess.Popen(
-                [sys.executable, __file__, "--serve", str(path), str(data), str(threads)],
+                [sys.executable, __file__, "--serve", str(each.path), each.runtime, each.precision, str(data),
+                 str(threads)],
                 text=True,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
             )
-            for label, path in files.items()
+            for label, each in variants.items()
         }
         try:
-            def ask(label: str, runs: int) -> list[float]:
+            def ask(label: str, runs: int) -> list[tuple[float, float]]:
                 worker = workers[label]
                 assert worker.stdin is not None and worker.stdout is not None
                 worker.stdin.write(f"{runs}\n")
                 worker.stdin.flush()
                 return list(json.loads(worker.stdout.readline()))
 
-            slowest = {label: statistics.median(ask(label, 3)) for label in workers}  # warm up
+            slowest = {label: statistics.median(each[0] for each in ask(label, 3)) for label in workers}  # warm up
             turns = 12
             runs = {label: max(1, int(seconds / turns / s)) for label, s in slowest.items()}
-            times: dict[str, list[float]] = {label: [] for label in workers}
+            times: dict[str, list[tuple[float, float]]] = {label: [] for label in workers}
             for _ in range(turns):
                 for label in workers:
                     times[label] += ask(label, runs[label])
-            return {label: statistics.median(t) for label, t in times.items()}
+            return {label: spread(each) for label, each in times.items()}
         finally:
             for worker in workers.values():
                 worker.kill()
                 worker.wait()
 
 
+def spread(times: list[tuple[float, float]]) -> dict[str, float]:
+    """Median and quartiles of seconds that passed, and the median of the CPU's."""
+    low, median, high = statistics.quantiles([each[0] for each in times], n=4, method="inclusive")
+    return {"median": median, "low": low, "high": high, "cpu": statistics.median(each[1] for each in times)}
+
+
+def seconds_of(value: Any) -> float:
+    """The median; older rows hold nothing else."""
+    return float(value["median"] if isinstance(value, dict) else value)
+
+
 def main() -> None:
-    if len(sys.argv) == 5 and sys.argv[1] == "--serve":
-        return serve(sys.argv[2], sys.argv[3], int(sys.argv[4]))
+    if len(sys.argv) == 7 and sys.argv[1] == "--serve":
+        return serve(Variant(Path(sys.argv[2]), *sys.argv[3:5]), sys.argv[5], int(sys.argv[6]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 8])
@@ -286,6 +261,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="keep the files of all variants here")
     add_options(parser, None, seeds=False)
     args = parser.parse_args()
+    print("instruction sets:", ", ".join(machine()["instructions"]) or "none known", flush=True)
     results = Results(args.results, {"seconds": args.seconds, "variants": args.variants}, args.keep)
     with tempfile.TemporaryDirectory() as scratch:
         for name in args.models:
@@ -297,11 +273,12 @@ def run_all(name: str, folder: Path, args: argparse.Namespace, results: Results)
     wanted = None if args.variants is None else {"float", *args.variants}
 
     @functools.cache
-    def files() -> dict[str, Path]:
-        return {k: v for k, v in write_variants(name, folder, wanted).items() if wanted is None or k in wanted}
+    def files() -> dict[str, Variant]:
+        return write_variants(name, folder, wanted)
 
     results.measure(
-        (name, "megabytes"), 0, lambda: {label: path.stat().st_size / 1e6 for label, path in files().items()}
+        (name, "megabytes"), 0, lambda: {
+            label: each.path.stat().st_size / 1e6 for label, each in files().items() if each.runtime == "ort"}
     )
     for threads in args.threads:
         for batch in args.batches:
@@ -310,7 +287,17 @@ def run_all(name: str, folder: Path, args: argparse.Namespace, results: Results)
                 (name, key), 0, lambda b=batch, t=threads: measure(files(), MODELS[name].inputs(b), t, args.seconds)
             )
             print(f"{name:11s} {key:20s} "
-                  + "  ".join(f"{k} {medians['float'] / v:.2f}x" for k, v in medians.items()), flush=True)
+                  + "  ".join(f"{k} {compared(medians, k)}" for k in medians), flush=True)
+
+
+def compared(found: Values, label: str) -> str:
+    """How many times faster than float, the quartiles' range, and the same by seconds of CPU."""
+    base, each = found["float"], found[label]
+    ratio = seconds_of(base) / seconds_of(each)
+    if not isinstance(each, dict):
+        return f"{ratio:.2f}x"
+    fastest, slowest = base["median"] / each["low"], base["median"] / each["high"]
+    return f"{ratio:.2f}x [{slowest:.2f}-{fastest:.2f}], CPU {base['cpu'] / each['cpu']:.2f}x"
 
 
 def table(found: dict[Key, dict[int, Values]]) -> str:
@@ -319,7 +306,8 @@ def table(found: dict[Key, dict[int, Values]]) -> str:
     """
     results: dict[str, dict[str, Values]] = {}
     for (name, key), values in found.items():
-        results.setdefault(name, {})[key] = values[0]
+        results.setdefault(name, {})[key] = {
+            label: seconds_of(value) for label, value in values[0].items()}  # sizes are numbers, too
     labels = list(dict.fromkeys(label for r in results.values() for label in r["megabytes"]))[1:]
     first, others = (
         "batch 1, threads 1",
@@ -352,7 +340,26 @@ def table(found: dict[Key, dict[int, Values]]) -> str:
             ours = " / ".join(f"{found[x]:.2f}" for x in ("W8A8", "W4A4") if x in found)
             cells.append(f"{ours} ({peer:.2f})" if peer is not None else ours)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *openvino_table(results)])
+
+
+def openvino_table(found: dict[str, dict[str, Values]]) -> list[str]:
+    """Markdown: the faster of our files at W8A8, under ONNX Runtime or OpenVINO, beside NNCF in OpenVINO; empty where
+    that was not measured.
+    """
+    keys = list(dict.fromkeys(key for rows in found.values() for key, row in rows.items() if "OpenVINO NNCF" in row))
+    if not keys:
+        return []
+    lines = ["", "| best of ours (NNCF) | " + " | ".join(keys) + " |", "|---|" + "---:|" * len(keys)]
+    for name, rows in found.items():
+        cells = []
+        for row in (rows.get(key, {}) for key in keys):
+            ours, nncf = (max((row["float"] / value for label, value in row.items() if part in label), default=None)
+                          for part in ("W8A8", "NNCF"))
+            cells.append(f"{ours:.2f} ({nncf:.2f})" if ours is not None and nncf is not None else "")
+        if any(cells):
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 FOLDER = HERE / "results"
-PACKAGES = ("torch", "onnxruntime", "onnx", "openvino", "numpy", "timm", "transformers")
+PACKAGES = ("torch", "onnxruntime", "onnx", "openvino", "nncf", "numpy", "timm", "transformers")
 # what decides how fast integer products are
 INSTRUCTIONS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "asimddp", "i8mm", "sve")
 Key = tuple[str, ...]

@@ -94,10 +94,11 @@ def images(loaded: LoadedModel, seed: int, count: int) -> torch.Tensor:
 
 def targets_table() -> str:
     """Markdown: a row for each target."""
-    lines = ["| target | for | functions | containers | weights | refused | checked in | tested with |",
-             "|---|---|---|---|---:|---|---|---|"]
+    lines = ["| target | for | functions | Linears on | containers | weights | refused | checked in | tested with |",
+             "|---|---|---|---|---|---:|---|---|---|"]
     for name, target in TARGETS.items():
-        cells = [f"`{name}`", target.about, "inlined" if target.inlined else "kept", ", ".join(target.containers),
+        cells = [f"`{name}`", target.about, "inlined" if target.inlined else "kept",
+                 "matrices" if target.flat else "tokens", ", ".join(target.containers),
                  f"{target.weight_bits} bits", ", ".join(sorted(target.refused)) or "none", RUNTIMES[target.runtime],
                  target.tested]
         lines.append(f"| {' | '.join(cells)} |")

@@ -19,6 +19,7 @@ from repquant_fx.exporters.inlining import inline_functions
 from repquant_fx.exporters.naming import name_axes, name_by_module, separate_outputs, set_apart
 from repquant_fx.exporters.narrow_codes import narrow_codes
 from repquant_fx.exporters.packing import PACKED_BITS, pack_weights
+from repquant_fx.exporters.signed_codes import sign_codes
 from repquant_fx.exporters.simplify import simplify
 from repquant_fx.exporters.translations import translation_table
 from repquant_fx.exporters.zero_points import add_zero_points
@@ -81,8 +82,8 @@ def export_onnx(
     add_zero_points(model)
     functions.set_thresholds(model)
     pack_weights(model, packed, alone)
-    if container == "int4":
-        narrow_codes(model)
+    if container == "int4" or not target.flat:
+        (narrow_codes if container == "int4" else sign_codes)(model)
         common.RemoveUnusedNodesPass()(model)
     if target.inlined:
         inline_functions(model)

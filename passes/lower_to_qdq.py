@@ -53,8 +53,9 @@ class Lowered:
 
 class LowerToQDQ(Pass[Lowered]):
     """Activations (float32, any shape) become uint8 codes of that shape and float32 again; weights (out, in) are int8
-    with a float32 scale (out,), biases (out,) int32. A Linear runs on a matrix (rows, in); where its activation stays
-    in float it is a MatMul with the transposed weight (in, out), which runtimes have kernels of weights alone for.
+    with a float32 scale (out,), biases (out,) int32. A Linear runs on a matrix (rows, in), or with `flat=False` on its
+    input as it is; where its activation stays in float it is a MatMul with the transposed weight (in, out), which
+    runtimes have kernels of weights alone for.
     """
 
     name = "lower to Q/DQ"
@@ -64,9 +65,9 @@ class LowerToQDQ(Pass[Lowered]):
     )
     takes, gives = OBSERVED, LOWERED
 
-    def __init__(self, plan: Plan, weights: dict[Node, QuantizedWeight]) -> None:
+    def __init__(self, plan: Plan, weights: dict[Node, QuantizedWeight], *, flat: bool = True) -> None:
         super().__init__()
-        self.plan, self.weights = plan, weights
+        self.plan, self.weights, self.flat = plan, weights, flat
 
     def run(self, graph_module: GraphModule) -> Made[Lowered]:
         sites = [site for group in self.plan.groups for site in group.sites]
@@ -106,7 +107,7 @@ class LowerToQDQ(Pass[Lowered]):
         else:
             assert isinstance(module, UniformQuantizer)
             linears = [c for c in site.consumers if c.target is aten.linear.default]
-            if linears and len(linears) == len(site.consumers):
+            if self.flat and linears and len(linears) == len(site.consumers):
                 codes = self._lower_linears(graph_module, site, slot, module, linears)
             else:
                 codes, value = self._quantize(graph_module, site, source, module, slot)

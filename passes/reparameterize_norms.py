@@ -37,9 +37,9 @@ class ReparameterizeNorms(Pass[str | None]):
     takes = gives = OBSERVED
     identity = "float"
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: Group, *, symmetric: bool = False) -> None:
         super().__init__()
-        self.group = group
+        self.group, self.symmetric = group, symmetric
 
     def run(self, graph_module: GraphModule) -> Made[str | None]:
         group = self.group
@@ -49,7 +49,7 @@ class ReparameterizeNorms(Pass[str | None]):
         if not isinstance(quantizer, UniformQuantizer) or quantizer.axis is None:
             return Made(False, None)
         scale, zero_point = quantizer.exact
-        affine = reparameterize(scale, zero_point, quantizer.bits)
+        affine = reparameterize(scale, zero_point, quantizer.bits, symmetric=self.symmetric)
         norm = self._split(graph_module) if group.shared_norm else group.norm
         self._rewrite_norm(graph_module, norm, affine)
         for consumer in group.consumers:

@@ -35,7 +35,7 @@ class RuntimeForm:
 
 
 def optimize_for_runtime(graph_module: GraphModule, quantizers: dict[str, Node], *, adjacent: bool = False,
-                         float_caches: bool = False) -> RuntimeForm:
+                         flat: bool = True, float_caches: bool = False) -> RuntimeForm:
     """Caches of codes, integer codes out of Linears, outputs quantized before they are transposed, flat token matrices,
     one mask for all layers.
 
@@ -43,13 +43,17 @@ def optimize_for_runtime(graph_module: GraphModule, quantizers: dict[str, Node],
         quantizers: the node that produces each site's codes in the lowered graph, by site name.
         adjacent: keep every quantize next to its dequantize, for containers that layout operators cannot move about
             (UINT4).
+        flat: Linears on flat token matrices, which write the codes of what they feed; else tokens keep their axes, and
+            every operand is quantized where it is read. Runtimes differ in which of the two they fuse.
         float_caches: keep keys and values in float32.
     """
     store = StoreCaches(quantizers, codes=not (float_caches or adjacent))
     stored = run_pass(graph_module, store)
     fuse = FuseRequantization(stored.quantizers)
-    others: list[Pass[Any]] = [*([] if adjacent else [QuantizeOutputs()]), FlattenRows(), ShareMasks()]
-    fused = Fused(stored.quantizers, {}) if adjacent else run_pass(graph_module, fuse)
+    others: list[Pass[Any]] = [
+        *([] if adjacent else [QuantizeOutputs()]), *([FlattenRows()] if flat else []), ShareMasks()
+    ]
+    fused = run_pass(graph_module, fuse) if flat and not adjacent else Fused(stored.quantizers, {})
     graph_module = run_passes(graph_module, others)
     ran: list[Pass[Any]] = [store, fuse, *others]
     left_alone = tuple(item for each in ran for item in each.left_alone)

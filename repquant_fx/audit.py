@@ -1,5 +1,5 @@
-"""Which quantized products of a file ONNX Runtime really executes with integers: read from the graph it optimizes for
-itself.
+"""Which quantized products of a file a runtime really executes with integers: read from the graph that ONNX Runtime
+optimizes for itself, or from the one that OpenVINO executes (see `executed`).
 
 A quantized file says what is computed; the runtime decides how. Where it cannot match the Q/DQ pattern around a
 product, it dequantizes both operands and multiplies in float, which is slower than the float model.
@@ -15,9 +15,11 @@ import onnx
 import onnxruntime
 
 from repquant_fx.errors import ModelFileError
+from repquant_fx.executed import executed_kernels
 from repquant_fx.exporters.reading import parse_onnx, read_onnx
 from repquant_fx.files import scratch
 from repquant_fx.runtime import session_options
+from repquant_fx.targets import RUNTIMES
 
 PRODUCTS = ("MatMul", "Gemm", "Conv")
 INTEGER = {
@@ -55,7 +57,7 @@ class Product:
         path: module path, the node's name without its operator.
         node: the node's name.
         op: `MatMul`, `Gemm` or `Conv`.
-        kernel: the operator that ONNX Runtime runs in its place, "" where it is not found under its name.
+        kernel: the operator that the runtime runs in its place, "" where it is not found under its name.
         integer: whether that multiplies integers; of a weight alone, whether it reads the codes as they are.
         reason: why not, "" where it does.
         weight_only: the left operand is float.
@@ -70,14 +72,15 @@ class Product:
     weight_only: bool = False
 
 
-def audit(model: str | Path | bytes | onnx.ModelProto) -> list[Product]:
-    """The quantized products of a model, in graph order, and what ONNX Runtime (CPU) makes of each.
+def audit(model: str | Path | bytes | onnx.ModelProto, runtime: str = "ort") -> list[Product]:
+    """The quantized products of a model, in graph order, and what a runtime makes of each on this CPU.
 
     Args:
         model: a path, serialized bytes or a proto.
+        runtime: `ort`, or `openvino` where it is installed.
 
     Raises:
-        ModelFileError: not an ONNX model, or ONNX Runtime refuses it.
+        ModelFileError: not an ONNX model, or the runtime refuses it.
     """
     if isinstance(model, onnx.ModelProto):
         proto, data = model, model.SerializeToString()
@@ -86,12 +89,12 @@ def audit(model: str | Path | bytes | onnx.ModelProto) -> list[Product]:
     else:
         file = read_onnx(model)
         proto, data = file.model, file.data
-    kernels = {node.name: node.op_type for node in _optimized(data).graph.node}
+    if runtime == "openvino":
+        kernels = executed_kernels(data, (node.name for node in proto.graph.node if node.op_type in PRODUCTS))
+    else:
+        kernels = {node.name: (node.op_type, node.op_type in INTEGER) for node in _optimized(data).graph.node}
     producers = {name: node for node in proto.graph.node for name in node.output}
     constants = {tensor.name for tensor in proto.graph.initializer}
-    four_bit = {
-        t.name for t in proto.graph.initializer if t.data_type in (onnx.TensorProto.UINT4, onnx.TensorProto.INT4)
-    }
     products = []
     for node in proto.graph.node:
         if node.op_type not in PRODUCTS:
@@ -100,36 +103,37 @@ def audit(model: str | Path | bytes | onnx.ModelProto) -> list[Product]:
         weight_only = left is None and right is not None and _is_constant(right.input[0], producers, constants)
         if right is None or (left is None and not weight_only):
             continue  # an operand is float on purpose
-        kernel = kernels.get(node.name, "")
+        kernel, integer = kernels.get(node.name, ("", False))
         if weight_only:
+            if runtime != "ort":
+                continue  # nothing in the executed graph says how it reads them
             integer = kernel == WEIGHTS_ALONE
             reason = "" if integer else f"ONNX Runtime dequantizes the weight and runs {kernel or 'another operator'}"
         else:
             assert left is not None
-            integer, origins = kernel in INTEGER, [left, right]
-            reason = "" if integer else _reason(node.op_type, origins, kernel, _narrow(origins, four_bit))
+            reason = "" if integer else _why_float(runtime, node.op_type, [left, right], kernel, proto)
         products.append(Product(node.name.rsplit("/", 1)[0], node.name, node.op_type, kernel, integer, reason,
                                 weight_only))
     return products
 
 
-def summary(products: Iterable[Product]) -> str:
+def summary(products: Iterable[Product], runtime: str = "ort") -> str:
     """One line: how many run with integers, or with weights as they are packed, and why the others do not."""
     products = list(products)
     alone = [product for product in products if product.weight_only]
     both = [product for product in products if not product.weight_only]
     kinds = ((both, "quantized products run as integer kernels"),
              (alone, f"products with weights alone quantized read their codes ({WEIGHTS_ALONE})"))
-    return ". ".join(_counted(some, words) for some, words in kinds if some or (some is both and not alone))
+    return ". ".join(_counted(some, words, runtime) for some, words in kinds if some or (some is both and not alone))
 
 
-def _counted(products: Sequence[Product], words: str) -> str:
+def _counted(products: Sequence[Product], words: str, runtime: str) -> str:
     lost: dict[str, int] = {}
     for product in products:
         if not product.integer:
             lost[product.reason] = lost.get(product.reason, 0) + 1
     integer = sum(p.integer for p in products)
-    text = f"{integer} of {len(products)} {words} under ONNX Runtime"
+    text = f"{integer} of {len(products)} {words} under {RUNTIMES[runtime]}"
     return text + "".join(f"; {count} in float: {reason}" for reason, count in lost.items())
 
 
@@ -177,9 +181,22 @@ def _narrow(origins: Iterable[onnx.NodeProto], four_bit: set[str]) -> bool:
     return any(name in four_bit for node in origins for name in (*node.input[:1], *node.input[2:]))
 
 
+def _why_float(runtime: str, op: str, origins: list[onnx.NodeProto], kernel: str, proto: onnx.ModelProto) -> str:
+    """The reason for which a runtime multiplies two quantized operands in float."""
+    constants = {tensor.name: tensor for tensor in proto.graph.initializer}
+    if runtime == "openvino":
+        return _openvino_reason(origins, kernel, constants)
+    narrow = (onnx.TensorProto.UINT4, onnx.TensorProto.INT4)
+    four_bit = {name for name, tensor in constants.items() if tensor.data_type in narrow}
+    return _reason(op, origins, kernel, _narrow(origins, four_bit))
+
+
+POWERS = "the powers of two of a logarithmic operand are multiplied in float"
+
+
 def _reason(op: str, origins: list[onnx.NodeProto], kernel: str, narrow: bool) -> str:
     if any(node.op_type != "DequantizeLinear" for node in origins):
-        return "the powers of two of a logarithmic operand are multiplied in float"
+        return POWERS
     activation = origins[0]
     if any(attribute.name == "axis" and attribute.i not in (1,) for attribute in activation.attribute):
         return "the activation has one scale per channel"
@@ -190,3 +207,15 @@ def _reason(op: str, origins: list[onnx.NodeProto], kernel: str, narrow: bool) -
     if not kernel:
         return "not found in the optimized graph"
     return f"ONNX Runtime did not match the Q/DQ pattern and runs {kernel}"
+
+
+def _openvino_reason(origins: list[onnx.NodeProto], kernel: str, constants: Mapping[str, onnx.TensorProto]) -> str:
+    if any(node.op_type != "DequantizeLinear" for node in origins):
+        return POWERS
+    zero_points = [constants.get(node.input[2]) for node in origins if len(node.input) > 2]
+    shifted = any(zero is not None and onnx.numpy_helper.to_array(zero).any() for zero in zero_points)
+    if shifted and not any(node.input[0] in constants for node in origins):
+        return "OpenVINO multiplies two activations as integers only without zero points (the setting `symmetric`)"
+    if not kernel:
+        return "not found in the executed graph"
+    return f"OpenVINO runs {kernel}"

@@ -276,10 +276,10 @@ def _export(prepared: Prepared, rewritten: _Rewritten, probe: list[Tensor], targ
     graph_module, captured, recipe = rewritten.graph_module, prepared.captured, prepared.recipe
     # before lowering, while the quantizers are modules
     layers = reports.describe_layers(graph_module, rewritten.plan, rewritten.quantized, gptq=recipe.gptq)
-    lowering = LowerToQDQ(rewritten.plan, installed_weights(graph_module, rewritten.plan))
+    lowering = LowerToQDQ(rewritten.plan, installed_weights(graph_module, rewritten.plan), flat=target.flat)
     lowered = run_pass(graph_module, lowering)
     shipped = optimize_for_runtime(graph_module, lowered.quantizers, adjacent=recipe.container == "int4",
-                                   float_caches=recipe.cache == "float" or recipe.weight_only)
+                                   flat=target.flat, float_caches=recipe.cache == "float" or recipe.weight_only)
     names = [entry["node"] for entry in layers]
     sqnr = reports.layer_sqnr(rewritten.float_graph, graph_module, names, probe, shipped.codes)
     stored = partial(stored_as, graph_module)

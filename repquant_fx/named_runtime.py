@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import onnx
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from repquant_fx.audit import Product, audit
 from repquant_fx.frontends.capture import tensors_in
 from repquant_fx.parity import Parity, compare, sqnr
 from repquant_fx.runtimes import PACKAGES, load_openvino, openvino_precision, version
@@ -37,6 +38,7 @@ class RuntimeCheck:
         parity: the comparison with the FX reference; None where it was not made.
         skipped: why not.
         precision: in which its float operators compute unasked, where that is not float32.
+        kernels: what it makes of each quantized product; None where that is not known.
         output_sqnr: of its output in that precision against the FX reference, dB.
     """
 
@@ -46,10 +48,12 @@ class RuntimeCheck:
     skipped: str = ""
     precision: str = ""
     output_sqnr: float | None = None
+    kernels: list[Product] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON data."""
-        return {**vars(self), "parity": None if self.parity is None else self.parity.to_dict()}
+        kernels = None if self.kernels is None else [asdict(product) for product in self.kernels]
+        return {**vars(self), "parity": None if self.parity is None else self.parity.to_dict(), "kernels": kernels}
 
 
 def check_in_runtime(
@@ -71,11 +75,13 @@ def check_in_runtime(
             return RuntimeCheck(title, found, skipped=f"the file is larger than {REFERENCE_BYTES >> 20} MiB")
         inputs = [tensor[:REFERENCE_SAMPLES] for tensor in inputs] if dynamic_batch else inputs
     parity = compare(graph_module, proto, quantizers, inputs, input_names, runtime)
-    precision = openvino_precision(proto) if runtime == "openvino" else ""
-    if precision in ("", "float32", "f32"):
+    if runtime != "openvino":
         return RuntimeCheck(title, found, parity)
+    kernels, precision = audit(proto, runtime), openvino_precision(proto)
+    if precision in ("float32", "f32"):
+        return RuntimeCheck(title, found, parity, kernels=kernels)
     with torch.no_grad():
         expected = tensors_in(graph_module(*inputs))
     unasked = load_openvino(proto, {})(dict(zip(input_names, inputs)))
-    return RuntimeCheck(title, found, parity, precision=precision,
+    return RuntimeCheck(title, found, parity, precision=precision, kernels=kernels,
                         output_sqnr=min((sqnr(a, b) for a, b in zip(unasked, expected)), default=math.inf))

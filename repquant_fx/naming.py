@@ -37,6 +37,7 @@ SCALE, ZERO_POINT, SHIFT = Suffix("_scale"), Suffix("_zero_point"), Suffix("_shi
 QUANTIZED, DEQUANTIZED = Suffix("_quantized"), Suffix("_dequantized")
 ROUNDED = Suffix("_rounded")  # codes before they saturate
 ZERO_POINT_UINT4, ZERO_POINT_INT4 = Suffix("_zero_point_uint4"), Suffix("_zero_point_int4")
+ZERO_POINT_INT8 = Suffix("_zero_point_int8")  # of codes that are signed
 LOG_STEP = Suffix("_log_step")  # what two codes of a logarithmic grid are apart, in logarithms
 INT8, UINT8 = Suffix("_int8"), Suffix("_uint8")  # codes unpacked from, and widened from, four bits
 HIGHEST = Suffix(".highest")  # the value of the highest code, of the node that saturates there
@@ -44,7 +45,8 @@ WEIGHT = Suffix(".weight")  # of a node, for one that was not read from a consta
 MASK_OPEN, MASK_CLOSED = "mask_open", "mask_closed"  # what a mask adds to scores
 TRANSPOSED, PATCHES = Suffix("_t"), Suffix("_patches")  # weights whose axes were put in another order
 # what a stem may carry
-DERIVED = (SCALE, ZERO_POINT, SHIFT, QUANTIZED, ROUNDED, DEQUANTIZED, ZERO_POINT_UINT4, ZERO_POINT_INT4)
+DERIVED = (SCALE, ZERO_POINT, SHIFT, QUANTIZED, ROUNDED, DEQUANTIZED, ZERO_POINT_UINT4, ZERO_POINT_INT4,
+           ZERO_POINT_INT8)
 
 
 def site(path: str, operand: str) -> str:

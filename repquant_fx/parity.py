@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from repquant_fx.errors import ParityError
+from repquant_fx.exporters.signed_codes import MIDDLE
 from repquant_fx.frontends.capture import tensors_in
 from repquant_fx.naming import DEQUANTIZED, QUANTIZED, SCALE, UINT8
 from repquant_fx.passes.base import attribute
@@ -274,20 +275,34 @@ def _logarithmic(node: Node) -> bool:
 
 
 def expose(proto: onnx.ModelProto, values: Sequence[tuple[str, bool]]) -> onnx.ModelProto:
-    """A copy with further outputs: `(name, whether integer codes)`, as uint8, else float32 values."""
+    """A copy with further outputs: `(name, whether integer codes)`, as uint8, else float32 values. Signed codes (see
+    `exporters.signed_codes`) become what they would be as uint8.
+    """
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
-    narrow = {tensor.name for tensor in proto.graph.initializer if tensor.data_type == onnx.TensorProto.UINT4}
-    narrow = {
-        node.output[0] for node in proto.graph.node if node.op_type == "QuantizeLinear" and node.input[2] in narrow
-    }
+    types = {tensor.name: tensor.data_type for tensor in proto.graph.initializer}
+    types = {node.output[0]: types.get(node.input[2]) for node in proto.graph.node if node.op_type == "QuantizeLinear"}
     for name, integer in values:
-        if name in narrow:
+        if types.get(name) == onnx.TensorProto.INT8:
+            name = _unsigned(copy, name)
+        if types.get(name) == onnx.TensorProto.UINT4:
             copy.graph.node.append(onnx.helper.make_node("Cast", [name], [UINT8.of(name)], to=onnx.TensorProto.UINT8))
             name = UINT8.of(name)
         kind = onnx.TensorProto.UINT8 if integer else onnx.TensorProto.FLOAT
         copy.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
     return copy
+
+
+def _unsigned(model: onnx.ModelProto, name: str) -> str:
+    """Add nodes that make uint8 of int8 codes; the name of what they give."""
+    wide, shifted, result = (UINT8.of(name) + suffix for suffix in ("_wide", "_shifted", ""))
+    model.graph.initializer.append(onnx.helper.make_tensor(f"{result}_middle", onnx.TensorProto.INT32, [], [MIDDLE]))
+    model.graph.node.extend([
+        onnx.helper.make_node("Cast", [name], [wide], to=onnx.TensorProto.INT32),
+        onnx.helper.make_node("Add", [wide, f"{result}_middle"], [shifted]),
+        onnx.helper.make_node("Cast", [shifted], [result], to=onnx.TensorProto.UINT8),
+    ])
+    return result
 
 
 def codes(values: Tensor, node: Node, graph_module: GraphModule) -> Tensor:

@@ -88,6 +88,9 @@ class Recipe:
             `linear` to linear through ReLU or a gate, `keys` (what all of them have in common, which a Softmax cannot
             see), and `query_key` (opposite factors as well), which gained nothing on the models measured and is off.
             Empty for none.
+        symmetric: grids of activations symmetric about zero, so that a code is a signed integer without a zero point,
+            which some kernels need (OpenVINO's products of queries and keys). Free behind a norm; elsewhere a range
+            that is not symmetric is widened, but for one that lies on one side of zero, as behind GELU.
         activation_affine: a factor and a shift per channel behind GELU, SiLU and their kin (beyond the paper), so that
             what Linears with activations of fewer than 8 bits read of them has scales per channel as the output of a
             norm has; two more element-wise operators each.
@@ -131,6 +134,7 @@ class Recipe:
     weights: str = setting("mse", choices=("mse", "minmax"))
     correction: bool = setting(True)
     equalize: tuple[str, ...] = setting(("values", "linear", "keys"), choices=("values", "linear", "keys", "query_key"))
+    symmetric: bool = setting(False)
     activation_affine: bool = setting(True)
     rotate: tuple[str, ...] = setting(("heads",), choices=("residual", "heads"))
     reconstruct: int = setting(0, low=0, high=100_000, alone=400)
@@ -317,6 +321,13 @@ def smoothquant(wbits: int, abits: int, **changes: Any) -> Recipe:
     return rtn(wbits, abits, **{"norm": "smooth", **changes})
 
 
+def fast(wbits: int, abits: int, **changes: Any) -> Recipe:
+    """What integer kernels run fastest: symmetric grids, and a uniform one for Softmax, so that the second product of
+    attention is an integer one too.
+    """
+    return Recipe(wbits=wbits, abits=abits, **{"symmetric": True, "softmax": "uniform", **changes})
+
+
 def rtn(wbits: int, abits: int, **changes: Any) -> Recipe:
     """What common tools do: one min-max scale per tensor, uniform everywhere, weights rounded to nearest."""
     settings: dict[str, Any] = {
@@ -337,7 +348,7 @@ def rtn(wbits: int, abits: int, **changes: Any) -> Recipe:
 
 
 RecipeLike = Recipe | Mapping[str, Any] | str | Path
-PRESETS = {"repquant": Recipe, "repq-vit": repq_vit, "smoothquant": smoothquant, "rtn": rtn}
+PRESETS = {"repquant": Recipe, "repq-vit": repq_vit, "smoothquant": smoothquant, "rtn": rtn, "fast": fast}
 
 
 def _stored(path: Path) -> Any:

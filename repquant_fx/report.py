@@ -251,7 +251,7 @@ def summary(report: Mapping[str, Any], *, verbose: bool = False) -> str:
         lines += [checked(parity), *([free_running(parity)] if verbose else [])]
     if report.get("runtime"):
         lines += _named_runtime(report["runtime"], report.get("output_sqnr_db"))
-    if report.get("kernels") is not None:
+    if report.get("kernels") is not None and not (report.get("runtime") or {}).get("kernels"):
         lines.append(audit.summary(Product(**product) for product in report["kernels"]))
     return "\n".join(map(printable, lines))
 
@@ -261,6 +261,8 @@ def _named_runtime(named: Mapping[str, Any], quantization: float | None) -> list
     if named["parity"] is None:
         return [f"not checked in {named['runtime']}, the runtime of the target: {named['skipped']}; ONNX Runtime was"]
     lines = [checked(named["parity"]), free_running(named["parity"])]
+    if named.get("kernels"):
+        lines.append(audit.summary((Product(**product) for product in named["kernels"]), "openvino"))
     if named["precision"]:
         found, more = named["output_sqnr"], ""
         if found is not None and quantization is not None and found < quantization:

@@ -32,6 +32,9 @@ class Target:
         name: what `--target` takes.
         about: who reads such a file, in a few words.
         inlined: whether the functions of our own domain are replaced by the standard operators they consist of.
+        flat: whether Linears run on matrices and write the codes of what they feed (see
+            `passes.runtime_form.optimize_for_runtime`), which ONNX Runtime fuses; OpenVINO fuses the other form, and
+            knows products of codes alone that have no zero points (see `exporters.signed_codes`).
         containers: those it takes (see `Recipe.container`), the first where the recipe asks for no other.
         opset: of the standard operators. The IR version is the first that knows this opset.
         operators: of the standard domain, that may appear; None for all of the opset.
@@ -45,6 +48,7 @@ class Target:
     name: str
     about: str
     inlined: bool = True
+    flat: bool = True
     containers: tuple[str, ...] = ("int8",)
     opset: int = OPSET
     operators: frozenset[str] | None = None
@@ -77,7 +81,8 @@ class Target:
         """The row of the table as one sentence."""
         functions = "inlined" if self.inlined else "kept"
         takes = [
-            f"functions {functions}", f"container {' or '.join(self.containers)}", f"opset {self.opset}",
+            f"functions {functions}", "Linears on matrices" if self.flat else "Linears on tokens",
+            f"container {' or '.join(self.containers)}", f"opset {self.opset}",
             f"weights of at most {self.weight_bits} bits",
             *([f"only {', '.join(sorted(self.operators))}"] if self.operators is not None else []),
             *([f"no {', '.join(sorted(self.refused))}"] if self.refused else []),
@@ -100,7 +105,7 @@ TARGETS = {
         Target("ort-cpu-avx2", "ONNX Runtime on an x86 CPU without VNNI", inlined=False, weight_bits=7,
                tested="onnxruntime 1.32.0, on a CPU with VNNI; its arithmetic without by an exact model"),
         # it takes UINT4 quantizers and computes something else: 16 dB where ONNX Runtime's answer is exact
-        Target("openvino", "OpenVINO on a CPU", refused=frozenset({"UINT4"}), runtime="openvino",
+        Target("openvino", "OpenVINO on a CPU", flat=False, refused=frozenset({"UINT4"}), runtime="openvino",
                tested="openvino 2026.4.1"),
         Target("onnx", "any runtime of standard ONNX: onnx.reference, ONNX Runtime Web, compilers",
                containers=("int8", "int4"), runtime="reference", tested="onnx 1.23.2"),

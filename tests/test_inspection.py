@@ -130,7 +130,7 @@ def test_the_record_is_small_and_makes_no_difference_between_runs(swin: Path) ->
 def with_audit(monkeypatch: pytest.MonkeyPatch, products: list[Any] | None) -> None:
     module = ModuleType("repquant_fx.audit")
     if products is not None:
-        module.audit = lambda model: products  # type: ignore[attr-defined]
+        module.audit = lambda model, runtime: products  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "repquant_fx.audit", module if products is not None else None)
 
 

@@ -187,7 +187,7 @@ def totals(inspection: Inspection) -> list[str]:
         audited = sum(row.integer is not None for row in inspection.rows)
         alone = all(row.bits == FLOAT for row in inspection.rows)
         how = "multiplied by the codes of weights (MatMulNBits)" if alone else "computed with integers"
-        lines.append(f"{how} by ONNX Runtime: {about['integer_sites']} of {audited}")
+        lines.append(f"{how} by {about.get('audited_in', 'ONNX Runtime')}: {about['integer_sites']} of {audited}")
         reasons = Counter(row.reason for row in inspection.rows if row.integer is False)
         lines += [f"  {count} not: {reason or 'for no audited reason'}" for reason, count in reasons.items()]
     lines.append(

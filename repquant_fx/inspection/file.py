@@ -23,8 +23,11 @@ from repquant_fx.exporters.metadata import StoredLayer, StoredSite
 from repquant_fx.exporters.reading import read_onnx
 from repquant_fx.fit import misfit
 from repquant_fx.inspection.table import Inspection, Row, kind_of, totals
-from repquant_fx.naming import LOG_STEP, QUANTIZED, SCALE, ZERO_POINT, ZERO_POINT_UINT4, beside
+from repquant_fx.naming import LOG_STEP, QUANTIZED, SCALE, ZERO_POINT, ZERO_POINT_INT8, ZERO_POINT_UINT4, beside
+from repquant_fx.runtimes import loader
+from repquant_fx.runtimes import version as version_of
 from repquant_fx.security.guard import guarded
+from repquant_fx.targets import RUNTIMES, TARGETS
 
 FLOAT_BYTES = 4
 FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
@@ -41,7 +44,8 @@ def inspect_file(path: str | Path, *, audit: bool = True) -> Inspection:
     """What was done to the model in an exported file.
 
     Args:
-        audit: ask ONNX Runtime which products it computes with integers (it optimizes the graph once for that).
+        audit: ask ONNX Runtime which products it computes with integers (it optimizes the graph once for that); of a
+            file for OpenVINO that, where it is installed.
 
     Warns where this processor computes something else with its integers (see `fit`).
 
@@ -53,8 +57,10 @@ def inspect_file(path: str | Path, *, audit: bool = True) -> Inspection:
     metadata = file.metadata
     version, record, recipe = metadata.version(), metadata.layers(), metadata.recipe()
     tensors = {tensor.name: tensor for tensor in file.model.graph.initializer}
+    runtime = _audited_in(metadata.target()) if audit else "ort"
+    loader(runtime)  # imported before the guard
     with guarded(f"reading {path}"):  # ONNX Runtime folds constants: it runs what the file says
-        audited = _audited(file.data, record.layers) if audit else {}
+        audited = _audited(file.data, record.layers, runtime) if audit else {}
     if sentence := misfit(file.model):
         warnings.warn(f"{path}: {sentence}", RepQuantWarning, stacklevel=2)
     rows = _rows(record.layers, tensors, audited, str(path))
@@ -64,6 +70,7 @@ def inspect_file(path: str | Path, *, audit: bool = True) -> Inspection:
     opset = next((entry.version for entry in file.model.opset_import if not entry.domain), None)
     about = {"version": version, "target": metadata.target(), "opset": opset,
              "method": metadata.entries.get("method"), "bits": metadata.entries.get("bits"),
+             **({"audited_in": RUNTIMES[runtime]} if runtime != "ort" else {}),
              **totals(rows, sum(layer.weight is None for layer in record.layers)),
              "quantized_bytes": weights, "other_bytes": stored - weights, "file_bytes": len(file.data),
              "float_bytes": stored - weights + quantized * FLOAT_BYTES, "recipe": recipe}
@@ -95,7 +102,8 @@ def _rows(layers: Sequence[StoredLayer], tensors: Mapping[str, onnx.TensorProto]
 def _site_row(layer: StoredLayer, site: StoredSite, tensors: Mapping[str, onnx.TensorProto], source: str) -> Row:
     stem = SCALE.stem(site.scale) or site.scale
     scale = tensors.get(site.scale, tensors.get(LOG_STEP.of(stem)))
-    zero = tensors.get(ZERO_POINT.of(stem), tensors.get(ZERO_POINT_UINT4.of(stem)))
+    names = [kind.of(stem) for kind in (ZERO_POINT, ZERO_POINT_UINT4, ZERO_POINT_INT8)]
+    zero = next((tensors[name] for name in names if name in tensors), None)
     zero_point = None if zero is None else _numbers(zero, INTEGERS, source)
     number = None if scale is None else _numbers(scale, FLOATS, source)
     if site.scale not in tensors and isinstance(number, float) and isinstance(zero_point, int):  # an inlined function
@@ -137,15 +145,21 @@ def _bytes(tensor: onnx.TensorProto | None) -> int:
     return len(tensor.raw_data) or _elements(tensor) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
 
 
-def _audited(data: bytes, layers: Sequence[StoredLayer]) -> dict[int, tuple[bool, str]]:
-    """(whether ONNX Runtime computes it with integers, why not) of each layer, by its index; empty where there is no
+def _audited_in(target: str) -> str:
+    """The runtime that says which products of a file for `target` are integer ones."""
+    found = TARGETS[target].runtime if target in TARGETS else "ort"
+    return "openvino" if found == "openvino" and version_of("openvino") else "ort"
+
+
+def _audited(data: bytes, layers: Sequence[StoredLayer], runtime: str) -> dict[int, tuple[bool, str]]:
+    """(whether the runtime computes it with integers, why not) of each layer, by its index; empty where there is no
     audit."""
     try:
         from repquant_fx.audit import audit
     except ImportError:
         return {}
     products: dict[str, list[Any]] = {}
-    for product in audit(data):
+    for product in audit(data, runtime):
         products.setdefault(product.path.split("/")[0], []).append(product)
     indices: dict[str, list[int]] = {}
     for index, layer in enumerate(layers):

@@ -210,7 +210,7 @@ def _rewrite_activations(state: _State, group: Group, quantizers: dict[str, nn.M
     """
     run_passes(state.graph_module, [InstallDecision(group, Decision(quantizers))])
     if state.reparameterizes:
-        note = run_pass(state.graph_module, ReparameterizeNorms(group), probe)
+        note = run_pass(state.graph_module, ReparameterizeNorms(group, symmetric=state.recipe.symmetric), probe)
         state.notes[group] = () if note is None else (note,)
     run_passes(state.graph_module, [NormalizeRows(group), ReparameterizeSoftmax(group)])
 

@@ -19,16 +19,19 @@ STEPS = {"log": (2, 1, 4, 8), "log_sqrt2": (2,), "log2": (1,)}  # codes per octa
 # smallest step of a channel, of its largest value: four roundings of float32 move that by 2^-10 of the step
 FINEST = 2.0**-12
 PAYS = 0.8  # of the error of a product: what must be left of it for rows to be divided by their sum
+ONE_SIDED = 0.25  # a range that reaches less far to one side than this share of the other has no symmetric grid
 THINNED = 1 << 18  # values of a sample that bounds for a whole tensor are searched in
 
 
 def tensor_quantizer(sample: Tensor, bits: int, recipe: Recipe) -> UniformQuantizer:
-    """One scale for all values; the zero point is a code.
+    """One scale for all values; the zero point is a code, the middle one where the recipe asks for symmetric grids.
 
     Args:
         sample: shape (1, N), float32.
     """
     low, up = _tensor_bounds(sample, bits, recipe)
+    if recipe.symmetric and min(-low, up) >= ONE_SIDED * max(-low, up) > 0:
+        return UniformQuantizer(*_around_zero(low, up, bits), bits)
     return UniformQuantizer(*parameters_from_range(low, up, bits, include_zero=True), bits)
 
 
@@ -129,7 +132,7 @@ def _channel_bounds(sample: Tensor, bits: int, method: str) -> clipping.Bounds:
 
 
 def _around_zero(low: Tensor, up: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Per-channel scales with the middle code as everyone's zero point."""
+    """Scales of the shape of the bounds, with the middle code as everyone's zero point."""
     middle, top = float(1 << (bits - 1)), float((1 << bits) - 1)
     scale = torch.maximum(-low / middle, up / (top - middle)).clamp(min=1e-8)
     return scale, torch.full_like(scale, middle)

@@ -46,15 +46,18 @@ class ChannelAffine:
         return into_reader(weight, bias, self.ratio, -self.shift)
 
 
-def reparameterize(scale: Tensor, zero_point: Tensor, bits: int) -> ChannelAffine:
+def reparameterize(scale: Tensor, zero_point: Tensor, bits: int, *, symmetric: bool = False) -> ChannelAffine:
     """Choose `s~`, `z~` for per-channel `s`, `z` of shape (D,) and return the affine that links them.
 
     Any scalars are exact. As in the paper `s~ = mean(s)`, `z~ = mean(z)`; the latter is rounded and brought into
-    [0, 2^bits - 1], which a stored zero point must satisfy, and `r2` takes up the difference exactly.
+    [0, 2^bits - 1], which a stored zero point must satisfy, and `r2` takes up the difference exactly. With `symmetric`
+    it is the middle code instead, just as exactly: as signed integers the codes have no zero point.
     Arithmetic is done in the dtype given; pass float64 to keep the identity tight.
     """
     tensor_scale = scale.mean()
     tensor_zero_point = zero_point.mean().round().clamp(0, (1 << bits) - 1)
+    if symmetric:
+        tensor_zero_point = torch.full_like(tensor_zero_point, 1 << (bits - 1))
     return ChannelAffine(
         scale / tensor_scale, scale * (zero_point - tensor_zero_point), tensor_scale, tensor_zero_point
     )

@@ -81,6 +81,7 @@ OTHER_VALUES: dict[str, tuple[list[str], Any]] = {
     "abits": (["--abits", "5"], 5),
     "input_bits": (["--input-bits", "6"], 6),
     "percentile": (["--percentile", "99.5"], 99.5),
+    "symmetric": (["--symmetric"], True),
     "activation_affine": (["--no-activation-affine"], False),
     "balance": (["--no-balance"], False),
     "normalize_rows": (["--no-normalize-rows"], False),

@@ -115,3 +115,15 @@ def test_dead_and_one_sided_channels_stay_finite() -> None:
     assert torch.equal(after[checked], quantize(x, s, z, 4, -1)[checked])
     exact = x @ v["w"].T + v["b"]
     assert float((moved @ weight.T + bias - exact).norm() / exact.norm()) < 1e-10
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_symmetric_grids_have_the_middle_zero_point_and_the_same_codes(bits: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 6, generator=generator, dtype=torch.float64) * 3 + 1
+    scale = torch.rand(6, generator=generator, dtype=torch.float64) + 0.1
+    zero_point = torch.randint(0, 1 << bits, (6,), generator=generator).double()
+    affine = reparameterize(scale, zero_point, bits, symmetric=True)
+    assert float(affine.zero_point) == 1 << (bits - 1)
+    torch.testing.assert_close(quantize(affine.apply(x), affine.scale, affine.zero_point, bits),
+                               quantize(x, scale, zero_point, bits, -1), rtol=0, atol=0)
