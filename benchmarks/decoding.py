@@ -35,7 +35,7 @@ from repquant_fx.evaluation import evaluate
 from repquant_fx.frontends.loading import LoadedModel, load_model
 from repquant_fx.frontends.memory import from_memory
 from repquant_fx.frontends.past import is_cache, output_name
-from repquant_fx.generation import float_proto
+from repquant_fx.generation import float_model
 from repquant_fx.options import Source
 from repquant_fx.runtime import session
 
@@ -60,7 +60,7 @@ def random_llama(layers: int, width: int) -> nn.Module:
 
 def files(loaded: LoadedModel, calibration: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The model of each row, as a proto."""
-    found: dict[str, Any] = {FLOAT: float_proto(Source(loaded))}
+    found: dict[str, Any] = {FLOAT: float_model(Source(loaded)).inlined()}
     for label, options in ROWS.items():
         changes = {key: value for key, value in options.items() if key != "with_past"}
         made = compile(loaded, calibration, Recipe(**settings, **changes), samples=32, seq_len=128, check=False,

@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 
 from repquant_fx.errors import InputError, RepQuantError
 from repquant_fx.exporters import functions
+from repquant_fx.exporters.apart import OnnxModel, keep_apart
 from repquant_fx.exporters.conformance import check_conformance, to_opset
 from repquant_fx.exporters.inlining import inline_functions
 from repquant_fx.exporters.naming import name_axes, name_by_module, separate_outputs, set_apart
@@ -51,7 +52,7 @@ def export_onnx(
     metadata: Mapping[str, str] | None = None,
     container: str = "int8",
     target: Target | None = None,
-) -> onnx.ModelProto:
+) -> OnnxModel:
     """An ONNX model that computes what the lowered graph computes.
 
     Args:
@@ -63,7 +64,8 @@ def export_onnx(
         target: for whom: its opset, functions kept or inlined, and what it takes; the default one where None.
 
     Returns:
-        a proto that passes `onnx.checker` in full mode. The same graph gives the same bytes.
+        a model that passes `onnx.checker` in full mode, its matrices apart from it: views of the graph's tensors where
+        the file holds them as they are. The same graph gives the same bytes.
 
     Raises:
         UnwritableError: an operator has no ONNX counterpart (named).
@@ -73,7 +75,7 @@ def export_onnx(
     target = target or find()
     copy_outputs(graph_module)
     packed, alone = narrow_weights(graph_module), weights_alone(graph_module)
-    model = _translate(graph_module, distinct(example_inputs), input_names, output_names, dynamic_shapes)
+    model = translate(graph_module, example_inputs, input_names, output_names, dynamic_shapes)
     set_apart(model)
     simplify(model)
     separate_outputs(model, output_names)
@@ -91,16 +93,21 @@ def export_onnx(
         _add_functions(model)
     _strip(model)
     common.TopologicalSortPass()(model)
+    files = keep_apart(model)
     proto = ir.to_proto(model)
     proto.producer_name, proto.graph.name = "repquant-fx", "main"
     onnx.helper.set_model_props(proto, dict(sorted((metadata or {}).items())))
     to_opset(proto, target.opset)
     check_conformance(proto, target)
+    return _checked(OnnxModel(proto, files))
+
+
+def _checked(model: OnnxModel) -> OnnxModel:
     try:
-        onnx.checker.check_model(proto, full_check=True)
+        onnx.checker.check_model(model.declared(), full_check=True)
     except Exception as error:
         raise ExportError(f"onnx.checker refuses the exported model: {str(error).splitlines()[0]}") from error
-    return proto
+    return model
 
 
 def _add_functions(model: ir.Model) -> None:
@@ -153,13 +160,20 @@ def _multiplies_float(weight: Node) -> bool:
         user.target is aten.matmul.default and user.args[1] is weight for user in weight.users)
 
 
-def _translate(
+def translate(
     graph_module: GraphModule,
-    inputs: tuple[Tensor, ...],
+    example_inputs: Sequence[Tensor],
     input_names: Sequence[str],
     output_names: Sequence[str],
     dynamic_shapes: object,
 ) -> ir.Model:
+    """A graph as torch's exporter writes it; see `export_onnx`.
+
+    Raises:
+        UnwritableError: an operator has no ONNX counterpart (named).
+        ExportError: torch cannot export it.
+    """
+    inputs = distinct(example_inputs)
     try:
         with warnings.catch_warnings(), torch.no_grad(), quiet_torch():
             warnings.simplefilter("ignore")

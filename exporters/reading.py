@@ -1,22 +1,25 @@
 """Reading an ONNX file that is not trusted: screened before anything follows its names, and what was screened is run.
 
-Refused are tensors in other files or of another size than they claim, names with control characters, circles, functions
-that call themselves or expand to more than a runtime can take, and files that are all structure. ONNX Runtime checks
-operators and types itself.
+Refused are tensors of another size than they claim, those in other files but for matrices in one data file beside the
+model (see `exporters.data_file`), names with control characters, circles, functions that call themselves or expand to
+more than a runtime can take, and files that are all structure. ONNX Runtime checks operators and types itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx import TensorProto
 
 from repquant_fx.errors import ModelFileError
+from repquant_fx.exporters.apart import OnnxModel, is_apart
+from repquant_fx.exporters.data_file import Stretch, map_data, stretch_of
 from repquant_fx.exporters.metadata import Metadata
 from repquant_fx.files import irregular
 from repquant_fx.security.escape import printable
@@ -28,6 +31,8 @@ _MOST_FIELDS = 4_000_000  # strings and messages outside of tensors; a vision tr
 _MOST_NODES, _MOST_COPIED = 20_000, 1 << 28
 _DEEPEST_CALLS = 32
 _LONGEST_NAME = 10_000
+_NUMBERS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")  # beside raw data
+_DATA = (*_NUMBERS, "string_data", "raw_data")
 # Of each kind of message the fields, by number, that are messages with many fields in them.
 _INSIDE: dict[str, dict[int, str]] = {
     "model": {7: "graph", 20: "training", 25: "function"}, "training": {1: "graph", 2: "graph"},
@@ -46,11 +51,23 @@ class OnnxFile:
         model: its content.
         data: its bytes, for ONNX Runtime: a path could name another file by then.
         metadata: what it says of itself.
+        files: the data file beside it, mapped into memory, by its name; none where all is in the file.
     """
 
     model: onnx.ModelProto
     data: bytes
     metadata: Metadata
+    files: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def apart(self) -> OnnxModel:
+        """The model with what lies apart from it."""
+        return OnnxModel(self.model, self.files)
+
+    @property
+    def bytes(self) -> int:
+        """Of the file and of the data file."""
+        return len(self.data) + sum(map(len, self.files.values()))
 
 
 def read_onnx(path: str | Path) -> OnnxFile:
@@ -71,12 +88,25 @@ def read_onnx(path: str | Path) -> OnnxFile:
         raise ModelFileError(f"no such file: {source}") from error
     except (OSError, ValueError) as error:
         raise ModelFileError(f"cannot read {source}: {getattr(error, 'strerror', None) or error}") from error
-    model = parse_onnx(data, source)
-    return OnnxFile(model, data, Metadata.of(model, source))
+    model, apart = _parse(data, source)
+    return OnnxFile(model, data, Metadata.of(model, source), map_data(Path(path), apart))
 
 
 def parse_onnx(data: bytes, source: str) -> onnx.ModelProto:
-    """Bytes of a file as a screened model.
+    """Bytes of a file as a screened model, which holds all of its tensors.
+
+    Raises:
+        ModelFileError: see `read_onnx`.
+    """
+    model, apart = _parse(data, source)
+    if apart:
+        raise ModelFileError(f"{source}: the tensor {apart[0].name!r} keeps its data in another file, which lies "
+                             "beside a file that is read by its path")
+    return model
+
+
+def _parse(data: bytes, source: str) -> tuple[onnx.ModelProto, list[Stretch]]:
+    """A screened model, and what it reads of a data file.
 
     Raises:
         ModelFileError: see `read_onnx`.
@@ -88,8 +118,9 @@ def parse_onnx(data: bytes, source: str) -> onnx.ModelProto:
         raise ModelFileError(f"{source} is not an ONNX model: {str(error) or type(error).__name__}") from error
     if not model.ir_version or not model.HasField("graph"):
         raise ModelFileError(f"{source} is not an ONNX model: it holds no graph")
-    _Screen(source).model(model)
-    return model
+    screen = _Screen(source)
+    screen.model(model)
+    return model, screen.apart
 
 
 def check_fields(data: bytes, source: str) -> None:
@@ -143,22 +174,17 @@ def check_tensor(tensor: TensorProto, where: str) -> None:
         ModelFileError: its data is in another file, of an unknown type, or more or less than its shape takes.
     """
     name = f"{where}: the tensor {tensor.name!r}"
-    if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data:
-        raise ModelFileError(f"{name} keeps its data in another file; only data in the file itself is read")
-    try:
-        dtype = ir.DataType(tensor.data_type)
-    except ValueError as error:
-        raise ModelFileError(f"{name} has the unknown type {tensor.data_type}") from error
-    if dtype == ir.DataType.UNDEFINED or any(side < 0 for side in tensor.dims):
-        raise ModelFileError(f"{name} has no type, or a negative size")
+    if is_apart(tensor):
+        raise ModelFileError(f"{name} keeps its data in another file; only matrices that are initializers of the model "
+                             "may")
+    dtype = _type_of(tensor, name)
     wanted = prod(tensor.dims)
     if dtype == ir.DataType.STRING:
         stored = len(tensor.string_data)
     elif tensor.raw_data:
         wanted, stored = (wanted * dtype.bitwidth + 7) // 8, len(tensor.raw_data)
     else:
-        typed = (tensor.float_data, tensor.int32_data, tensor.int64_data, tensor.double_data, tensor.uint64_data)
-        stored = sum(map(len, typed))
+        stored = sum(len(getattr(tensor, each)) for each in _NUMBERS)
         if dtype in (ir.DataType.COMPLEX64, ir.DataType.COMPLEX128):
             wanted *= 2
         elif dtype.bitwidth < 8:  # several in one entry
@@ -168,13 +194,44 @@ def check_tensor(tensor: TensorProto, where: str) -> None:
         raise ModelFileError(f"{name} of shape {shape} holds {stored} values or bytes, not {wanted}")
 
 
+def _type_of(tensor: TensorProto, name: str) -> ir.DataType:
+    try:
+        dtype = ir.DataType(tensor.data_type)
+    except ValueError as error:
+        raise ModelFileError(f"{name} has the unknown type {tensor.data_type}") from error
+    if dtype == ir.DataType.UNDEFINED or any(side < 0 for side in tensor.dims):
+        raise ModelFileError(f"{name} has no type, or a negative size")
+    return dtype
+
+
+def _stretch(tensor: TensorProto, source: str) -> Stretch:
+    """Where a matrix lies in a data file.
+
+    Raises:
+        ModelFileError: it does not say so, holds data all the same, or its shape takes another number of bytes.
+    """
+    name = f"{source}: the tensor {tensor.name!r}"
+    dtype = _type_of(tensor, name)
+    inside = any(len(getattr(tensor, each)) for each in _DATA)
+    if dtype == ir.DataType.STRING or len(tensor.dims) < 2 or inside:
+        raise ModelFileError(f"{name} keeps its data in another file and is no matrix of numbers, or has data of its "
+                             "own: only matrices may lie apart")
+    stretch = stretch_of(tensor, name)
+    wanted = (prod(tensor.dims) * dtype.bitwidth + 7) // 8
+    if stretch.length != wanted:
+        raise ModelFileError(f"{name} of shape {str(list(tensor.dims))[:80]} takes {stretch.length} bytes of another "
+                             f"file, not {wanted}")
+    return stretch
+
+
 class _Screen:
-    """One walk over a model."""
+    """One walk over a model; `apart`: what it reads of a data file."""
 
     def __init__(self, source: str) -> None:
         self.source = source
         self.functions: dict[tuple[str, str], list[onnx.FunctionProto]] = {}
         self.sizes: dict[tuple[str, str], tuple[int, int, int]] = {}
+        self.apart: list[Stretch] = []
 
     def model(self, model: onnx.ModelProto) -> None:
         for function in model.functions:
@@ -182,17 +239,20 @@ class _Screen:
             self.functions.setdefault(_operator(function.domain, function.name), []).append(function)
             self._attributes(function.attribute_proto, f"function {function.name!r}", [])
             self._nodes(function.node, [set(function.input)])
-        self._graph(model.graph, [])
+        self._graph(model.graph, [], outermost=True)
         nodes, copied, _ = self._expanded(_all_nodes(model.graph.node), ())
         if nodes > _MOST_NODES or copied > _MOST_COPIED:
             raise ModelFileError(f"{self.source}: its functions expand to {nodes} nodes and copy {copied} bytes, more "
                                  "than any model has")
 
-    def _graph(self, graph: onnx.GraphProto, outer: list[set[str]]) -> None:
+    def _graph(self, graph: onnx.GraphProto, outer: list[set[str]], outermost: bool = False) -> None:
         values = [value.name for values in (graph.input, graph.output, graph.value_info) for value in values]
         self._names([graph.name, *values, *(tensor.name for tensor in graph.initializer)], "value")
         for tensor in graph.initializer:
-            check_tensor(tensor, self.source)
+            if outermost and is_apart(tensor):
+                self.apart.append(_stretch(tensor, self.source))
+            else:
+                check_tensor(tensor, self.source)
         self._sparse(graph.sparse_initializer)
         defined = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
         self._nodes(graph.node, [*outer, defined | {sparse.values.name for sparse in graph.sparse_initializer}])

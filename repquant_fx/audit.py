@@ -7,6 +7,7 @@ product, it dequantizes both operands and multiplies in float, which is slower t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,10 @@ import onnxruntime
 
 from repquant_fx.errors import ModelFileError
 from repquant_fx.executed import executed_kernels
-from repquant_fx.exporters.reading import parse_onnx, read_onnx
+from repquant_fx.exporters.apart import SMALLEST, OnnxModel
+from repquant_fx.exporters.reading import OnnxFile, parse_onnx, read_onnx
 from repquant_fx.files import scratch
-from repquant_fx.runtime import session_options
+from repquant_fx.runtime import Loadable, content, give, session_options
 from repquant_fx.targets import RUNTIMES
 
 PRODUCTS = ("MatMul", "Gemm", "Conv")
@@ -72,27 +74,27 @@ class Product:
     weight_only: bool = False
 
 
-def audit(model: str | Path | bytes | onnx.ModelProto, runtime: str = "ort") -> list[Product]:
+def audit(model: Loadable, runtime: str = "ort") -> list[Product]:
     """The quantized products of a model, in graph order, and what a runtime makes of each on this CPU.
 
     Args:
-        model: a path, serialized bytes or a proto.
+        model: what `runtime.session` takes; bytes are screened.
         runtime: `ort`, or `openvino` where it is installed.
 
     Raises:
         ModelFileError: not an ONNX model, or the runtime refuses it.
     """
-    if isinstance(model, onnx.ModelProto):
-        proto, data = model, model.SerializeToString()
-    elif isinstance(model, bytes):
-        proto, data = parse_onnx(model, "the model"), model
+    if isinstance(model, (str, Path)):
+        model = read_onnx(model)
+    if isinstance(model, bytes):
+        apart = OnnxModel(parse_onnx(model, "the model"))
     else:
-        file = read_onnx(model)
-        proto, data = file.model, file.data
+        apart = model.apart if isinstance(model, OnnxFile) else OnnxModel.of(model)
+    proto = apart.proto
     if runtime == "openvino":
-        kernels = executed_kernels(data, (node.name for node in proto.graph.node if node.op_type in PRODUCTS))
+        kernels = executed_kernels(apart, (node.name for node in proto.graph.node if node.op_type in PRODUCTS))
     else:
-        kernels = {node.name: (node.op_type, node.op_type in INTEGER) for node in _optimized(data).graph.node}
+        kernels = {node.name: (node.op_type, node.op_type in INTEGER) for node in _optimized(model).graph.node}
     producers = {name: node for node in proto.graph.node for name in node.output}
     constants = {tensor.name for tensor in proto.graph.initializer}
     products = []
@@ -137,17 +139,26 @@ def _counted(products: Sequence[Product], words: str, runtime: str) -> str:
     return text + "".join(f"; {count} in float: {reason}" for reason, count in lost.items())
 
 
-def _optimized(data: bytes) -> onnx.ModelProto:
+def _optimized(model: Loadable) -> onnx.ModelProto:
+    """The graph that ONNX Runtime runs, without what its weights hold: these go nowhere, where a system has that."""
+    data, apart = content(model)
     with scratch() as folder:
-        path = folder / "optimized.onnx"
+        path, weights = folder / "optimized.onnx", folder / "weights"
+        if os.name == "posix":
+            weights.symlink_to(os.devnull)
         options = session_options()
         options.optimized_model_filepath = str(path)
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", weights.name)
+        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes",
+                                         str(SMALLEST))
+        kept = give(options, apart)
         try:
             onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise ModelFileError(
                 f"ONNX Runtime cannot load the model: {(str(error).splitlines() or [type(error).__name__])[0]}"
             ) from error
+        del kept
         return onnx.load(str(path), load_external_data=False)
 
 

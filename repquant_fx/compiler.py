@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import onnx
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
@@ -30,6 +29,7 @@ from repquant_fx.compiled import CompiledModel
 from repquant_fx.distributed import World
 from repquant_fx.evaluation.decoder import half_way
 from repquant_fx.evaluation.runners import proto_runner
+from repquant_fx.exporters.apart import OnnxModel
 from repquant_fx.exporters.dynamic_shapes import dynamic_shapes
 from repquant_fx.exporters.metadata import describe, record
 from repquant_fx.exporters.onnx_qdq import export_onnx
@@ -76,6 +76,7 @@ def compile(
     check: bool = True, work_dir: str | Path | None = None, distributed: bool = False,
     device: str | torch.device = "cpu", statistics: bool = False, module: str | None = None,
     target: str = DEFAULT, opset: int | None = None, with_past: bool | None = None,
+    external_data: bool = False,
 ) -> CompiledModel:
     """Quantize a model and write it as ONNX QDQ.
 
@@ -110,6 +111,8 @@ def compile(
         with_past: the file of a causal language model of transformers decodes with a key/value cache (see
             `frontends.past`), or computes the logits of whole sequences where False. Where None it decodes if the model
             keeps such a cache; the report's notes say why where it does not.
+        external_data: `CompiledModel.save` writes matrices into a data file beside the model (see `exporters.apart`),
+            as it does past 1.5 GB unasked.
 
     Raises:
         InputError: something given cannot be used (its subclasses say what).
@@ -118,13 +121,17 @@ def compile(
     return compile_model(
         Source(model, arch, input_shape, allow_pickle, task, example_inputs, offload_dir, module),
         Calibration(calibration, samples, batch_size, seed, seq_len, tokenizer), recipe,
-        Run(check, work_dir, distributed, device, statistics, target, opset, with_past))
+        Run(check, work_dir, distributed, device, statistics, target, opset, with_past, external_data))
 
 
 def compile_model(
-    source: Source, calibration: Calibration, recipe: RecipeLike | None = None, run: Run | None = None
+    source: Source, calibration: Calibration, recipe: RecipeLike | None = None, run: Run | None = None, *,
+    out: Path | None = None,
 ) -> CompiledModel:
     """`compile`, of what it was given as objects. A module is put in eval mode, and torch's random state moves on.
+
+    Args:
+        out: where the result will be written, where that is known: a disk without room for it is an error at once.
 
     Raises:
         InputError, ParityError: as `compile` does.
@@ -133,7 +140,7 @@ def compile_model(
     log.start()
     device = devices.usable(run.device)
     target = find(run.target, run.opset)
-    prepared = prepare(source, calibration, target.recipe(Recipe.of(recipe)), run)
+    prepared = prepare(source, calibration, target.recipe(Recipe.of(recipe)), run, out)
     notes = [*prepared.notes, *_notes(source, prepared.graph_module), *filter(None, [prepared.data.notes])]
     calibrating, held_back = prepared.data.split_held_back(HELD_BACK)
     check_runs(prepared.graph_module, [*calibrating.batches, *held_back.batches])
@@ -164,11 +171,13 @@ def compile_model(
     for each in (parity, named.parity if named is not None else None):
         if each is not None:
             each.raise_on_problems()
-    if not isinstance(source.model, (str, Path)):
-        own_tensors(rewritten.graph_module)  # the caller may go on training
+    model = exported.model
+    if not isinstance(source.model, (str, Path)):  # the caller may go on training
+        own_tensors(rewritten.graph_module)
+        model = model.owned()
     statistics = rewritten.statistics.to_dict() if rewritten.statistics is not None else None
-    return CompiledModel(exported.proto, report, rewritten.graph_module, exported.quantizers, parity,
-                         companions(prepared.loaded, calibration.tokenizer), statistics)
+    return CompiledModel(model, report, rewritten.graph_module, exported.quantizers, parity,
+                         companions(prepared.loaded, calibration.tokenizer), statistics, run.external_data)
 
 
 def _notes(source: Source, graph_module: GraphModule) -> list[str]:
@@ -262,7 +271,7 @@ class _Exported:
         left_alone: what was not brought into the form that runs fastest, and why.
     """
 
-    proto: onnx.ModelProto
+    model: OnnxModel
     quantizers: dict[str, Node]
     layers: list[dict[str, Any]]
     sqnr: dict[str, float]
@@ -289,12 +298,12 @@ def _export(prepared: Prepared, rewritten: _Rewritten, probe: list[Tensor], targ
     output_sqnr = min(map(parity_check.sqnr, outputs, expected, counted))  # of caches the float graph gives none
     layer_record = record(layers, rewritten.plan.left_alone, lowered.constants)
     caches = dict(zip(filter(is_cache, captured.input_names), shipped.caches.values()))
-    proto = export_onnx(graph_module, stored(prepared.loaded.example_inputs), input_names=captured.input_names,
+    model = export_onnx(graph_module, stored(prepared.loaded.example_inputs), input_names=captured.input_names,
                         output_names=[*captured.output_names, *map(output_name, caches)],
                         dynamic_shapes=dynamic_shapes(graph_module),
                         metadata=describe(recipe, prepared.loaded.preprocessing, layer_record, target.name),
                         container=recipe.container, target=target)
-    return _Exported(proto, shipped.quantizers, layers, sqnr, output_sqnr, caches,
+    return _Exported(model, shipped.quantizers, layers, sqnr, output_sqnr, caches,
                      (*lowering.left_alone, *shipped.left_alone))
 
 
@@ -306,12 +315,12 @@ def _check(
     names = prepared.captured.input_names
     probe = stored_as(rewritten.graph_module, probe)
     if exported.caches:
-        fed = half_way(proto_runner(exported.proto, "the exported file"), *probe[:2])
+        fed = half_way(proto_runner(exported.model, "the exported file"), *probe[:2])
         probe = [fed[name] for name in names]
-    parity = parity_check.compare(rewritten.graph_module, exported.proto, exported.quantizers, probe, names)
-    named = check_in_runtime(target.runtime, rewritten.graph_module, exported.proto, exported.quantizers, probe, names,
+    parity = parity_check.compare(rewritten.graph_module, exported.model, exported.quantizers, probe, names)
+    named = check_in_runtime(target.runtime, rewritten.graph_module, exported.model, exported.quantizers, probe, names,
                              prepared.captured.dynamic_batch)
-    return parity, audit(exported.proto), named
+    return parity, audit(exported.model), named
 
 
 def _about(
@@ -329,6 +338,6 @@ def _about(
                         "seed": calibration.seed},
         "capture": {"difference_from_eager": captured.eager_difference, "dynamic_batch": captured.dynamic_batch},
         **({"caches": exported.caches} if exported.caches else {}),
-        "file_bytes": exported.proto.ByteSize(), "peak_memory_mb": log.peak_memory(), "seconds": log.spent(),
+        "file_bytes": exported.model.size(), "peak_memory_mb": log.peak_memory(), "seconds": log.spent(),
         "peaks_mb": log.peaks(),
     }

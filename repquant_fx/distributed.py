@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import Tensor
 
-from repquant_fx.errors import InputError
+from repquant_fx.errors import InputError, LostProcessError, first_line, is_out_of_memory
 
 Tensors = dict[str, Tensor]
 
@@ -60,10 +60,12 @@ class World:
             return [dict(tensors)]
         sent = _pack(tensors)
         sizes = [torch.zeros(1, dtype=torch.int64, device=sent.device) for _ in range(self.size)]
-        dist.all_gather(sizes, torch.tensor([len(sent)], device=sent.device))
+        with _answering():
+            dist.all_gather(sizes, torch.tensor([len(sent)], device=sent.device))
         longest = max(int(s) for s in sizes)
         gathered = [sent.new_empty(longest) for _ in range(self.size)]
-        dist.all_gather(gathered, torch.cat([sent, sent.new_zeros(longest - len(sent))]))
+        with _answering():
+            dist.all_gather(gathered, torch.cat([sent, sent.new_zeros(longest - len(sent))]))
         return [_unpack(part[:int(size)]) for part, size in zip(gathered, sizes)]
 
     def broadcast(self, make: Callable[[], Mapping[str, Tensor] | None]) -> Tensors | None:
@@ -73,12 +75,14 @@ class World:
             return None if made is None else dict(made)
         packed = torch.empty(0, dtype=torch.uint8, device=_device()) if made is None else _pack(made)
         length = torch.tensor([len(packed)], device=packed.device)
-        dist.broadcast(length, 0)
+        with _answering():
+            dist.broadcast(length, 0)
         if not int(length):
             return None
         if self.rank:
             packed = packed.new_empty(int(length))
-        dist.broadcast(packed, 0)
+        with _answering():
+            dist.broadcast(packed, 0)
         return _unpack(packed)
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
@@ -87,7 +91,8 @@ class World:
             return
         for tensor in tensors:
             moved = tensor.to(_device())
-            dist.all_reduce(moved)
+            with _answering():
+                dist.all_reduce(moved)
             if moved is not tensor:
                 tensor.copy_(moved)
 
@@ -112,6 +117,25 @@ def under_torchrun() -> bool:
 
 
 @contextmanager
+def _answering() -> Iterator[None]:
+    """What a lost connection says of itself, in words: torch raises a RuntimeError, and nothing that tells more.
+
+    Raises:
+        LostProcessError: another process does not take part.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise LostProcessError(
+            "another of the processes that share this compile has ended or does not answer, so this one ends too "
+            f"({first_line(error)}); see what the other one said. With --work-dir the same command goes on from the "
+            "last finished layer"
+        ) from error
+
+
+@contextmanager
 def joined() -> Iterator[World]:
     """A process group over gloo for as long as the block runs where torchrun started this process; else a world of size
     1.
@@ -119,11 +143,13 @@ def joined() -> Iterator[World]:
     if not under_torchrun():
         yield World()
         return
-    dist.init_process_group("gloo")
+    with _answering():
+        dist.init_process_group("gloo")
     try:
         yield World.current()
     finally:
-        dist.destroy_process_group()
+        with suppress(RuntimeError):  # the others may be gone
+            dist.destroy_process_group()
 
 
 def _device() -> torch.device:

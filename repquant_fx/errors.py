@@ -54,6 +54,12 @@ class ParityError(RepQuantError):
     exit_code = 3
 
 
+class LostProcessError(RepQuantError):
+    """Another of the processes that work together has ended, or does not answer."""
+
+    exit_code = 2
+
+
 class RepQuantWarning(UserWarning):
     """Something the user should know; the CLI shows these and hides the libraries' own."""
 

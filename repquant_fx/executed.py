@@ -9,23 +9,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from repquant_fx.runtimes import OPENVINO_FLOAT32, compile_openvino
+from repquant_fx.runtimes import OPENVINO_FLOAT32, Model, compile_openvino
 
 PRODUCTS = {"FullyConnected", "MatMul", "Gemm", "Convolution", "Subgraph"}
 
 
-def executed_kernels(data: bytes, names: Iterable[str]) -> dict[str, tuple[str, bool]]:
+def executed_kernels(model: Model, names: Iterable[str]) -> dict[str, tuple[str, bool]]:
     """(what runs in a node's place, whether it multiplies integers), by the node's name; absent where it is not found.
 
     Args:
-        data: an ONNX file.
+        model: an ONNX model.
         names: of nodes that are products.
 
     Raises:
         ModelFileError: OpenVINO refuses the model.
     """
     wanted, found = set(names), dict[str, tuple[str, bool]]()
-    for operator in compile_openvino(data, OPENVINO_FLOAT32).get_runtime_model().get_ordered_ops():
+    for operator in compile_openvino(model, OPENVINO_FLOAT32).get_runtime_model().get_ordered_ops():
         info = operator.get_rt_info()
         kind, precision = _text(info, "layerType"), _text(info, "runtimePrecision")
         if kind not in PRODUCTS:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from repquant_fx.checkpoint import Checkpoint
 from repquant_fx.errors import InputError, ModelFileError, RepQuantError, RepQuantWarning, first_line
 from repquant_fx.evaluation.decoder import half_way
 from repquant_fx.evaluation.runners import proto_runner
+from repquant_fx.exporters.apart import OnnxModel
 from repquant_fx.exporters.conformance import check_conformance
 from repquant_fx.exporters.inlining import inlined
 from repquant_fx.exporters.reading import OnnxFile, read_onnx
@@ -91,21 +92,21 @@ def check_file(path: str | Path, runtime: str | None = None, data: Any = None, *
     runtime = runtime or TARGETS.get(target, TARGETS[DEFAULT]).runtime
     load = loader(runtime)  # imported before the guard
     row = next(each for each in TARGETS.values() if each.runtime == runtime)
-    if sentence := misfit(file.model):
+    if sentence := misfit(file.apart):
         warnings.warn(f"{path}: {sentence}", RepQuantWarning, stacklevel=2)
     try:
         with guarded(f"running {path}"):
             check_conformance(file.model, row)
-            specs, plain = input_specs(file.model), inlined(file.model)
-            sites = find_sites(plain)
+            specs, plain = input_specs(file.model), OnnxModel(inlined(file.model), file.files)
+            sites = find_sites(plain.proto)
         given = [s for s in specs if s.name in _TOKENS] if any(is_cache(s.name) for s in specs) else specs
         inputs, about = _inputs(file, given, data, samples, seed)
         with guarded(f"running {path}"):
             feed = {spec.name: tensor for spec, tensor in zip(given, inputs)}
             if given is not specs:  # the caches are those that the file itself makes
                 ids = feed["input_ids"]
-                feed = half_way(proto_runner(file.model, str(path)), ids, torch.ones_like(ids))
-            parity = _compare(file.model, plain, sites, feed, load, RUNTIMES[runtime])
+                feed = half_way(proto_runner(file.apart, str(path)), ids, torch.ones_like(ids))
+            parity = _compare(file.apart, plain, sites, feed, load, RUNTIMES[runtime])
     except RepQuantError:
         raise
     except Exception as error:
@@ -176,9 +177,9 @@ def _inputs(file: OnnxFile, specs: Sequence[InputSpec], data: Any, samples: int,
     return [column[:fixed or samples] for column in made.columns], made.origin
 
 
-def _compare(model: onnx.ModelProto, plain: onnx.ModelProto, sites: Sequence[_Site], feed: Mapping[str, Tensor],
+def _compare(model: OnnxModel, plain: OnnxModel, sites: Sequence[_Site], feed: Mapping[str, Tensor],
              load: Any, title: str) -> Parity:
-    outputs = len(model.graph.output)
+    outputs = len(model.proto.graph.output)
     found = load(model)(feed)
     expected = load_as_written(plain)(feed)
     exposed = load(_exposed(model, sites))(feed)
@@ -198,24 +199,24 @@ def _compare(model: onnx.ModelProto, plain: onnx.ModelProto, sites: Sequence[_Si
                   differences, title, REFERENCE)
 
 
-def _exposed(model: onnx.ModelProto, sites: Sequence[_Site]) -> onnx.ModelProto:
+def _exposed(model: OnnxModel, sites: Sequence[_Site]) -> OnnxModel:
     """A copy that gives the codes of its quantizers, too."""
     copy = onnx.ModelProto()
-    copy.CopyFrom(model)
+    copy.CopyFrom(model.proto)
     for site in sites:
         name = site.value
         if site.narrow:
             copy.graph.node.append(helper.make_node("Cast", [name], [UINT8.of(name)], to=TensorProto.UINT8))
             name = UINT8.of(name)
         copy.graph.output.append(_typed(name, TensorProto.UNDEFINED))
-    return copy
+    return replace(model, proto=copy)
 
 
-def _stepwise(plain: onnx.ModelProto, sites: Sequence[_Site], given: Mapping[str, Tensor], feed: Mapping[str, Tensor]
+def _stepwise(plain: OnnxModel, sites: Sequence[_Site], given: Mapping[str, Tensor], feed: Mapping[str, Tensor]
               ) -> list[Tensor]:
     """The outputs on given codes; then of each site its own codes, and what it quantized."""
     copy = onnx.ModelProto()
-    copy.CopyFrom(plain)
+    copy.CopyFrom(plain.proto)
     cut = {site.value: site for site in sites}
     for node in copy.graph.node:
         for index, name in enumerate(node.output):
@@ -237,7 +238,7 @@ def _stepwise(plain: onnx.ModelProto, sites: Sequence[_Site], given: Mapping[str
     del copy.graph.node[:]
     copy.graph.node.extend(nodes)
     codes = {site.value + (_GIVEN if site.narrow else ""): given[site.value] for site in sites}
-    call: Call = load_as_written(copy)
+    call: Call = load_as_written(replace(plain, proto=copy))
     return call({**feed, **codes})
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from repquant_fx.errors import OutputError
 from repquant_fx.security import channel
 
+Content = bytes | Iterable[bytes | bytearray | memoryview]  # of a file; parts are written one after the other
 MODEL = "model.onnx"  # within a directory; the name that optimum looks for
 _PROBE = 1 << 20  # bytes; a disk that has no room for so many is full
 _LONGEST_PREFIX = 200  # bytes, of the name of a temporary file
@@ -94,9 +95,14 @@ def write_atomically(path: str | Path, data: bytes) -> None:
     write_together({path: data})
 
 
-def write_together(files: Mapping[str | Path, bytes] | Mapping[Path, bytes]) -> None:
+def write_together(
+    files: Mapping[str | Path, Content] | Mapping[Path, Content], superseded: Iterable[Path] = ()
+) -> None:
     """Write beside, then rename: a reader sees the old file or the new one, never a part. None is renamed before all
-    are written.
+    are written; they are renamed in order.
+
+    Args:
+        superseded: files to remove once all are in place.
 
     A signal comes before the first is renamed or after the last. A process that is killed outright may leave the hidden
     file `.NAME.xxxxxxxx` behind, never a part under the name itself.
@@ -104,10 +110,10 @@ def write_together(files: Mapping[str | Path, bytes] | Mapping[Path, bytes]) -> 
     Raises:
         OutputError: the disk is full, or a path cannot be written.
     """
-    _replace({Path(path): data for path, data in files.items()}, channel.committing)
+    _replace({Path(path): data for path, data in files.items()}, channel.committing, superseded)
 
 
-def write_part(path: Path, data: bytes) -> None:
+def write_part(path: Path, data: Content) -> None:
     """Write one file that is no output but a part of the work, complete or not at all.
 
     Raises:
@@ -116,7 +122,8 @@ def write_part(path: Path, data: bytes) -> None:
     _replace({path: data}, lambda _: nullcontext())
 
 
-def _replace(files: Mapping[Path, bytes], committing: Callable[[Sequence[Path]], AbstractContextManager[None]]) -> None:
+def _replace(files: Mapping[Path, Content], committing: Callable[[Sequence[Path]], AbstractContextManager[None]],
+             superseded: Iterable[Path] = ()) -> None:
     path = Path()
     written: list[tuple[Path, Path]] = []
     try:
@@ -127,15 +134,17 @@ def _replace(files: Mapping[Path, bytes], committing: Callable[[Sequence[Path]],
         with committing(list(files)):
             for temporary, path in written:
                 os.replace(temporary, path)
+            _discard(superseded)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         _discard(temporary for temporary, _ in written)
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, data: Content) -> None:
     with open(path, "xb") as file:
-        file.write(data)
+        for part in (data,) if isinstance(data, bytes) else data:
+            file.write(part)
         file.flush()
         os.fsync(file.fileno())
 
@@ -205,9 +214,12 @@ def check_directory(path: str | Path, names: Iterable[str], force: bool) -> Path
     return path
 
 
-def write_directory(path: str | Path, files: Mapping[str, bytes], beside: Mapping[Path, bytes] | None = None) -> None:
+def write_directory(
+    path: str | Path, files: Mapping[str, Content], beside: Mapping[Path, Content] | None = None,
+    superseded: Iterable[Path] = (),
+) -> None:
     """Write files into a directory, and others beside it: all of them or none. A directory that exists keeps its other
-    files.
+    files, but those that are `superseded`.
 
     Everything is written under other names first, so a full disk changes nothing. A new directory then appears as a
     whole; in an old one the files are replaced one after the other, the last of `files` last.
@@ -234,6 +246,7 @@ def write_directory(path: str | Path, files: Mapping[str, bytes], beside: Mappin
                 return
             for name in files:
                 os.replace(staging / name, path / name)
+            _discard(superseded)
     except OSError as error:
         raise OutputError(f"cannot write {problem}: {error.strerror or error}") from error
     finally:

@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 
 from repquant_fx import processor
 from repquant_fx.audit import LAYOUT, PRODUCTS
+from repquant_fx.exporters.apart import OnnxModel
 from repquant_fx.frontends.capture import tensors_in
 from repquant_fx.passes.base import attribute
 from repquant_fx.passes.operators import DEQUANTIZE
@@ -23,15 +24,17 @@ from repquant_fx.recorder import Recorder
 BYTE = 255
 
 
-def saturating_layers(model: onnx.ModelProto) -> list[str]:
+def saturating_layers(model: onnx.ModelProto | OnnxModel) -> list[str]:
     """Names of the products of a file in which a sum of two products may leave 16 bits."""
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    producers = {name: node for node in model.graph.node for name in node.output}
+    model = OnnxModel.of(model)
+    graph = model.proto.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    producers = {name: node for node in graph.node for name in node.output}
     found = []
-    for node in model.graph.node:
+    for node in graph.node:
         if node.op_type not in PRODUCTS or node.domain:
             continue
-        codes = _weight(node, producers, constants)
+        codes = _weight(node, producers, constants, model)
         if codes is not None and codes.size:
             top = _top(_operand(node, 0), producers, constants)
             if top and bool(can_saturate(torch.from_numpy(codes), top).any()):
@@ -39,7 +42,7 @@ def saturating_layers(model: onnx.ModelProto) -> list[str]:
     return found
 
 
-def misfit(model: onnx.ModelProto) -> str:
+def misfit(model: onnx.ModelProto | OnnxModel) -> str:
     """A sentence where this processor and a file do not fit; empty where they do."""
     if not processor.saturates():
         return ""
@@ -76,8 +79,8 @@ def run_saturating(graph_module: GraphModule, *inputs: Tensor) -> list[Tensor]:
     return tensors_in(Recorder(graph_module, wanted, visit).run(*inputs))
 
 
-def _weight(node: onnx.NodeProto, producers: Mapping[str, onnx.NodeProto], constants: Mapping[str, TensorProto]
-            ) -> np.ndarray | None:
+def _weight(node: onnx.NodeProto, producers: Mapping[str, onnx.NodeProto], constants: Mapping[str, TensorProto],
+            model: OnnxModel) -> np.ndarray | None:
     """Codes of a constant weight of bytes or less, one row for each output channel."""
     dequantize = producers.get(_operand(node, 1))
     if dequantize is None or dequantize.op_type != "DequantizeLinear":
@@ -87,7 +90,7 @@ def _weight(node: onnx.NodeProto, producers: Mapping[str, onnx.NodeProto], const
     tensor = constants.get(_operand(unpack, 0) if unpack is not None and unpack.op_type == "Cast" else name)
     if tensor is None or tensor.data_type not in (TensorProto.INT8, TensorProto.INT4) or len(tensor.dims) < 2:
         return None
-    codes = numpy_helper.to_array(tensor).astype(np.int8)
+    codes = model.array(tensor).astype(np.int8)
     rows = node.op_type == "Conv" or any(a.name == "transB" and a.i for a in node.attribute)
     return codes if rows else np.ascontiguousarray(codes.swapaxes(0, -1))
 

@@ -7,13 +7,13 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx
 import torch
 from torch import Tensor
 
 from repquant_fx.errors import InputError
 from repquant_fx.evaluation.decoder import Decoder
 from repquant_fx.evaluation.runners import Runner, open_runner, proto_runner
+from repquant_fx.exporters.apart import OnnxModel
 from repquant_fx.exporters.dynamic_shapes import dynamic_shapes
 from repquant_fx.exporters.onnx_qdq import export_onnx
 from repquant_fx.files import MODEL
@@ -106,12 +106,12 @@ def float_runner(source: Source, threads: int | None = None) -> Runner:
     """The float model of a source under ONNX Runtime: what an exported file is compared with.
 
     Raises:
-        InputError: as `float_proto` does.
+        InputError: as `float_model` does.
     """
-    return proto_runner(float_proto(source), f"the float model of {source.model}", threads)
+    return proto_runner(float_model(source), f"the float model of {source.model}", threads)
 
 
-def float_proto(source: Source) -> onnx.ModelProto:
+def float_model(source: Source) -> OnnxModel:
     """The float model of a source as ONNX, with a float cache.
 
     Raises:

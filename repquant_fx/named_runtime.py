@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from repquant_fx.audit import Product, audit
+from repquant_fx.exporters.apart import OnnxModel
 from repquant_fx.frontends.capture import tensors_in
 from repquant_fx.parity import Parity, compare, sqnr
 from repquant_fx.runtimes import PACKAGES, load_openvino, openvino_precision, version
@@ -57,7 +58,7 @@ class RuntimeCheck:
 
 
 def check_in_runtime(
-    runtime: str, graph_module: GraphModule, proto: onnx.ModelProto, quantizers: Mapping[str, Node],
+    runtime: str, graph_module: GraphModule, model: onnx.ModelProto | OnnxModel, quantizers: Mapping[str, Node],
     inputs: Sequence[Tensor], input_names: Sequence[str], dynamic_batch: bool = True,
 ) -> RuntimeCheck | None:
     """Compare as `parity.compare` does; None for ONNX Runtime, which every file is compared in.
@@ -71,17 +72,17 @@ def check_in_runtime(
     if found is None:
         return RuntimeCheck(title, None, skipped=f"it is not installed (pip install {PACKAGES[runtime]})")
     if runtime == "reference":
-        if proto.ByteSize() > REFERENCE_BYTES:
+        if OnnxModel.of(model).size() > REFERENCE_BYTES:
             return RuntimeCheck(title, found, skipped=f"the file is larger than {REFERENCE_BYTES >> 20} MiB")
         inputs = [tensor[:REFERENCE_SAMPLES] for tensor in inputs] if dynamic_batch else inputs
-    parity = compare(graph_module, proto, quantizers, inputs, input_names, runtime)
+    parity = compare(graph_module, model, quantizers, inputs, input_names, runtime)
     if runtime != "openvino":
         return RuntimeCheck(title, found, parity)
-    kernels, precision = audit(proto, runtime), openvino_precision(proto)
+    kernels, precision = audit(model, runtime), openvino_precision(model)
     if precision in ("float32", "f32"):
         return RuntimeCheck(title, found, parity, kernels=kernels)
     with torch.no_grad():
         expected = tensors_in(graph_module(*inputs))
-    unasked = load_openvino(proto, {})(dict(zip(input_names, inputs)))
+    unasked = load_openvino(model, {})(dict(zip(input_names, inputs)))
     return RuntimeCheck(title, found, parity, precision=precision, kernels=kernels,
                         output_sqnr=min((sqnr(a, b) for a, b in zip(unasked, expected)), default=math.inf))

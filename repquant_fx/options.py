@@ -59,6 +59,7 @@ class Run:
     target: str = DEFAULT
     opset: int | None = None
     with_past: bool | None = None
+    external_data: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import onnx
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from repquant_fx.errors import ParityError
+from repquant_fx.exporters.apart import OnnxModel
 from repquant_fx.exporters.signed_codes import MIDDLE
 from repquant_fx.frontends.capture import tensors_in
 from repquant_fx.naming import DEQUANTIZED, QUANTIZED, SCALE, UINT8
@@ -105,8 +106,8 @@ class Parity:
 
 
 def compare(
-    graph_module: GraphModule, proto: onnx.ModelProto, quantizers: Mapping[str, Node], inputs: Sequence[Tensor],
-    input_names: Sequence[str], runtime: str = "ort",
+    graph_module: GraphModule, model: onnx.ModelProto | OnnxModel, quantizers: Mapping[str, Node],
+    inputs: Sequence[Tensor], input_names: Sequence[str], runtime: str = "ort",
 ) -> Parity:
     """Run both on the same inputs.
 
@@ -119,12 +120,12 @@ def compare(
     Raises:
         InputError: the runtime is not installed, or refuses the file.
     """
-    load = loader(runtime)
+    load, model = loader(runtime), OnnxModel.of(model)
     values = {name: value_name(node) for name, node in quantizers.items()}
-    exposed = expose(proto, [(values[name], not _logarithmic(node)) for name, node in quantizers.items()])
+    exposed = expose(model.proto, [(values[name], not _logarithmic(node)) for name, node in quantizers.items()])
     feed = dict(zip(input_names, inputs))
-    outputs = len(proto.graph.output)
-    found, exposed_values = load(proto)(feed), load(exposed)(feed)
+    outputs = len(model.proto.graph.output)
+    found, exposed_values = load(model)(feed), load(replace(model, proto=exposed))(feed)
     internal = dict(zip(quantizers, exposed_values[outputs:]))
     free, step = CodeRecorder(graph_module, quantizers, {}), CodeRecorder(graph_module, quantizers, internal)
     expected, forced = tensors_in(free.run(*inputs)), tensors_in(step.run(*inputs))

@@ -23,6 +23,9 @@ from repquant_fx.calibration.text import TEXT_SAMPLES, Tokenization, frame_of
 from repquant_fx.checkpoint import Checkpoint, graph_digest, open_cache
 from repquant_fx.distributed import World
 from repquant_fx.errors import CalibrationError, ExportError, InputError, RepQuantWarning, first_line
+from repquant_fx.exporters.dynamic_shapes import dynamic_shapes
+from repquant_fx.exporters.trial import try_translation
+from repquant_fx.forecast import announce, predicted_bytes
 from repquant_fx.frontends import huggingface, signature
 from repquant_fx.frontends.capture import Captured, capture
 from repquant_fx.frontends.loading import LoadedModel, load_source
@@ -100,23 +103,38 @@ def match(source: Source, recipe: RecipeLike | None = None, with_past: bool | No
 
 
 def prepare(
-    source: Source, calibration: Calibration, recipe: RecipeLike | None = None, run: Run | None = None
+    source: Source, calibration: Calibration, recipe: RecipeLike | None = None, run: Run | None = None,
+    out: Path | None = None,
 ) -> Prepared:
-    """Match, and read the calibration data: what every analysis starts from. `run` says where synthesised data is kept,
-    and whether a cache is wanted, which no analysis needs.
+    """Match, and read the calibration data: what every analysis starts from.
+
+    Args:
+        run: of a compile: says where synthesised data is kept and whether a cache is wanted, which no analysis needs;
+            what the file would fail by is told at once.
+        out: where the file will be written, where that is known.
 
     Raises:
-        InputError: the model or the data cannot be used, or there is nothing to quantize.
+        InputError: the model or the data cannot be used, there is nothing to quantize, the graph has no ONNX form, or
+            the disk no room for the file.
     """
     torch.manual_seed(calibration.seed)
-    run = run or Run(with_past=False)
-    matched = match(source, recipe, run.with_past)
+    matched = match(source, recipe, False if run is None else run.with_past)
     if not matched.plan.groups:
         reasons = "; ".join(f"{item.operator} at {item.path}: {item.reason}" for item in matched.plan.left_alone[:3])
         raise InputError("nothing to quantize: the graph has no Linear, convolution or matrix product that the recipe "
                          "does not skip" + (f" ({reasons})" if reasons else ""))
+    if run is not None:
+        _look_ahead(matched, run, out)
     log.stage("calibration data")
-    return Prepared(**vars(matched), data=_calibration_data(matched, calibration, run))
+    return Prepared(**vars(matched), data=_calibration_data(matched, calibration, run or Run()))
+
+
+def _look_ahead(matched: Matched, run: Run, out: Path | None) -> None:
+    graph_module, captured = matched.graph_module, matched.captured
+    with matched.loaded.guard:
+        try_translation(graph_module, matched.loaded.example_inputs, input_names=captured.input_names,
+                        output_names=captured.output_names, dynamic_shapes=dynamic_shapes(graph_module))
+    announce(predicted_bytes(graph_module, matched.plan, matched.recipe.group_size), run.external_data, out)
 
 
 def check_runs(graph_module: GraphModule, batches: Iterable[Sequence[Tensor]]) -> None:

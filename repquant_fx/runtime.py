@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import onnx
@@ -13,7 +14,10 @@ from torch import Tensor
 
 from repquant_fx import processor
 from repquant_fx.errors import ModelFileError
-from repquant_fx.exporters.reading import read_onnx
+from repquant_fx.exporters.apart import OnnxModel, is_large
+from repquant_fx.exporters.reading import OnnxFile, read_onnx
+
+Loadable: TypeAlias = str | Path | bytes | onnx.ModelProto | OnnxModel | OnnxFile
 
 
 def session_options(threads: int | None = None, accuracy_level: int = 1) -> onnxruntime.SessionOptions:
@@ -29,8 +33,7 @@ def session_options(threads: int | None = None, accuracy_level: int = 1) -> onnx
 
 
 def session(
-    model: str | Path | bytes | onnx.ModelProto, *, threads: int | None = None, optimize: bool = True,
-    accuracy_level: int = 1,
+    model: Loadable, *, threads: int | None = None, optimize: bool = True, accuracy_level: int = 1,
 ) -> onnxruntime.InferenceSession:
     """A CPU session that computes what the file says.
 
@@ -41,7 +44,7 @@ def session(
     unset.
 
     Args:
-        model: a path, serialized bytes or a proto.
+        model: a path, serialized bytes, a proto, or one of these with its matrices apart.
         threads: intra-op threads; ONNX Runtime's default where None.
         optimize: let ONNX Runtime rewrite the graph; without, it runs each operator as it stands, in float.
         accuracy_level: of files with weights alone quantized: 1 multiplies activations as they are, in float32; 4, the
@@ -55,16 +58,52 @@ def session(
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     name = str(model) if isinstance(model, (str, Path)) else "the model"
-    if isinstance(model, onnx.ModelProto):
-        model = model.SerializeToString()
-    # the bytes that were screened, not what the path names by then
-    data = model if isinstance(model, bytes) else read_onnx(model).data
+    data, apart = content(model)
+    kept = give(options, apart)
     try:
-        return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        found = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        if kept:
+            found.kept = kept
+        return found
     except Exception as error:
         raise ModelFileError(
             f"ONNX Runtime cannot load {name}: {(str(error).splitlines() or [type(error).__name__])[0]}"
         ) from error
+
+
+def content(model: Loadable) -> tuple[bytes, OnnxModel | None]:
+    """The bytes of a model, and the model with what lies apart from it; None of bytes alone. Of a path those that were
+    screened, not what the path names by then.
+
+    Raises:
+        ModelFileError: the file is missing or refused.
+    """
+    if isinstance(model, (str, Path)):
+        model = read_onnx(model)
+    if isinstance(model, OnnxFile):
+        return model.data, model.apart
+    if isinstance(model, bytes):
+        return model, None
+    model = OnnxModel.of(model)
+    return model.proto.SerializeToString(), model
+
+
+def give(options: onnxruntime.SessionOptions, model: OnnxModel | None) -> list[onnxruntime.OrtValue]:
+    """Give a session the files that its model refers to, so that it opens none; they must live until it is made.
+
+    Returns:
+        what it does not copy, and what must live as long as it does: matrices past 2 GiB, which ONNX Runtime takes from
+        no file in memory.
+    """
+    if model is None or not model.files:
+        return []
+    options.add_external_initializers_from_files_in_memory(
+        list(model.files), list(model.files.values()), [len(each) for each in model.files.values()])
+    large = [tensor for tensor in model.proto.graph.initializer if is_large(tensor)]
+    values = [onnxruntime.OrtValue.ortvalue_from_numpy(model.view(tensor)) for tensor in large]
+    if values:
+        options.add_external_initializers([tensor.name for tensor in large], values)
+    return values
 
 
 def run(runner: onnxruntime.InferenceSession, inputs: Mapping[str, Tensor]) -> list[Tensor]:

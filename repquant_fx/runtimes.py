@@ -13,7 +13,7 @@ import io
 import sys
 from collections.abc import Callable, Mapping
 from importlib import metadata
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
@@ -21,11 +21,14 @@ import torch
 from torch import Tensor
 
 from repquant_fx.errors import InputError, ModelFileError, first_line
+from repquant_fx.exporters.apart import LARGEST_FILE, OnnxModel
+from repquant_fx.files import MODEL, Content, scratch, write_part
 from repquant_fx.runtime import run, session
 from repquant_fx.targets import RUNTIMES
 
 Call = Callable[[Mapping[str, Tensor]], list[Tensor]]
-Loader = Callable[[onnx.ModelProto], Call]
+Model: TypeAlias = onnx.ModelProto | OnnxModel
+Loader = Callable[[Model], Call]
 PACKAGES = {"ort": "onnxruntime", "openvino": "openvino", "reference": "onnx"}
 _WHERE = ("Exception from", "Check '", "FrontEnd API", "Summary:", "To facilitate")
 OPENVINO_FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -69,19 +72,19 @@ def import_openvino() -> Any:
             sys.modules[telemetry] = before
 
 
-def load_ort(model: onnx.ModelProto) -> Call:
+def load_ort(model: Model) -> Call:
     """ONNX Runtime on the CPU."""
     found = session(model)
     return lambda feed: run(found, feed)
 
 
-def load_openvino(model: onnx.ModelProto, settings: Mapping[str, Any] | None = None) -> Call:
+def load_openvino(model: Model, settings: Mapping[str, Any] | None = None) -> Call:
     """OpenVINO on the CPU; its float operators compute in float32 unless other settings are given.
 
     Raises:
         ModelFileError: OpenVINO refuses the model.
     """
-    compiled = compile_openvino(model.SerializeToString(), OPENVINO_FLOAT32 if settings is None else settings)
+    compiled = compile_openvino(model, OPENVINO_FLOAT32 if settings is None else settings)
 
     def call(feed: Mapping[str, Tensor]) -> list[Tensor]:
         results = compiled({name: _array(value) for name, value in feed.items()})
@@ -90,15 +93,22 @@ def load_openvino(model: onnx.ModelProto, settings: Mapping[str, Any] | None = N
     return call
 
 
-def compile_openvino(data: bytes, settings: Mapping[str, Any]) -> Any:
+def compile_openvino(model: Model, settings: Mapping[str, Any]) -> Any:
     """A compiled model of OpenVINO.
 
     Raises:
         ModelFileError: OpenVINO refuses the model.
     """
-    core = import_openvino().Core()
+    core, model = import_openvino().Core(), OnnxModel.of(model)
     try:
-        return core.compile_model(core.read_model(io.BytesIO(data)), "CPU", dict(settings))
+        if model.size() <= LARGEST_FILE:
+            return core.compile_model(core.read_model(io.BytesIO(model.to_bytes())), "CPU", dict(settings))
+        with scratch() as folder:
+            data, beside = model.beside(MODEL)
+            files: dict[str, Content] = {**beside, MODEL: data}
+            for name, content in files.items():
+                write_part(folder / name, content)
+            return core.compile_model(core.read_model(folder / MODEL), "CPU", dict(settings))
     except Exception as error:
         raise ModelFileError(f"OpenVINO cannot load the model: {_reason(error)}") from error
 
@@ -110,13 +120,13 @@ def _reason(error: Exception) -> str:
     return "; ".join(said)[:300] or type(error).__name__
 
 
-def openvino_precision(model: onnx.ModelProto) -> str:
+def openvino_precision(model: Model) -> str:
     """What the float operators compute in unasked, such as `bf16`."""
-    found = compile_openvino(model.SerializeToString(), {}).get_property("INFERENCE_PRECISION_HINT")
+    found = compile_openvino(model, {}).get_property("INFERENCE_PRECISION_HINT")
     return str(found.get_type_name())
 
 
-def load_reference(model: onnx.ModelProto) -> Call:
+def load_reference(model: Model) -> Call:
     """ONNX's own evaluator in numpy: slow, and what the standard means.
 
     Raises:
@@ -125,7 +135,7 @@ def load_reference(model: onnx.ModelProto) -> Call:
     from onnx.reference import ReferenceEvaluator
 
     try:
-        evaluator = ReferenceEvaluator(model)
+        evaluator = ReferenceEvaluator(OnnxModel.of(model).inlined())
     except Exception as error:
         raise ModelFileError(f"onnx.reference cannot load the model: {first_line(error)}") from error
 
@@ -137,7 +147,7 @@ def load_reference(model: onnx.ModelProto) -> Call:
     return call
 
 
-def load_as_written(model: onnx.ModelProto) -> Call:
+def load_as_written(model: Model) -> Call:
     """ONNX Runtime without its optimizations: each operator as it stands, Q/DQ in float; what others are compared with.
 
     Raises:

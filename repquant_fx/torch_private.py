@@ -57,6 +57,7 @@ __all__ = [
     "shape_environment",
     "size_hint",
     "suggested_shapes",
+    "translated_operators",
     "value_errors",
     "version",
     "watched_registration",
@@ -360,6 +361,20 @@ def quick_translation() -> Iterator[None]:
     finally:
         ONNXRegistry.from_torchlib = read  # type: ignore[method-assign]
         _fx_passes.decompose_with_registry = decompose
+
+
+def translated_operators(opset_version: int) -> frozenset[str]:
+    """Names of the operators that `torch.onnx` translates as they are, such as `aten::linear`.
+
+    Tried with torch 2.15.0. Where the names are gone: none, so that whoever asks tries a translation.
+    """
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+    except ImportError:
+        return frozenset()
+    with quick_translation():
+        functions = ONNXRegistry.from_torchlib(opset_version).functions
+    return frozenset(target for target in functions if isinstance(target, str))
 
 
 def _is_decomposed(program: ExportedProgram, translated: set[str]) -> bool:

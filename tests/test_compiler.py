@@ -21,6 +21,7 @@ import repquant_fx
 from repquant_fx import CompiledModel, InputError, LayerRule, ParityError, Recipe, compile
 from repquant_fx import compiler as compiler_module
 from repquant_fx.errors import CalibrationError, CaptureError, ModelFileError, OutputError, RepQuantWarning
+from repquant_fx.exporters.apart import OnnxModel
 from repquant_fx.parity import sqnr
 from repquant_fx.report import summary
 from repquant_fx.runtime import session
@@ -370,11 +371,11 @@ def test_a_wrong_file_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """An exporter that gets one constant wrong does not get past the check."""
     export = compiler_module.export_onnx
 
-    def wrong(*args: Any, **options: Any) -> onnx.ModelProto:
-        proto = export(*args, **options)
-        tensor = next(t for t in proto.graph.initializer if t.name == "blocks.0.fc1.input_scale")
+    def wrong(*args: Any, **options: Any) -> OnnxModel:
+        model = export(*args, **options)
+        tensor = next(t for t in model.proto.graph.initializer if t.name == "blocks.0.fc1.input_scale")
         tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) * np.float32(1.2), tensor.name))
-        return proto
+        return model
 
     monkeypatch.setattr(compiler_module, "export_onnx", wrong)
     with pytest.raises(ParityError, match=r"blocks\.0\.fc1/input") as caught:

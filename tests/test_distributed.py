@@ -16,7 +16,7 @@ from helpers import Encoder, redraw, sequences
 from onnx import numpy_helper
 
 from repquant_fx.distributed import World, joined, under_torchrun
-from repquant_fx.errors import InputError
+from repquant_fx.errors import InputError, LostProcessError
 from repquant_fx.quantizers.observers import Observer
 
 
@@ -38,6 +38,27 @@ def test_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert world.all_gather(x)[0].keys() == x.keys() and world.broadcast(lambda: None) is None
     with pytest.raises(InputError, match="torchrun"):
         World.current()
+
+
+def test_a_lost_connection_is_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*_: object) -> None:
+        raise RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
+
+    for name in ("all_gather", "broadcast", "all_reduce"):
+        monkeypatch.setattr(torch.distributed, name, lost)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "gloo")
+    world, x = World(0, 2), {"x": torch.arange(3)}
+    for exchange in (lambda: world.all_gather(x), lambda: world.broadcast(lambda: x),
+                     lambda: world.all_reduce([x["x"]])):
+        with pytest.raises(LostProcessError, match=r"has ended or does not answer.*closed by peer.*work-dir") as caught:
+            exchange()
+        assert caught.value.exit_code == 2
+
+    def full() -> dict[str, torch.Tensor]:
+        raise RuntimeError("not ours")
+
+    with pytest.raises(RuntimeError, match="not ours"):
+        world.broadcast(full)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 6])
@@ -168,3 +189,29 @@ def test_bad_input_ends_all_processes(shared: tuple[Path, list[str]]) -> None:
     folder, arguments = shared
     found = torchrun(folder, *arguments, "--wbits", "12", "--out", "never.onnx")
     assert found.returncode != 0 and "wbits must be" in found.stderr and not (folder / "never.onnx").exists()
+
+
+DEADLY = """
+import os, signal, time
+from pathlib import Path
+
+import numpy as np
+
+def batches():
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [np.load("data.npy")]
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_others_in_words(shared: tuple[Path, list[str]]) -> None:
+    """torchrun may be faster than the connection, then the other one ends by its signal."""
+    folder, arguments = shared
+    (folder / "deadly.py").write_text(DEADLY)
+    found = torchrun(folder, *(a if a != "data.npy" else "deadly:batches" for a in arguments), "--out", "never.onnx")
+    lines = [line for line in found.stderr.splitlines() if "repquant-fx: " in line]
+    assert found.returncode != 0 and "internal error" not in found.stderr, found.stderr
+    assert any("was killed (SIGKILL)" in line for line in lines), found.stderr
+    assert any("has ended or does not answer" in line or "by SIGTERM" in line for line in lines), found.stderr
+    assert not (folder / "never.onnx").exists()

@@ -130,11 +130,20 @@ def test_four_bit_types_against_themselves(tmp_path: Path) -> None:
         check_file(saved(inlined(compiled("vit", 3, container="int4").proto), tmp_path), "openvino")
 
 
+def test_openvino_takes_a_file_and_its_data_where_one_file_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    need("openvino")
+    result, x = compiled("vit", 8), {"x": inputs("vit", 2)}
+    model = replace(result.model, proto=inlined(result.model.proto))
+    (inside,) = load_openvino(model)(x)
+    monkeypatch.setattr(runtimes, "LARGEST_FILE", model.size() - 1)
+    assert model.files and torch.equal(load_openvino(model)(x)[0], inside)
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_runtime_that_computes_something_else_is_found(bits: int, tmp_path: Path,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     right = runtimes.load_ort
-    monkeypatch.setattr(file_check, "loader", lambda runtime: lambda proto: right(wrong(proto)))
+    monkeypatch.setattr(file_check, "loader", lambda runtime: lambda model: right(wrong(model.inlined())))
     found = check_file(saved(compiled("vit", bits).proto, tmp_path))
     problems = found.parity.problems()
     assert [problem.partition(": ")[0] for problem in problems] == [

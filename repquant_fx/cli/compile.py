@@ -68,6 +68,8 @@ def add(command: argparse.ArgumentParser) -> None:
                       "targets` says what each takes")
     form.add_argument("--opset", type=count(999), metavar="N",
                       help=f"of its operators, {LOWEST_OPSET} to {HIGHEST_OPSET} (default the target's)")
+    form.add_argument("--external-data", action="store_true",
+                      help="write its matrices into a data file beside it, as is done past 1.5 GB in any case")
     command.add_argument("--check", action=argparse.BooleanOptionalAction, default=True,
                          help="compare ONNX Runtime with the FX reference (default on)")
 
@@ -88,8 +90,8 @@ def run(options: argparse.Namespace) -> int:
     with joined() as world, log.using(log.QUIET) if world.rank else nullcontext():  # rank 0 speaks
         run = Run(check=options.check, work_dir=options.work_dir, distributed=world.size > 1, device=options.device,
                   statistics=options.html is not None, target=options.target, opset=options.opset,
-                  with_past=options.with_past)
-        compiled = compile_model(source, calibration, recipe, run)
+                  with_past=options.with_past, external_data=options.external_data)
+        compiled = compile_model(source, calibration, recipe, run, out=None if world.rank else options.out)
     if world.rank:
         return 0
     out = compiled.save(
@@ -97,7 +99,8 @@ def run(options: argparse.Namespace) -> int:
     )
     for line in report.summary(compiled.report, verbose=options.verbose).splitlines():
         log.info(line)
-    log.info(f"wrote {out} ({compiled.report['file_bytes'] / 1e6:.2f} MB)")
+    beside = f" and {out.with_name(compiled.report['data_file'])}" if "data_file" in compiled.report else ""
+    log.info(f"wrote {out}{beside} ({compiled.report['file_bytes'] / 1e6:.2f} MB)")
     log.result({"out": str(out), **{key: value for key, value in compiled.report.items() if key not in LONG}})
     if options.json:
         print(json.dumps({"out": str(out), **compiled.report}))

@@ -20,6 +20,7 @@ from repquant_fx.calibration.inputs import InputSpec
 from repquant_fx.compiled_module import run_from_file
 from repquant_fx.errors import InputError, RepQuantError, first_line
 from repquant_fx.evaluation.labels import labels_beside, read_labels
+from repquant_fx.exporters.apart import OnnxModel
 from repquant_fx.exporters.reading import read_onnx
 from repquant_fx.frontends.huggingface import is_huggingface
 from repquant_fx.frontends.loading import LoadedModel, load_source
@@ -167,16 +168,16 @@ def _onnx_runner(path: str, threads: int | None) -> Runner:
     file = read_onnx(path)
     preprocessing = file.metadata.preprocessing()
     with guarded(f"reading {path}"):
-        found = session(file.data, threads=threads)
+        found = session(file, threads=threads)
     return replace(_session_runner(found, path), preprocessing=preprocessing, tokenizer=_tokenizer_beside(Path(path)),
                    labels=labels_beside(Path(path)))
 
 
-def proto_runner(proto: onnx.ModelProto, source: str, threads: int | None = None) -> Runner:
+def proto_runner(model: onnx.ModelProto | OnnxModel, source: str, threads: int | None = None) -> Runner:
     """A model in memory under ONNX Runtime; `source` is for messages."""
     from repquant_fx.runtime import session
 
-    return _session_runner(session(proto, threads=threads), source)
+    return _session_runner(session(model, threads=threads), source)
 
 
 def _session_runner(found: Any, path: str) -> Runner:

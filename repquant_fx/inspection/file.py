@@ -19,8 +19,9 @@ import onnx
 from onnx import TensorProto
 
 from repquant_fx.errors import ModelFileError, RepQuantWarning
+from repquant_fx.exporters.apart import is_apart, place_of
 from repquant_fx.exporters.metadata import StoredLayer, StoredSite
-from repquant_fx.exporters.reading import read_onnx
+from repquant_fx.exporters.reading import OnnxFile, read_onnx
 from repquant_fx.fit import misfit
 from repquant_fx.inspection.table import Inspection, Row, kind_of, totals
 from repquant_fx.naming import LOG_STEP, QUANTIZED, SCALE, ZERO_POINT, ZERO_POINT_INT8, ZERO_POINT_UINT4, beside
@@ -60,8 +61,8 @@ def inspect_file(path: str | Path, *, audit: bool = True) -> Inspection:
     runtime = _audited_in(metadata.target()) if audit else "ort"
     loader(runtime)  # imported before the guard
     with guarded(f"reading {path}"):  # ONNX Runtime folds constants: it runs what the file says
-        audited = _audited(file.data, record.layers, runtime) if audit else {}
-    if sentence := misfit(file.model):
+        audited = _audited(file, record.layers, runtime) if audit else {}
+    if sentence := misfit(file.apart):
         warnings.warn(f"{path}: {sentence}", RepQuantWarning, stacklevel=2)
     rows = _rows(record.layers, tensors, audited, str(path))
     weights = sum(row.bytes for row in rows)
@@ -72,7 +73,7 @@ def inspect_file(path: str | Path, *, audit: bool = True) -> Inspection:
              "method": metadata.entries.get("method"), "bits": metadata.entries.get("bits"),
              **({"audited_in": RUNTIMES[runtime]} if runtime != "ort" else {}),
              **totals(rows, sum(layer.weight is None for layer in record.layers)),
-             "quantized_bytes": weights, "other_bytes": stored - weights, "file_bytes": len(file.data),
+             "quantized_bytes": weights, "other_bytes": stored - weights, "file_bytes": file.bytes,
              "float_bytes": stored - weights + quantized * FLOAT_BYTES, "recipe": recipe}
     return Inspection(str(path), True, rows, [asdict(item) for item in record.left_alone], about)
 
@@ -142,6 +143,8 @@ def _elements(tensor: onnx.TensorProto | None) -> int:
 def _bytes(tensor: onnx.TensorProto | None) -> int:
     if tensor is None:
         return 0
+    if is_apart(tensor):
+        return int(place_of(tensor)["length"])
     return len(tensor.raw_data) or _elements(tensor) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
 
 
@@ -151,7 +154,7 @@ def _audited_in(target: str) -> str:
     return "openvino" if found == "openvino" and version_of("openvino") else "ort"
 
 
-def _audited(data: bytes, layers: Sequence[StoredLayer], runtime: str) -> dict[int, tuple[bool, str]]:
+def _audited(file: OnnxFile, layers: Sequence[StoredLayer], runtime: str) -> dict[int, tuple[bool, str]]:
     """(whether the runtime computes it with integers, why not) of each layer, by its index; empty where there is no
     audit."""
     try:
@@ -159,7 +162,7 @@ def _audited(data: bytes, layers: Sequence[StoredLayer], runtime: str) -> dict[i
     except ImportError:
         return {}
     products: dict[str, list[Any]] = {}
-    for product in audit(data, runtime):
+    for product in audit(file, runtime):
         products.setdefault(product.path.split("/")[0], []).append(product)
     indices: dict[str, list[int]] = {}
     for index, layer in enumerate(layers):

@@ -31,6 +31,7 @@ from repquant_fx import Recipe, repq_vit
 from repquant_fx import compiler as compiler_module
 from repquant_fx.cli import main, parser
 from repquant_fx.cli.method import recipe_from
+from repquant_fx.exporters.apart import OnnxModel
 from repquant_fx.recipe import CHOICES
 from repquant_fx.runtime import session
 
@@ -515,11 +516,11 @@ def test_a_malicious_pickle_does_not_run(tmp_path: Path, refused, cli) -> None:
 def test_a_wrong_file_is_not_written(place: Path, tmp_path: Path, refused, monkeypatch: pytest.MonkeyPatch) -> None:
     export = compiler_module.export_onnx
 
-    def wrong(*arguments: Any, **options: Any) -> onnx.ModelProto:
-        proto = export(*arguments, **options)
-        tensor = next(t for t in proto.graph.initializer if t.name == "head.weight_scale")
+    def wrong(*arguments: Any, **options: Any) -> OnnxModel:
+        model = export(*arguments, **options)
+        tensor = next(t for t in model.proto.graph.initializer if t.name == "head.weight_scale")
         tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) * np.float32(1.5), tensor.name))
-        return proto
+        return model
 
     monkeypatch.setattr(compiler_module, "export_onnx", wrong)
     refused(*encoder_pt2(place)[1:], words=("disagree beyond float rounding", "output"), code=3)

@@ -73,6 +73,7 @@ def test_verbose_tells_the_stages(place: Path, tmp_path: Path, capsys: pytest.Ca
     found = capsys.readouterr()
     assert (
         found.out == "" and re.findall(r"^([a-z ]+): \d+\.\d\d s$", found.err, re.M) == STAGES and "wrote " in found.err
+        and "the file takes about " in found.err
     )
 
 

@@ -10,7 +10,7 @@ from documents import ROOT
 from repquant_fx import limits, recipe_reading
 from repquant_fx.calibration import arrays, checks, images, text
 from repquant_fx.cli import common
-from repquant_fx.exporters import reading
+from repquant_fx.exporters import data_file, reading
 from repquant_fx.frontends import (
     architectures,
     directory,
@@ -146,6 +146,11 @@ def rows() -> list[tuple[str, str, str]]:
             "what functions expand to; how deep they call each other",
             f"{n(reading._MOST_NODES)} nodes, {size(reading._MOST_COPIED)}; {reading._DEEPEST_CALLS}",
             "",
+        ),
+        (
+            "data files beside it; matrices in one; bytes of its name",
+            f"1; memory; {data_file._LONGEST_NAME}",
+            "exporters/data_file.py",
         ),
         (
             "**metadata, report**: bytes; levels",

@@ -48,7 +48,7 @@ def export(
         output_names=["scores"],
         dynamic_shapes=dynamic_shapes(graph_module),
         metadata=metadata,
-    )
+    ).inlined()
 
 
 def test_the_file_computes_what_the_graph_computes(encoder: GraphModule) -> None:

@@ -158,6 +158,7 @@ def test_a_signal_to_the_child_alone(tmp_path: Path) -> None:
     "write, outputs",
     [
         ("files.write_together({'m.onnx': b'new', 'r.json': b'new'})", ["m.onnx", "r.json"]),
+        ("files.write_together({'m.data': [b'n', b'ew'], 'm.onnx': b'new'}, [Path('old')])", ["m.data", "m.onnx"]),
         (
             "files.write_directory('out', {'config.json': b'new', 'model.onnx': b'new'})",
             ["out/config.json", "out/model.onnx"],
@@ -166,6 +167,7 @@ def test_a_signal_to_the_child_alone(tmp_path: Path) -> None:
 )
 def test_a_signal_between_two_renames_comes_after_both(write: str, outputs: list[str], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
+    (tmp_path / "old").touch()
     work = f"""
         rename = os.replace
         def replace(*names):
@@ -184,6 +186,7 @@ def test_a_signal_between_two_renames_comes_after_both(write: str, outputs: list
         code, _, said = end(process)
     assert code == 143 and said[-1]["message"] == f"terminated by SIGTERM; already written: {', '.join(outputs)}", said
     assert all((tmp_path / name).read_bytes() == b"new" for name in outputs)
+    assert (tmp_path / "old").exists() == ("old" not in write)
     assert not [name for name in names(tmp_path) if name.startswith(".")]
 
 
