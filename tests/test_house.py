@@ -51,3 +51,9 @@ def test_what_is_measured() -> None:
     assert not too_long(lines)
     assert too_long(f"y = 0\n{lines}") == [f"the file has {LINES_OF_A_FILE + 1} lines"]
     assert not too_long(f'"""A table. Long because it is one."""\n{lines}')
+
+
+def test_no_two_test_files_share_a_name() -> None:
+    """pytest imports them by their file names alone."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))

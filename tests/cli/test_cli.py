@@ -83,6 +83,7 @@ OTHER_VALUES: dict[str, tuple[list[str], Any]] = {
     "input_bits": (["--input-bits", "6"], 6),
     "percentile": (["--percentile", "99.5"], 99.5),
     "symmetric": (["--symmetric"], True),
+    "group_size": (["--group-size", "32"], 32),
     "activation_affine": (["--no-activation-affine"], False),
     "balance": (["--no-balance"], False),
     "normalize_rows": (["--no-normalize-rows"], False),
