@@ -38,7 +38,8 @@ def test_every_site_with_what_the_file_computes_with(swin: Path) -> None:
         ) and row.rewritten == layer["rewritten"]
         assert row.zero_point == site.get("zero_point", site.get("zero_code")) and layer["path"] in row.layers
         assert row.weight_bits == ([layer["weight"]["bits"]] if "weight" in layer else [])
-    assert {row.kind for row in found.rows} == {"linear", "norm → linear", "affine → linear", "matmul", "softmax → matmul"}
+    assert {row.kind for row in found.rows} == {
+        "linear", "norm → linear", "affine → linear", "matmul", "softmax → matmul"}
     assert found.left_alone == [
         {key: item[key] for key in ("path", "operator", "reason")} for item in report["left_alone"]
     ]
