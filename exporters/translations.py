@@ -66,17 +66,20 @@ def log2_quantize(a: Any, scale: Any, bits: int, steps: int) -> Any:
 
 def rms_norm(x: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Any:
     """In the one spelling that ONNX Runtime recognises and runs as one kernel (a division by the root, the weight
-    last).
+    last). Constants and weight take the dtype of x, which Add and Mul ask for.
     """
+    dtype = onnx.TensorProto.FLOAT if x.dtype is None else x.dtype.value
     square = op.Pow(x, op.Constant(value=onnx.helper.make_tensor("two", onnx.TensorProto.FLOAT, [], [2.0])))
     axes = op.Constant(value_ints=list(range(-len(normalized_shape), 0)))
     smallest = float(torch.finfo(torch.float32).eps) if eps is None else eps
     mean = op.Add(
         op.ReduceMean(square, axes, keepdims=1),
-        op.Constant(value=onnx.helper.make_tensor("eps", onnx.TensorProto.FLOAT, [], [smallest])),
+        op.Constant(value=onnx.helper.make_tensor("eps", dtype, [], [smallest])),
     )
     normalized = op.Div(x, op.Sqrt(mean))
-    return normalized if weight is None else op.Mul(normalized, weight)
+    if weight is None:
+        return normalized
+    return op.Mul(normalized, weight if weight.dtype in (None, x.dtype) else op.Cast(weight, to=dtype))
 
 
 def einsum(equation: str, tensors: Sequence[AnyNumber], path: Any = None) -> Any:

@@ -490,3 +490,13 @@ def test_where_numbers_are_not_zero(kind: torch.dtype) -> None:
     result, x = compiled(Around(lambda m, x: (m.fc(x), (2 * x).to(kind).nonzero()))), torch.randn(3, 4).abs()
     found = result.session().run(None, {"x": x.numpy()})[1]
     assert torch.equal(torch.from_numpy(found), (2 * x).to(kind).nonzero())
+
+
+def test_an_rms_norm_of_float64_with_a_weight_of_float32() -> None:
+    def norm(m: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        return m.fc(x), nn.functional.rms_norm((2 * x).double(), (4,), m.extra, 1e-3)
+
+    weight = nn.Parameter(torch.rand(4))
+    result, x = compiled(Around(norm, weight)), torch.randn(3, 4)
+    found = torch.from_numpy(result.session().run(None, {"x": x.numpy()})[1])
+    torch.testing.assert_close(found, nn.functional.rms_norm((2 * x).double(), (4,), weight.double(), 1e-3))
