@@ -13,10 +13,9 @@ from torch.fx import GraphModule, Node
 from repquant_fx.passes.base import Pass, aten, copy_meta
 from repquant_fx.passes.channel_flow import softmax_behind
 from repquant_fx.passes.match_sites import Group, Site
-from repquant_fx.passes.slots import slot_module, slot_of
+from repquant_fx.passes.slots import log_quantizers, slot_of
 from repquant_fx.passes.spec import OBSERVED
 from repquant_fx.quantizers.logarithmic import SMALLEST_SUM
-from repquant_fx.quantizers.observers import LogQuantizer
 
 
 class NormalizeRows(Pass[None]):
@@ -35,9 +34,8 @@ class NormalizeRows(Pass[None]):
 
     def run(self, graph_module: GraphModule) -> bool:
         modified = False
-        for site in self.group.sites:
-            module = slot_module(graph_module, site)
-            if isinstance(module, LogQuantizer) and module.normalized:
+        for site, module in log_quantizers(graph_module, self.group):
+            if module.normalized:
                 for consumer in site.consumers:
                     _normalize(graph_module, slot_of(graph_module, site), consumer)
                     modified = True

@@ -8,9 +8,9 @@ from torch.fx import GraphModule
 
 from repquant_fx.passes.base import Pass
 from repquant_fx.passes.match_sites import Group
-from repquant_fx.passes.slots import install, slot_module
+from repquant_fx.passes.slots import install, log_quantizers
 from repquant_fx.passes.spec import OBSERVED
-from repquant_fx.quantizers.observers import LogQuantizer, ShiftLogQuantizer
+from repquant_fx.quantizers.observers import ShiftLogQuantizer
 
 
 class ReparameterizeSoftmax(Pass):
@@ -29,9 +29,8 @@ class ReparameterizeSoftmax(Pass):
 
     def run(self, graph_module: GraphModule) -> bool:
         modified = False
-        for site in self.group.sites:
-            module = slot_module(graph_module, site)
-            if isinstance(module, LogQuantizer) and module.steps > 1:
+        for site, module in log_quantizers(graph_module, self.group):
+            if module.steps > 1:
                 shift = ShiftLogQuantizer(float(module.scale), module.bits, module.steps, normalized=module.normalized)
                 install(graph_module, site, shift)
                 modified = True

@@ -5,13 +5,15 @@ The graph itself says where they are: a slot's node carries the name of its site
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import nn
 from torch.fx import GraphModule, Node
 
 from repquant_fx.errors import PassError
-from repquant_fx.passes.match_sites import Site
+from repquant_fx.passes.match_sites import Group, Site
 from repquant_fx.passes.spec import SITE
-from repquant_fx.quantizers.observers import Observer
+from repquant_fx.quantizers.observers import LogQuantizer, Observer
 
 
 def mark(slot: Node, site: Site) -> None:
@@ -50,6 +52,14 @@ def observer(graph_module: GraphModule, site: Site) -> Observer:
     if not isinstance(module, Observer):
         raise PassError(f"{site.name} holds a {type(module).__name__}, not an observer")
     return module
+
+
+def log_quantizers(graph_module: GraphModule, group: Group) -> Iterator[tuple[Site, LogQuantizer]]:
+    """The sites of a group that hold a logarithmic quantizer, with it."""
+    for site in group.sites:
+        module = slot_module(graph_module, site)
+        if isinstance(module, LogQuantizer):
+            yield site, module
 
 
 def install(graph_module: GraphModule, site: Site, module: nn.Module) -> None:

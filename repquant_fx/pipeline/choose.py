@@ -38,9 +38,9 @@ from repquant_fx.quantizers.groups import Grouping
 from repquant_fx.quantizers.observers import LogQuantizer, Observer, UniformQuantizer
 from repquant_fx.quantizers.weight import (
     ChosenWeight,
-    chosen_grid,
     corrected_bias,
     round_weight,
+    to_nearest,
     with_ordinary_scales,
     with_room_for_bias,
 )
@@ -121,14 +121,10 @@ def _choose_softmax(site: Site, bits: int, recipe: Recipe, observed: Observer, o
 def _weights(graph_module: GraphModule, group: Group, recipe: Recipe) -> list[Weight]:
     """Those that read a group's norm, and how they will be rounded."""
     return [
-        (as_matrix(graph_module, consumer), partial(_to_nearest, group.plans[consumer].wbits, recipe),
+        (as_matrix(graph_module, consumer), partial(to_nearest, group.plans[consumer].wbits, recipe),
          group.plans[consumer].gptq and recipe.gptq)
         for consumer in group.consumers
     ]
-
-
-def _to_nearest(bits: int, recipe: Recipe, weight: Tensor) -> Tensor:
-    return chosen_grid(weight, bits, recipe).values(weight)
 
 
 def _keeps_zeros(graph_module: GraphModule, group: Group) -> bool:

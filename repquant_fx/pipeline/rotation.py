@@ -34,7 +34,7 @@ from repquant_fx.quantizers.gptq import LEAVES
 from repquant_fx.quantizers.groups import Grouping, nearest
 from repquant_fx.quantizers.rotation import rotation
 from repquant_fx.quantizers.uniform import fake_quantize, parameters_from_range
-from repquant_fx.quantizers.weight import chosen_grid
+from repquant_fx.quantizers.weight import to_nearest
 from repquant_fx.recipe import MANY_BITS, ROTATE, Recipe
 from repquant_fx.recipe_settings import FLOAT
 from repquant_fx.recorder import Recorder
@@ -246,7 +246,7 @@ def _linears(graph_module: GraphModule, group: Group, rows: Values, twin: Mappin
                 grouping = Grouping(plan.wbits, recipe.group_size, recipe.weights == "mse")
                 lost = nearest(weight, grouping).dequantize() - weight
             else:
-                lost = chosen_grid(weight, plan.wbits, recipe).values(weight) - weight
+                lost = to_nearest(plan.wbits, recipe, weight) - weight
             noise = (quantized - x) @ weight.T
             noise += quantized @ lost.T * (LEAVES if plan.gptq and recipe.gptq else 1.0)
             yield consumer, float(noise.square().sum() / (x @ weight.T).square().sum().clamp(min=1e-30))

@@ -38,6 +38,11 @@ def chosen_grid(weight: Tensor, bits: int, recipe: Recipe, importance: Tensor | 
                        importance=importance)
 
 
+def to_nearest(bits: int, recipe: Recipe, weight: Tensor) -> Tensor:
+    """The values that a weight of shape (out, in) has once each is rounded to nearest."""
+    return chosen_grid(weight, bits, recipe).values(weight)
+
+
 def round_weight(weight: Tensor, bits: int, hessian: Tensor | None, recipe: Recipe, use_gptq: bool, where: str,
                  grouping: Grouping | None = None) -> tuple[QuantizedWeight, QuantizedWeight]:
     """Codes to nearest, and the codes chosen. Rows are independent of each other.
