@@ -5,17 +5,18 @@
 Without `--weights` the two committed models (trained on CIFAR-10 by `train_cifar.py`) are measured. With
 `--weights FILE --arch timm:NAME` any classifier and any pair of class folders, ImageNet for instance.
 
-Rows: float; ONNX Runtime's own `quantize_static` at W8A8; RepQ-ViT; RepQuant as published; RepQuant as it is by default
-here (with output correction); then, at two bit widths, the ablations of the paper's Tables VII to X, and the model with
-planted inter-channel variation. Every number is measured on all images of `--data`, executed by ONNX Runtime from the
-exported file. SQNR is that of the logits against the float model's, over all images. Several `--seeds` draw other
-calibration images each, and give mean and standard deviation. Rows that `--results` already holds for the same commit
-are not run again (`results.py`).
+Rows: float; ONNX Runtime's own `quantize_static` at W8A8, and NNCF for OpenVINO where both are installed; RepQ-ViT;
+RepQuant as published; RepQuant as it is by default here; then, at two bit widths, the ablations of the paper's Tables
+VII to X, what this compiler adds to the paper, and the model with planted inter-channel variation. Every number is
+measured on all images of `--data`, executed by ONNX Runtime from the exported file. SQNR is that of the logits against
+the float model's, over all images. Several `--seeds` draw other calibration images each, and give mean and standard
+deviation. Rows that `--results` already holds for the same commit are not run again (`results.py`).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import re
 import tempfile
 import time
@@ -27,6 +28,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
+from latency_peers import quantize_nncf
 from results import Key, Results, Values, accuracy_table, add_options
 from torch import Tensor
 
@@ -41,11 +43,21 @@ from repquant_fx.passes.base import run_pass
 from repquant_fx.passes.match_sites import MatchSites
 from repquant_fx.passes.normal_form import normalize as normal_form
 from repquant_fx.recipe import EQUALIZE
+from repquant_fx.runtimes import OPENVINO_FLOAT32, import_openvino
 
 HERE = Path(__file__).parent
 MODELS = {"ViT": HERE / "weights/vit_cifar10.safetensors", "Swin": HERE / "weights/swin_cifar10.safetensors"}
-BITS = [(8, 8), (6, 6), (4, 4), (3, 3), (2, 4), (2, 2)]
+BITS = [(8, 8), (6, 6), (4, 8), (4, 4), (3, 3), (2, 4)]
 ABLATED = [(4, 4), (3, 3)]
+# what this compiler adds to the paper, each as it is turned off
+PARTS: dict[str, dict[str, Any]] = {
+    "output correction": {"correction": False},
+    "rotations": {"rotate": ()},
+    "balance": {"balance": False},
+    "normalized rows": {"normalize_rows": False},
+    "affine of activations": {"activation_affine": False},
+}
+NAME = "x"  # of the input in peers' files
 
 
 def published(wbits: int, abits: int) -> Recipe:
@@ -67,9 +79,9 @@ def rows() -> Iterator[tuple[str, str, Recipe]]:
     for w, a in BITS:
         yield "methods", f"RepQ-ViT W{w}A{a}", repq_vit(w, a)
         yield "methods", f"RepQuant as published W{w}A{a}", published(w, a)
-        yield "methods", f"RepQuant W{w}A{a}", Recipe(wbits=w, abits=a, equalize=())
+        yield "methods", f"RepQuant W{w}A{a}", Recipe(wbits=w, abits=a)
     for w, a in ABLATED:
-        base = Recipe(wbits=w, abits=a, equalize=())
+        base = Recipe(wbits=w, abits=a)
         tag = f"W{w}A{a}"
         yield "Table VII: norm scales", f"layer-wise {tag}", replace(base, norm="layerwise")
         yield "Table VII: norm scales", f"channel-wise {tag}", replace(base, norm="channelwise")
@@ -82,14 +94,16 @@ def rows() -> Iterator[tuple[str, str, Recipe]]:
         yield "Table IX: parts", f"clipping only {tag}", replace(base, gptq=False)
         yield "Table IX: parts", f"GPTQ only {tag}", replace(base, clipping="none")
         yield "Table IX: parts", f"both {tag}", base
-        yield "Table IX: parts", f"both, no output correction {tag}", replace(base, correction=False)
         yield "Table X: clipping", f"min-max {tag}", replace(base, clipping="none")
         yield "Table X: clipping", f"Adam (paper) {tag}", replace(base, clipping="adam")
         yield "Table X: clipping", f"search {tag}", base
-        yield "past the norm: cross-layer equalization", f"none {tag}", base
+        yield "past the norm: cross-layer equalization", f"none {tag}", replace(base, equalize=())
         for kind in EQUALIZE:
             yield "past the norm: cross-layer equalization", f"{kind} only {tag}", replace(base, equalize=(kind,))
-        yield "past the norm: cross-layer equalization", f"default {tag}", Recipe(wbits=w, abits=a)
+        yield "past the norm: cross-layer equalization", f"default {tag}", base
+        for name, change in PARTS.items():
+            yield "past the paper: without one part", f"no {name} {tag}", replace(base, **change)
+        yield "past the paper: without one part", f"default {tag}", base
 
 
 class Bench:
@@ -154,8 +168,7 @@ class Bench:
         from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
         from onnxruntime.quantization.shape_inference import quant_pre_process
 
-        name = "x"
-        batches = iter([{name: b.numpy()} for b in self.calibration.split(32)])
+        batches = iter([{NAME: b.numpy()} for b in self.calibration.split(32)])
 
         class Reader(CalibrationDataReader):
             def get_next(self) -> Any:
@@ -163,23 +176,36 @@ class Bench:
 
         with tempfile.TemporaryDirectory() as folder:
             source, prepared, target = (str(Path(folder) / n) for n in ("float.onnx", "prepared.onnx", "int8.onnx"))
-            assert self.loaded.module is not None
-            torch.onnx.export(
-                self.loaded.module,
-                self.loaded.example_inputs,
-                source,
-                dynamo=True,
-                opset_version=21,
-                input_names=[name],
-                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-                verbose=False,
-                external_data=False,
-            )
+            self.export_float(source)
             quant_pre_process(source, prepared, skip_symbolic_shape=True)
             quantize_static(prepared, target, Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
                             activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
             size = Path(target).stat().st_size / 1e6
             return {**self.measure(onnx_predictor(session(target, threads=torch.get_num_threads()))), "megabytes": size}
+
+
+    def nncf(self) -> dict[str, float]:
+        """NNCF's own settings for transformers, on the same images, executed by OpenVINO with float operators in
+        float32.
+
+        Raises:
+            ImportError: NNCF or OpenVINO is not installed.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            source, target = Path(folder) / "float.onnx", Path(folder) / "int8.xml"
+            self.export_float(str(source))
+            quantize_nncf(source, target, {NAME: self.calibration})
+            runner = import_openvino().Core().compile_model(
+                str(target), "CPU", {**OPENVINO_FLOAT32, "INFERENCE_NUM_THREADS": torch.get_num_threads()})
+            size = sum(each.stat().st_size for each in Path(folder).glob("int8.*")) / 1e6
+            return {**self.measure(lambda x: torch.from_numpy(runner({NAME: x.numpy()})[0].copy())), "megabytes": size}
+
+    def export_float(self, path: str) -> None:
+        """The float model, with a free batch."""
+        assert self.loaded.module is not None
+        torch.onnx.export(self.loaded.module, self.loaded.example_inputs, path, dynamo=True, opset_version=21,
+                          input_names=[NAME], dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), verbose=False,
+                          external_data=False)
 
 
 def onnx_predictor(runner: onnxruntime.InferenceSession) -> Callable[[Tensor], Tensor]:
@@ -245,11 +271,13 @@ def run_all(bench: Bench, results: Results, only: str | None, sections: str | No
 
     row("methods", "float", lambda: bench.measure(bench.as_float))
     row("methods", "onnxruntime quantize_static W8A8", bench.quantize_static)
+    if importlib.util.find_spec("nncf") and importlib.util.find_spec("openvino"):
+        row("methods", "NNCF in OpenVINO W8A8", bench.nncf)
     for section, label, recipe in rows():
         row(section, label, lambda r=recipe: bench.compiled(r))
     planted = plant_variation(bench.loaded)
     for w, a in [(6, 6), (4, 4)]:
-        base = Recipe(wbits=w, abits=a, equalize=())
+        base = Recipe(wbits=w, abits=a)
         for label, recipe in [("layer-wise", replace(base, norm="layerwise")), ("RepQuant", base)]:
             row("planted inter-channel variation", f"{label} W{w}A{a}, original", lambda r=recipe: bench.compiled(r))
             row(

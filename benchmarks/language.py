@@ -10,9 +10,9 @@ docs/benchmarks.md.
   with people's judgements on sentence pairs. Calibrated on 128 lines of `--text`.
 
 Rows: float; RTN with min-max per tensor, what common tools do; SmoothQuant; RepQ-ViT's parts; RepQuant as published;
-RepQuant as it is by default here, with and without each kind of cross-layer equalization. Several `--seeds` draw other
-calibration text each, and give mean and standard deviation. Rows that `--results` already holds for the same commit are
-not run again (`results.py`).
+RepQuant as it is by default here; at four bits also without one of its parts, and with all kinds of cross-layer
+equalization. Several `--seeds` draw other calibration text each, and give mean and standard deviation. Rows that
+`--results` already holds for the same commit are not run again (`results.py`).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accuracy import PARTS, published
 from results import Key, Results, Values, add_options, cell
 from torch import Tensor
 
@@ -36,7 +37,8 @@ from repquant_fx import Recipe, compile, repq_vit, rtn, smoothquant
 from repquant_fx.frontends.loading import LoadedModel, load_model
 from repquant_fx.recipe import EQUALIZE
 
-BITS = [(8, 8), (6, 6), (4, 4)]
+BITS = [(8, 8), (6, 6), (4, 8), (4, 4)]
+ABLATED = [(4, 4)]
 Predict = Callable[[Tensor, Tensor], Tensor]  # input_ids, attention_mask -> first output
 
 
@@ -47,11 +49,12 @@ def rows() -> Iterator[tuple[str, Recipe]]:
         yield f"RTN, min-max W{w}A{a}", rtn(w, a)
         yield f"SmoothQuant W{w}A{a}", smoothquant(w, a)
         yield f"RepQ W{w}A{a}", repq_vit(w, a)
-        yield f"RepQuant as published W{w}A{a}", replace(ours, correction=False, equalize=(), softmax="log_sqrt2")
-        yield f"RepQuant, no equalization W{w}A{a}", replace(ours, equalize=())
-        for kind in EQUALIZE:
-            yield f"RepQuant, equalizing {kind} only W{w}A{a}", replace(ours, equalize=(kind,))
-        yield f"RepQuant, equalizing all W{w}A{a}", replace(ours, equalize=EQUALIZE)
+        yield f"RepQuant as published W{w}A{a}", published(w, a)
+        if (w, a) in ABLATED:
+            yield f"RepQuant, no equalization W{w}A{a}", replace(ours, equalize=())
+            yield f"RepQuant, equalizing all W{w}A{a}", replace(ours, equalize=EQUALIZE)
+            for name, change in PARTS.items():
+                yield f"RepQuant, no {name} W{w}A{a}", replace(ours, **change)
         yield f"RepQuant W{w}A{a}", ours
 
 
