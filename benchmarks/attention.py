@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
-from results import Results, Values, add_options
+from results import Key, Results, Values, add_options
 
 from repquant_fx import session
 from repquant_fx.exporters import functions
@@ -137,8 +137,8 @@ def main() -> None:
     settings = {"model": model, "layers": options.layers, "turns": options.turns}
     shape = (options.heads, options.tokens, options.dim)
     results = Results(options.results, settings, options.keep)
-    found, _ = results.measure(("attention", " x ".join(map(str, shape))), 0, lambda: compare(options, shape))
-    print(table(found, options))
+    results.measure(("attention", " x ".join(map(str, shape))), 0, lambda: compare(options, shape))
+    print(table(results.rows()))
 
 
 def compare(options: argparse.Namespace, shape: tuple[int, int, int]) -> Values:
@@ -172,14 +172,16 @@ def compare(options: argparse.Namespace, shape: tuple[int, int, int]) -> Values:
     return found
 
 
-def table(found: Values, options: argparse.Namespace) -> str:
-    """What was found, in words."""
-    lines = [f"{kind:36s} {found['milliseconds'][kind]:7.3f} ms   {times:5.2f} times `{VARIANTS[0]}`"
-             for kind, times in found["time over log2, float product"].items()]
-    lines.append(f"error of the 8-bit product against the exact powers: {found['sqnr of the 8-bit product']} dB")
+def table(rows: dict[Key, dict[int, Values]]) -> str:
+    """Markdown: the time of each way over that of the first; in words, what the rounded product costs and what a faster
+    Softmax would save.
+    """
+    found = next(iter(rows.values()))[0]
+    lines = [f"| | times as long as `{VARIANTS[0]}` |", "|---|---:|"]
+    lines += [f"| {kind} | {times:.2f} |" for kind, times in found["time over log2, float product"].items()]
+    lines += ["", f"The 8-bit product against the exact powers: {found['sqnr of the 8-bit product']} dB."]
     if GAIN in found:
-        lines.append(f"a Log2Softmax as fast as Softmax would save at most {100 * found[GAIN]:.1f} % of "
-                     f"{options.model.name}, {options.layers} layers")
+        lines[-1] += f" A Log2Softmax as fast as Softmax would save at most {100 * found[GAIN]:.1f} % of the model."
     return "\n".join(lines)
 
 

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from latency_models import LENGTH, MODELS
-from results import Results, Values, add_options
+from results import Key, Results, Values, add_options
 from torch import Tensor
 
 from repquant_fx import Recipe, compile
@@ -99,6 +99,21 @@ def stages(options: argparse.Namespace) -> None:
                 )
 
 
+def stages_table(rows: dict[Key, dict[int, Values]]) -> str:
+    """Markdown: seconds by stage and peak memory of quantizing; a row for each model."""
+    parts = {"scales": "choose scales", "moments": "second moments", "weights": "quantize weights"}
+    lines = ["| | products | total s | load, capture | quantize | of it: " + " | ".join(parts)
+             + " | export | check | GB |", "|---|" + "---:|" * (7 + len(parts))]
+    for (_, name), seeds in rows.items():
+        values = seeds[0]
+        seconds = values["seconds"]
+        cells = [str(values["layers"]), f"{values['total']:.0f}", f"{seconds['load'] + seconds['capture']:.1f}",
+                 f"{seconds['quantize']:.1f}", *(f"{seconds[f'quantize/{part}']:.1f}" for part in parts.values()),
+                 f"{seconds['export']:.1f}", f"{seconds['check']:.1f}", f"{values['peaks_mb']['quantize'] / 1e3:.1f}"]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 # ---- clipping --------------------------------------------------------------------------------------------------------
 
 
@@ -148,6 +163,18 @@ def clipping(options: argparse.Namespace) -> None:
                 f"{found['median_error_ratio']:.3f}, largest {found['worst_error_ratio']:.3f}",
                 flush=True,
             )
+
+
+def clipping_table(rows: dict[Key, dict[int, Values]]) -> str:
+    """Markdown: seconds of both ways, and the squared error of the search over Adam's; a row for each model."""
+    lines = ["| | norms | search s | Adam s | times faster | error, median | largest |", "|---|" + "---:|" * 6]
+    for (_, name), seeds in rows.items():
+        values = seeds[0]
+        cells = [str(values["norms"]), f"{values['search_seconds']:.2f}", f"{values['adam_seconds']:.2f}",
+                 f"{values['adam_seconds'] / values['search_seconds']:.0f}", f"{values['median_error_ratio']:.3f}",
+                 f"{values['worst_error_ratio']:.3f}"]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def compare(norms: list[Tensor], bits: int, threads: int) -> Values:

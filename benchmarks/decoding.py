@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from results import Key, Results, Values, add_options
 from torch import nn
 
 from repquant_fx import Recipe, compile
@@ -120,24 +121,22 @@ def nats(protos: Mapping[str, Any], text: Path, tokenizer: str) -> dict[str, flo
     return found
 
 
-def table(contexts: list[int], times: list[dict[str, float]], scores: Mapping[str, float]) -> str:
-    head = "| | " + " | ".join(f"ms a token after {c}" for c in contexts) + (" | nats a token |" if scores else " |")
-    lines = [head, "|---|" + "---:|" * (len(contexts) + bool(scores))]
-    for label in times[0]:
-        cells = [f"{each[label]:.2f}" for each in times] + ([f"{scores[label]:.4f}"] if scores else [])
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def tables(rows: dict[Key, dict[int, Values]]) -> dict[str, str]:
+    """Markdown: a section for each model."""
+    found = {}
+    for (model,), seeds in rows.items():
+        contexts, times, scores = (seeds[0][name] for name in ("contexts", "milliseconds", "nats"))
+        head = [*(f"ms a token after {c}" for c in contexts), *(["nats a token"] if scores else [])]
+        lines = [f"| | {' | '.join(head)} |", "|---|" + "---:|" * len(head)]
+        for label in times[0]:
+            cells = [f"{each[label]:.2f}" for each in times] + ([f"{scores[label]:.3f}"] if scores else [])
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+        found[model] = "\n".join(lines)
+    return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stories", type=Path)
-    parser.add_argument("--stories-text", type=Path)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--contexts", type=int, nargs="+", default=[31, 127, 511])
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+def measure(args: argparse.Namespace) -> Values:
+    """Milliseconds a token after each context, and nats a token where there is text."""
     scores: dict[str, float] = {}
     if args.stories:
         loaded = load_model(args.stories)
@@ -148,7 +147,23 @@ def main() -> None:
         loaded = from_memory(random_llama(args.layers, args.width))
         protos = files(loaded, {"input_ids": torch.randint(3, 1000, (32, 128))}, FAST)
     contexts = [c for c in args.contexts if c < (512 if args.stories else math.inf)]
-    print(table(contexts, [milliseconds(protos, context) for context in contexts], scores))
+    return {"contexts": contexts, "milliseconds": [milliseconds(protos, each) for each in contexts], "nats": scores}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stories", type=Path)
+    parser.add_argument("--stories-text", type=Path)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[31, 127, 511])
+    add_options(parser, "decoding.json", seeds=False)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    results = Results(args.results, {"contexts": args.contexts}, args.keep)
+    name = "stories260K" if args.stories else f"LLaMA, {args.layers} layers of {args.width}"
+    results.measure((name,), 0, lambda: measure(args))
+    print("\n\n".join(tables(results.rows()).values()))
 
 
 if __name__ == "__main__":

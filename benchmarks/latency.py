@@ -328,7 +328,7 @@ def table(found: dict[Key, dict[int, Values]]) -> str:
             for x in ("float", *(x for x in labels if x.startswith("W")))
             if x in rows["megabytes"]
         ]
-        lines.append(f"| {name} | " + " | ".join([*speed, *sizes]) + " |")
+        lines.append(f"| {title(name)} | " + " | ".join([*speed, *sizes]) + " |")
     others = [key for key in others if key != first]
     if others:
         lines += ["", "| W8A8 / W4A4 (better peer) | " + " | ".join(others) + " |", "|---|" + "---:|" * len(others)]
@@ -339,8 +339,12 @@ def table(found: dict[Key, dict[int, Values]]) -> str:
             peer = max((ratio for label, ratio in found.items() if label.startswith("peer")), default=None)
             ours = " / ".join(f"{found[x]:.2f}" for x in ("W8A8", "W4A4") if x in found)
             cells.append(f"{ours} ({peer:.2f})" if peer is not None else ours)
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append(f"| {title(name)} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, *openvino_table(results)])
+
+
+def title(name: str) -> str:
+    return MODELS[name].title if name in MODELS else name
 
 
 def openvino_table(found: dict[str, dict[str, Values]]) -> list[str]:
@@ -358,7 +362,7 @@ def openvino_table(found: dict[str, dict[str, Values]]) -> list[str]:
                           for part in ("W8A8", "NNCF"))
             cells.append(f"{ours:.2f} ({nncf:.2f})" if ours is not None and nncf is not None else "")
         if any(cells):
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+            lines.append(f"| {title(name)} | " + " | ".join(cells) + " |")
     return lines
 
 

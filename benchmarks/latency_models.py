@@ -13,8 +13,9 @@ LENGTH, VOCABULARY = 128, 1000
 
 @dataclass(frozen=True)
 class Entry:
-    """A model and how to make inputs for it."""
+    """A model, how to make inputs for it, and its name in tables."""
 
+    title: str
     build: Callable[[], nn.Module]
     inputs: Callable[[int], dict[str, Tensor]]
 
@@ -78,11 +79,11 @@ def minilm() -> nn.Module:
 
 
 MODELS = {
-    "deit_tiny": Entry(timm("deit_tiny_patch16_224"), image(224)),
-    "deit_small": Entry(timm("deit_small_patch16_224"), image(224)),
-    "vit_base": Entry(timm("vit_base_patch16_224"), image(224)),
-    "swin_tiny": Entry(timm("swin_tiny_patch4_window7_224"), image(224)),
-    "opt": Entry(opt, tokens),
-    "llama": Entry(llama, tokens),
-    "minilm": Entry(minilm, tokens),
+    "deit_tiny": Entry("DeiT-Tiny, 224 px", timm("deit_tiny_patch16_224"), image(224)),
+    "deit_small": Entry("DeiT-Small, 224 px", timm("deit_small_patch16_224"), image(224)),
+    "vit_base": Entry("ViT-Base, 224 px", timm("vit_base_patch16_224"), image(224)),
+    "swin_tiny": Entry("Swin-Tiny, 224 px", timm("swin_tiny_patch4_window7_224"), image(224)),
+    "opt": Entry("OPT, 4 layers of 512, 128 tokens", opt, tokens),
+    "llama": Entry("LLaMA, 4 layers of 512, 128 tokens", llama, tokens),
+    "minilm": Entry("MiniLM-L6, 128 tokens", minilm, tokens),
 }

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from accuracy import MODELS, Bench, onnx_predictor
-from language import Similarity
+from language_accuracy import Similarity
 from results import Key, Results, Values, add_options, cell, mean_and_spread
 from torch import Tensor
 

@@ -4,9 +4,9 @@
     python benchmarks/weight_only.py --layers 4 --width 2048
 
 Groups of 32, all under ONNX Runtime. On stories260K (see `stories260k.py`), calibrated on stories that it generates
-itself as in `language.py`, the nats per token of held-out stories. On a LLaMA of random weights (speed does not depend
-on them) one token after a context, with a float cache. GPTQ of onnxruntime needs neural-compressor, and is left out
-where that is not installed.
+itself as in `language_accuracy.py`, the nats per token of held-out stories. On a LLaMA of random weights (speed does
+not depend on them) one token after a context, with a float cache. GPTQ of onnxruntime needs neural-compressor, and is
+left out where that is not installed.
 
 Sessions have one thread, take turns, and the median over all turns counts.
 """
@@ -25,14 +25,15 @@ import numpy as np
 import onnx
 import torch
 from decoding import FAST, random_llama, step
-from language import Stories
+from language_accuracy import Stories
 from onnx import numpy_helper
+from results import Key, Results, Values, add_options
 from torch import Tensor
 
 from repquant_fx import Recipe, compile
 from repquant_fx.frontends.loading import load_model
 from repquant_fx.frontends.memory import from_memory
-from repquant_fx.generation import float_proto
+from repquant_fx.generation import float_model
 from repquant_fx.options import Source
 from repquant_fx.runtime import session
 
@@ -108,7 +109,7 @@ def accuracy(folder: Path, text: Path, samples: int) -> list[tuple[str, float, f
 
         return bench.measure(predict)
 
-    plain = with_constant_weights(float_proto(Source(loaded)))
+    plain = with_constant_weights(float_model(Source(loaded)).inlined())
     protos: dict[str, Any] = {"float": plain, **dict(onnxruntimes(plain, bench.calibration))}
     for label, changes in OURS.items():
         recipe = Recipe(wbits=BITS, abits="none", group_size=GROUP, **changes)  # type: ignore[arg-type]
@@ -120,7 +121,7 @@ def speed(layers: int, width: int, context: int, turns: int) -> dict[str, float]
     """Median milliseconds of a token after a context, by row."""
     loaded = from_memory(random_llama(layers, width))
     data = {"input_ids": torch.randint(3, 1000, (18, 32))}
-    plain = with_constant_weights(float_proto(Source(loaded)))
+    plain = with_constant_weights(float_model(Source(loaded)).inlined())
     theirs = dict(list(onnxruntimes(plain, None))[:1])
     recipe = Recipe(wbits=BITS, abits="none", group_size=GROUP, **FAST)  # type: ignore[arg-type]
     ours = compile(loaded, data, recipe, samples=18, check=False).proto
@@ -139,6 +140,25 @@ def speed(layers: int, width: int, context: int, turns: int) -> dict[str, float]
     return {label: statistics.median(spent) for label, spent in times.items()}
 
 
+NATS, SPEED = "nats per token", "milliseconds"
+
+
+def tables(rows: dict[Key, dict[int, Values]]) -> dict[str, str]:
+    """Markdown by section: nats per token and size; milliseconds of a token, a section for each shape."""
+    found = {}
+    for key, seeds in rows.items():
+        values = seeds[0]
+        if key == (NATS,):
+            lines = ["| | nats per token | at level 4 | MB |", "|---|---:|---:|---:|"]
+            lines += [f"| {label} | {exact:.3f} | {quick:.3f} | {size:.2f} |"
+                      for label, (exact, quick, size) in values.items()]
+        else:
+            lines = ["| | ms a token | times float |", "|---|---:|---:|"]
+            lines += [f"| {label} | {spent:.1f} | {values['float'] / spent:.2f} |" for label, spent in values.items()]
+        found[", ".join(key)] = "\n".join(lines)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stories", type=Path)
@@ -148,17 +168,17 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--context", type=int, default=31)
     parser.add_argument("--turns", type=int, default=15)
+    add_options(parser, "weight_only.json", seeds=False)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    results = Results(args.results, {}, args.keep)
     if args.stories:
-        print("| | nats a token | at level 4 | MB |\n|---|---:|---:|---:|")
-        for label, exact, quick, size in accuracy(args.stories, args.stories_text, args.samples):
-            print(f"| {label} | {exact:.4f} | {quick:.4f} | {size:.2f} |")
-        return
-    found = speed(args.layers, args.width, args.context, args.turns)
-    print("| | ms a token | times float |\n|---|---:|---:|")
-    for label, spent in found.items():
-        print(f"| {label} | {spent:.1f} | {found['float'] / spent:.2f} |")
+        results.measure((NATS,), 0, lambda: {
+            label: figures for label, *figures in accuracy(args.stories, args.stories_text, args.samples)})
+    else:
+        shape = f"{args.layers} layers of {args.width}, after {args.context} tokens"
+        results.measure((SPEED, shape), 0, lambda: dict(speed(args.layers, args.width, args.context, args.turns)))
+    print("\n\n".join(tables(results.rows()).values()))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Accuracy of quantized language models under ONNX Runtime, beside float and peers: the language tables of
 docs/benchmarks.md.
 
-    python benchmarks/language.py --stories FOLDER --stories-text tinystories_sample.txt \\
+    python benchmarks/language_accuracy.py --stories FOLDER --stories-text tinystories_sample.txt \\
         --minilm FOLDER --sts stsb-en-dev.csv --text wiki.test.raw --results benchmarks/results/language.json
 
 - stories260K, as a transformers directory that `stories260k.py` makes: nats per token over the stories of a text file,
