@@ -8,7 +8,7 @@ A document marks what comes from `benchmarks/results/NAME.json` by comments that
     <!-- measured accuracy: methods -->        a table, on lines of its own, and where it was measured
     ...
     <!-- end -->
-    of <!-- measured accuracy: ViT | methods | RepQuant W4A4 | top1 -->84.82<!-- end --> %
+    of <!-- measured accuracy: ViT; methods; RepQuant W4A4; top1 -->84.82<!-- end --> %
 
 Behind the name stand, for a table, its section if there are several, and for one figure the key of the row and the name
 of the value, with `:DIGITS` where two do not fit. What is not in the results any more is an error: a document must not
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,20 @@ def whole(table: Callable[[Rows], str]) -> Callable[[Rows], dict[str, str]]:
     return lambda rows: {"": table(rows)}
 
 
+def beside_float(rows: Rows, bits: str) -> str:
+    """Markdown: how often each method of one width answers as the float model does, its noise, accuracy and size."""
+    lines = ["| | same answer as float | SQNR of the logits | top-1 | MB |", "|---|---:|---:|---:|---:|"]
+    for (_, section, label), seeds in rows.items():
+        if section == "methods" and (label == "float" or label.endswith(bits)):
+            cells = [cell(seeds, name, 1) + unit if label != "float" or name == "top1" else ""
+                     for name, unit in (("agreement", " %"), ("sqnr_db", " dB"), ("top1", " %"), ("megabytes", ""))]
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 TABLES: Mapping[str, Callable[[Rows], dict[str, str]]] = {
     "accuracy": lambda rows: sections(rows, results.accuracy_table),
-    "dinov2": lambda rows: sections(rows, results.accuracy_table),
+    "dinov2": lambda rows: {**sections(rows, results.accuracy_table), "methods, W8A8": beside_float(rows, "W8A8")},
     "data_free": whole(results.accuracy_table),
     "language": whole(language_accuracy.tables),
     "mixed_precision": whole(mixed_precision.table),
@@ -110,7 +122,7 @@ def _table(name: str, section: str, stored: Mapping[tuple[Key, int], Row]) -> st
 
 
 def _figure(name: str, place: str, rows: Rows) -> str:
-    *key, last = (part.strip() for part in place.split("|"))
+    *key, last = (part.strip() for part in place.split(";"))
     value, _, digits = last.partition(":")
     found = cell(rows.get(tuple(key)), value, int(digits or 2))
     if not found:
@@ -126,7 +138,7 @@ def provenance(stored: Mapping[tuple[Key, int], Row]) -> str:
         found.append("; ".join(part for part in (_commit(about), _machine(about["machine"]),
                                                  _versions(about["versions"])) if part))
     kinds = "Seed" if len(seeds) == 1 else "Seeds"
-    return f"*{kinds} {', '.join(map(str, seeds))}; {' / '.join(found)}.*"
+    return textwrap.fill(f"*{kinds} {', '.join(map(str, seeds))}; {' / '.join(found)}.*", 120)
 
 
 def _commit(about: Mapping[str, Any]) -> str:

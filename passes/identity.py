@@ -5,6 +5,7 @@ The check of an exported file compares two forms of the *rewritten* graph: both 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -89,10 +90,21 @@ def deviation(old: Tensor, new: Tensor) -> float:
     """Largest difference, relative to the largest finite value of `old`; 0 where both are infinite or NaN alike."""
     if old.shape != new.shape:
         return float("inf")
-    old, new = old.detach().double(), new.detach().double()
+    old, new = old.detach(), new.detach()
+    if not old.numel():
+        return 0.0
+    if old.dtype == new.dtype and old.is_floating_point():
+        apart, largest = (old - new).abs_().max().item(), old.abs().max().item()
+        if math.isfinite(apart) and math.isfinite(largest):
+            return apart / max(largest, 1e-12) if apart else 0.0
+    return _deviation_of_finite(old.double(), new.double())
+
+
+def _deviation_of_finite(old: Tensor, new: Tensor) -> float:
+    """`deviation` where some values are infinite or NaN, or no floats."""
     alike = (old == new) | (old.isnan() & new.isnan())
     apart = torch.where(alike, torch.zeros_like(old), (old - new).abs().nan_to_num(torch.inf))
-    if not apart.numel() or not bool(apart.any()):
+    if not bool(apart.any()):
         return 0.0
     finite = old[old.isfinite()]
     return float(apart.max() / finite.abs().max().clamp(min=1e-12)) if finite.numel() else float("inf")

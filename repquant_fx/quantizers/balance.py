@@ -65,8 +65,8 @@ def _clipped(
 
 def _of_activation(sample: Tensor, scale: Tensor, zero_point: Tensor, bits: int, reach: Tensor) -> float:
     s, z = scale.float()[:, None], zero_point.float()[:, None]
-    lost = dequantize(quantize(sample, s, z, bits), s, z) - sample
-    return float((lost.square().mean(1) * reach).sum())
+    lost = dequantize(quantize(sample, s, z, bits), s, z).sub_(sample)
+    return float((lost.square_().mean(1) * reach).sum())
 
 
 def _total(sample: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, reach: Tensor,

@@ -123,9 +123,11 @@ def fit(first: Moments, second: Moments) -> list[Tensor]:
         test_xx = vectors.T @ test.covariance @ vectors
         for layer in layers:
             rotated, test_rx = train.cross_covariance(layer) @ vectors, test.cross_covariance(layer) @ vectors
+            # with delta = rotated * shrink, the gain 2 <delta, test_rx> - <delta test_xx, delta> needs only these sums
+            linear, squared = (rotated * test_rx).sum(0), (rotated.T @ rotated) * test_xx
             for ridge in RIDGES:
-                delta = rotated / (values.clamp(min=0) + ridge * values.mean().clamp(min=1e-30))
-                gains[layer][ridge] += float(2 * (delta * test_rx).sum() - ((delta @ test_xx) * delta).sum())
+                shrink = 1 / (values.clamp(min=0) + ridge * values.mean().clamp(min=1e-30))
+                gains[layer][ridge] += float(2 * shrink @ linear - shrink @ squared @ shrink)
     return [_refit(whole, layer, gains[layer]) for layer in layers]
 
 

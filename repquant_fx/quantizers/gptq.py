@@ -66,11 +66,11 @@ class WeightGrid:
     def codes(self, w: Tensor) -> Tensor:
         """Integer codes (as floats) of columns or matrices `w`, shape (out, ...)."""
         view = (-1,) + (1,) * (w.ndim - 1)
-        return torch.round(w / self.scale.view(view)).clamp(self.low.view(view), self.high.view(view))
+        return (w / self.scale.view(view)).round_().clamp_(self.low.view(view), self.high.view(view))
 
     def values(self, w: Tensor) -> Tensor:
         """Nearest grid values of `w`."""
-        return self.codes(w) * self.scale.view((-1,) + (1,) * (w.ndim - 1))
+        return self.codes(w).mul_(self.scale.view((-1,) + (1,) * (w.ndim - 1)))
 
 
 Grids = Callable[[int, int, Tensor, Tensor], Iterable[WeightGrid]]
@@ -120,7 +120,7 @@ def weight_grid(
         return best
 
     def error(g: WeightGrid) -> Tensor:
-        return ((g.values(weight) - weight).square() * column).sum(dim=1)
+        return g.values(weight).sub_(weight).square_().mul_(column).sum(dim=1)
 
     best_error = error(best)
     shrink = torch.linspace(1.0, 0.2, 41)[1:].tolist()

@@ -32,12 +32,12 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int 
         bits: 1 to 16.
     """
     s, z = _along(scale, x, axis), _along(zero_point, x, axis)
-    return (torch.round(x / s) + z).clamp(0, levels(bits) - 1)
+    return (x / s).round_().add_(z).clamp_(0, levels(bits) - 1)  # in place: memory, not arithmetic, is what it costs
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None = None) -> Tensor:
     """`scale * (codes - zero_point)` (Eq. 5)."""
-    return (codes - _along(zero_point, codes, axis)) * _along(scale, codes, axis)
+    return (codes - _along(zero_point, codes, axis)).mul_(_along(scale, codes, axis))
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None = None) -> Tensor:

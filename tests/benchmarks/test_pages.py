@@ -18,8 +18,8 @@ PAGE = """# A page
 old
 <!-- end -->
 
-It keeps <!-- measured accuracy: ViT | methods | RepQuant W4A4 | top1 -->old<!-- end --> % at
-<!-- measured accuracy: ViT | methods | RepQuant W4A4 | sqnr_db:1 -->old<!-- end --> dB.
+It keeps <!-- measured accuracy: ViT; methods; RepQuant W4A4; top1 -->old<!-- end --> % at
+<!-- measured accuracy: ViT; methods; RepQuant W4A4; sqnr_db:1 -->old<!-- end --> dB.
 """
 
 
@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
 def test_tables_and_figures_come_from_the_results(folder: Path) -> None:
     text = pages.written(PAGE, folder)
     assert "old" not in text and "| RepQuant W4A4 | 85.00 ± 1.41 | 16.86 |" in text
-    assert "keeps <!-- measured accuracy: ViT | methods | RepQuant W4A4 | top1 -->85.00 ± 1.41<!-- end --> % at" in text
+    assert "keeps <!-- measured accuracy: ViT; methods; RepQuant W4A4; top1 -->85.00 ± 1.41<!-- end --> % at" in text
     assert "-->16.9<!-- end --> dB." in text
     assert "*Seeds 0, 1; commit 012345678; A CPU, 2 cores (avx2); torch 2.15.0.*" in text
     assert "| 1.00 | 2.00 |" not in text  # another section
@@ -44,7 +44,7 @@ def test_tables_and_figures_come_from_the_results(folder: Path) -> None:
 
 @pytest.mark.parametrize("old, new, reason", [
     ("methods -->\n", "nothing -->\n", "no section 'nothing'; there are 'methods', 'planted'"),
-    ("| top1 -->", "| top5 -->", "no row .* with a value 'top5'"),
+    ("; top1 -->", "; top5 -->", "no row .* with a value 'top5'"),
     ("measured accuracy: ViT", "measured lost: ViT", "lost.json holds no rows"),
 ])
 def test_a_figure_whose_row_is_gone_is_an_error(old: str, new: str, reason: str, folder: Path) -> None:
