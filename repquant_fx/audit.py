@@ -18,12 +18,12 @@ import onnxruntime
 from repquant_fx.errors import ModelFileError
 from repquant_fx.executed import executed_kernels
 from repquant_fx.exporters.apart import SMALLEST, OnnxModel
+from repquant_fx.exporters.operators import LAYOUT, PRODUCTS
 from repquant_fx.exporters.reading import OnnxFile, parse_onnx, read_onnx
 from repquant_fx.files import scratch
 from repquant_fx.runtime import Loadable, content, give, session_options
 from repquant_fx.targets import RUNTIMES
 
-PRODUCTS = ("MatMul", "Gemm", "Conv")
 INTEGER = {
     "QGemm",
     "QLinearMatMul",
@@ -33,19 +33,6 @@ INTEGER = {
     "QLinearConv",
     "ConvInteger",
     "QAttention",
-}
-LAYOUT = {
-    "Reshape",
-    "Transpose",
-    "Squeeze",
-    "Unsqueeze",
-    "Flatten",
-    "Slice",
-    "Split",
-    "Expand",
-    "Identity",
-    "Gather",
-    "Concat",
 }
 WEIGHTS_ALONE = "MatMulNBits"
 LOGARITHMIC = {"Log2Softmax", "Log2Quantize"}

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from repquant_fx import processor
-from repquant_fx.audit import LAYOUT, PRODUCTS
 from repquant_fx.exporters.apart import OnnxModel
+from repquant_fx.exporters.operators import LAYOUT, PRODUCTS
 from repquant_fx.frontends.capture import tensors_in
 from repquant_fx.passes.base import attribute
 from repquant_fx.passes.operators import DEQUANTIZE

@@ -8,8 +8,9 @@ import onnx
 import pytest
 from compiled import compiled
 
-from repquant_fx.audit import PRODUCTS, audit, summary
+from repquant_fx.audit import audit, summary
 from repquant_fx.errors import ModelFileError
+from repquant_fx.exporters.operators import PRODUCTS
 
 
 @pytest.mark.parametrize("name, bits", [
