@@ -1,5 +1,6 @@
 #!/bin/sh
-# Compile, check, measure, compare with a threshold: what stands between a trained model and a shipped file. Needs jq.
+# Compile, check, measure, compare with a threshold: all that stands between a trained model and a shipped file.
+# Needs jq, and a recipe: $RECIPE, or recipe.yaml in the current folder.
 #   MODEL=model.pt2 CALIB=images/ VAL=val/ MOST_DROP=1.0 sh pipeline.sh build
 # Exit codes: those of repquant-fx (2 bad input, 3 the file disagrees with the FX reference, 1 a bug), and 4 where accuracy is too low.
 set -eu
@@ -7,7 +8,7 @@ set -eu
 out=${1:?"usage: pipeline.sh OUT_FOLDER"}
 mkdir -p "$out"
 
-# stdout is one JSON object, stderr one JSON event a line: both can be kept
+# stdout is one JSON object, stderr one JSON event per line: both can be kept
 repquant-fx compile "$MODEL" --out "$out/model.onnx" --report "$out/report.json" --calib "$CALIB" --recipe "${RECIPE:-recipe.yaml}" \
     --json --log-json > "$out/compile.json" 2> "$out/compile.log" || {
     code=$?
