@@ -18,7 +18,7 @@ from repquant_fx.security.escape import printable
 
 SOURCES = (
     "a file (.pt2, .pt, .safetensors), a transformers directory, hf:OWNER/NAME, "
-    "or timm:NAME[,key=value...][,pretrained]"
+    "or timm:NAME or torchvision:NAME, with [,key=value...][,pretrained]"
 )
 
 MOST_SAMPLES, MOST_TOKENS, MOST_TRIES = 10_000_000, 10_000_000, 10_000  # more is a slip of the finger

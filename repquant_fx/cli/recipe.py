@@ -1,4 +1,4 @@
-"""`repquant-fx recipe`: write, show and check recipes, and print their schema."""
+"""`repquant-fx recipe`: write and show recipes, and print their schema."""
 
 from __future__ import annotations
 
