@@ -1,7 +1,7 @@
 """Post-training quantization of transformers by scale reparameterization: torch.fx in, ONNX QDQ out.
 
 The public API: `compile`, `compile_in_place`, `from_pretrained`, `CompiledModel`, `Recipe`, `LayerRule`, `repq_vit`,
-`smoothquant`, `rtn`, the errors, and `session` to run a file.
+`smoothquant`, `rtn`, `tune`, the errors, and `session` to run a file.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from repquant_fx.pretrained import from_pretrained
     from repquant_fx.recipe import LayerRule, Recipe, repq_vit, rtn, smoothquant
     from repquant_fx.runtime import session
+    from repquant_fx.tuning import tune
 
 __all__ = [
     "CompiledModel",
@@ -34,13 +35,14 @@ __all__ = [
     "rtn",
     "session",
     "smoothquant",
+    "tune",
 ]
 
 _HOMES = {
     "compile_in_place": "in_place", "from_pretrained": "pretrained",
     "compile": "compiler", "CompiledModel": "compiled", "Recipe": "recipe", "LayerRule": "recipe", "repq_vit": "recipe",
     "rtn": "recipe", "smoothquant": "recipe",
-    "session": "runtime", "InputError": "errors", "ParityError": "errors", "RepQuantError": "errors",
+    "session": "runtime", "tune": "tuning", "InputError": "errors", "ParityError": "errors", "RepQuantError": "errors",
 }
 
 

@@ -294,6 +294,11 @@ CHOICES = {name: limits.choices for name, limits in settings_of(Recipe).items() 
 EQUALIZE, ROTATE = settings_of(Recipe)["equalize"].choices, settings_of(Recipe)["rotate"].choices
 
 
+def literal(path: str) -> str:
+    """A glob that matches this path alone."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in path)
+
+
 def repq_vit(wbits: int, abits: int, **changes: Any) -> Recipe:
     """The predecessor (arXiv 2212.08254) in our terms: reparameterization and log-sqrt2, no clipping, no GPTQ,
     percentiles.

@@ -20,7 +20,9 @@ from repquant_fx.exporters.reading import OnnxFile, read_onnx
 Loadable: TypeAlias = str | Path | bytes | onnx.ModelProto | OnnxModel | OnnxFile
 
 
-def session_options(threads: int | None = None, accuracy_level: int = 1) -> onnxruntime.SessionOptions:
+def session_options(
+    threads: int | None = None, accuracy_level: int = 1, spin: bool = True
+) -> onnxruntime.SessionOptions:
     """Options under which ONNX Runtime computes what the file says (see `session`)."""
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
@@ -29,11 +31,14 @@ def session_options(threads: int | None = None, accuracy_level: int = 1) -> onnx
     options.log_severity_level = 4  # what it logs as an error it raises, too
     if threads is not None:
         options.intra_op_num_threads = threads
+    if not spin:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
 
 
 def session(
     model: Loadable, *, threads: int | None = None, optimize: bool = True, accuracy_level: int = 1,
+    spin: bool = True,
 ) -> onnxruntime.InferenceSession:
     """A CPU session that computes what the file says.
 
@@ -50,11 +55,13 @@ def session(
         accuracy_level: of files with weights alone quantized: 1 multiplies activations as they are, in float32; 4, the
             default of ONNX Runtime itself, gives 8 bits to each block of them first: faster, and not what the file
             says.
+        spin: let threads wait for the next run awake for a while, as ONNX Runtime does by default; without, they sleep
+            as soon as a run has ended, and take no time from another session whose turn it is.
 
     Raises:
         ModelFileError: the file is missing or refused (see `exporters.reading`), or ONNX Runtime refuses it.
     """
-    options = session_options(threads, accuracy_level)
+    options = session_options(threads, accuracy_level, spin)
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     name = str(model) if isinstance(model, (str, Path)) else "the model"

@@ -113,6 +113,7 @@ TARGETS = {
                tested="onnxruntime 1.32.0 and onnx.reference; no accelerator"),
     )
 }
+TIMED = (DEFAULT, "ort-cpu-avx2", "openvino")  # those whose runtime runs here as it will where the file is used
 
 
 def find(name: str = DEFAULT, opset: int | None = None) -> Target:

@@ -30,6 +30,7 @@ from repquant_fx.cli import (
     sensitivity,
     signals,
     targets,
+    tune,
 )
 from repquant_fx.cli.common import Parser
 from repquant_fx.errors import RepQuantError, RepQuantWarning, is_failure, is_out_of_memory
@@ -46,6 +47,7 @@ COMMANDS = {
     "recipe": recipe,
     "sensitivity": sensitivity,
     "search": search,
+    "tune": tune,
     "targets": targets,
     "check": check,
     "completion": completion,

@@ -8,6 +8,7 @@ import math
 import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from repquant_fx.errors import InputError
@@ -136,6 +137,18 @@ def read_bits(option: str, text: str) -> list[int]:
     if not all(part in ("2", "3", "4", "5", "6", "7", "8") for part in parts):
         raise InputError(f"{option} takes bits from 2 to 8 such as 2,4,8; found {text!r}")
     return sorted({int(part) for part in parts})
+
+
+def recipe_form(out: Path) -> str:
+    """In which form a recipe is written to a file: `yaml` or `toml`.
+
+    Raises:
+        InputError: neither, by its name.
+    """
+    form = {".yaml": "yaml", ".yml": "yaml", ".toml": "toml"}.get(out.suffix.lower())
+    if form is None:
+        raise InputError(f"--out writes a recipe, .yaml, .yml or .toml; found {out}")
+    return form
 
 
 def seed(text: str) -> int:

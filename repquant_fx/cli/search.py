@@ -17,6 +17,7 @@ from repquant_fx.cli.common import (
     count,
     number,
     read_bits,
+    recipe_form,
     source_from,
 )
 from repquant_fx.cli.method import add_method, recipe_from
@@ -79,9 +80,7 @@ def run(options: argparse.Namespace) -> int:
         raise InputError("--max-drop needs --data to measure on, and --data is for --max-drop alone")
     if not options.trial and options.target_size is None:
         raise InputError("--no-trial is for --target-size alone: the other targets are met by trials")
-    form = {".yaml": "yaml", ".yml": "yaml", ".toml": "toml"}.get(options.out.suffix.lower())
-    if form is None:
-        raise InputError(f"--out writes a recipe, .yaml, .yml or .toml; found {options.out}")
+    form = recipe_form(options.out)
     from repquant_fx.files import check_writable, write_atomically
 
     check_writable(options.out, options.force)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from repquant_fx.errors import InputError
-from repquant_fx.recipe import LayerRule, Recipe
+from repquant_fx.recipe import LayerRule, Recipe, literal
 from repquant_fx.recipe_text import write
 from repquant_fx.sensitivity.analysis import Sensitivity
 from repquant_fx.sensitivity.knapsack import Knapsack
@@ -272,10 +272,5 @@ def _recipe(base: Recipe, bits: Mapping[Unit, int]) -> Recipe:
         name = "wbits" if unit.kind == WEIGHTS else "abits"
         for path in unit.paths if not unit.pinned and b != common[name] else ():
             rules.setdefault(path, {})[name] = b
-    added = [LayerRule(_literal(path), **rule) for path, rule in rules.items()]
+    added = [LayerRule(literal(path), **rule) for path, rule in rules.items()]
     return replace(base, **common, layers=(*base.layers, *added))
-
-
-def _literal(path: str) -> str:
-    """A glob that matches this path alone."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in path)
