@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from helpers import Block, Encoder, canonical, images, match, redraw, sequences, vit
 from hypothesis import given, settings
@@ -19,11 +20,12 @@ from hypothesis import strategies as st
 
 from repquant_fx import LayerRule, Recipe, tune
 from repquant_fx.errors import InputError, RepQuantWarning
+from repquant_fx.exporters.apart import OnnxModel
 from repquant_fx.options import Calibration, Source
 from repquant_fx.preparation import prepare
 from repquant_fx.tuning.candidates import Form, apply, candidates, families, merged
 from repquant_fx.tuning.choose import KEPT, Speed, Trial, choose, lost, settle, together
-from repquant_fx.tuning.timing import take_turns
+from repquant_fx.tuning.timing import runner, take_turns
 from repquant_fx.tuning.tuner import Conditions, inputs_of
 
 CLEAR = Speed(1.2, 1.19, 1.21)
@@ -131,6 +133,20 @@ def test_turns_alternate_and_are_medians() -> None:
     times = take_turns([run("a"), run("b")], 12.0, turns=4, clock=lambda: now[0])
     assert times == [[1.0] * 4, [2.0] * 4]
     assert "".join(ran[4:]) == "aaa" + "bb" + "bb" + "aaa" + "aaa" + "bb" + "bb" + "aaa"
+
+
+@pytest.mark.parametrize("threads", [None, 1])
+@pytest.mark.parametrize("runtime", ["ort", "openvino"])
+def test_a_runner_runs_the_model_on_its_own_inputs(runtime: str, threads: int | None) -> None:
+    if runtime == "openvino":
+        pytest.importorskip("openvino")
+    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", 3]) for name in "xy"]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Add", ["x", "x"], ["y"])], "twice", values[:1], values[1:])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+    given = np.arange(6, dtype=np.float32).reshape(2, 3)
+    run = runner(OnnxModel.of(model), runtime, {"x": given, "other": given}, threads)
+    found: Any = [run() for _ in range(2)][1]
+    assert np.array_equal(found[0], 2 * given)
 
 
 # ---- forms -----------------------------------------------------------------------------------------------------------
