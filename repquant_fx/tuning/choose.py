@@ -2,7 +2,7 @@
 
 A form is timed in turns with the recipe that the tuning starts from. Its speed is the median, over the turns, of the
 start's time divided by its own, so that what slows a machine down for a while slows both. A gain smaller than the
-distance between the quartiles of these ratios is taken for noise.
+distance between the quartiles of these ratios, or than 1 %, is taken for noise.
 
 Errors of single forms are predicted to add up in power. What was chosen by that is then measured as a whole (`settle`).
 """
@@ -18,6 +18,7 @@ from typing import Any
 from repquant_fx.tuning.candidates import Form
 
 KEPT = "kept"
+LEAST_GAIN = 0.01  # less comes and goes with where memory happens to lie
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Speed:
     @property
     def gains(self) -> bool:
         """Whether it is faster by more than noise."""
-        return self.median - 1 > self.high - self.low
+        return self.median - 1 > max(self.high - self.low, LEAST_GAIN)
 
     def __str__(self) -> str:
         return f"{self.median:.2f} [{self.low:.2f}-{self.high:.2f}]"
@@ -94,7 +95,9 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Attempt:
-    """A combination of forms that was compiled with the real settings and measured beside the start."""
+    """A combination of forms that was compiled with the real settings and measured beside the start; without figures
+    (no bytes) where it could not be.
+    """
 
     forms: tuple[Form, ...]
     speed: Speed
@@ -166,7 +169,7 @@ def _against(start: float, trial: Trial, taken: Sequence[Trial], max_drop: float
     return KEPT if whole <= max_drop else f"with what is kept it would lose {whole:.2f} dB"
 
 
-Measure = Callable[[Sequence[Form]], tuple[Speed, float, int]]
+Measure = Callable[[Sequence[Form]], tuple[Speed, float, int] | str]
 
 
 def settle(
@@ -176,7 +179,7 @@ def settle(
 
     Args:
         start: SQNR of the start with the real settings.
-        measure: speed, SQNR and bytes of a combination with the real settings.
+        measure: speed, SQNR and bytes of a combination with the real settings, or why it cannot be compiled or run.
         most: combinations that are measured.
 
     Returns:
@@ -185,9 +188,11 @@ def settle(
     kept, done = [verdict.trial for verdict in verdicts if verdict.kept], list[Attempt]()
     while kept and len(done) < most:
         forms = tuple(trial.form for trial in kept)
-        speed, sqnr, size = measure(forms)
+        measured = measure(forms)
+        problem = measured if isinstance(measured, str) else ""
+        speed, sqnr, size = (Speed(1.0, 1.0, 1.0), -math.inf, 0) if isinstance(measured, str) else measured
         drop = lost(start, sqnr)
-        why = f"loses {drop:.2f} dB" if drop > max_drop else "" if speed.gains else "no gain beyond noise"
+        why = problem or (f"loses {drop:.2f} dB" if drop > max_drop else "" if speed.gains else "no gain beyond noise")
         done.append(Attempt(forms, speed, sqnr, size, not why, why or KEPT))
         if drop <= max_drop:
             break

@@ -67,8 +67,9 @@ class TuneResult:
                     f"instead of {self.whole.file_bytes / 1e6:.2f}")
         if self.fallback:
             last = self.attempts[-1]
+            speed = f" ({last.speed} times faster)" if last.file_bytes else ""
             return (f"fell back to the start: {', '.join(form.name for form in last.forms)} measured as a whole: "
-                    f"{last.why} ({last.speed} times faster)")
+                    f"{last.why}{speed}")
         return "the start stays: no form is faster within the floor"
 
     def to_dict(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -116,10 +117,12 @@ def tune_recipe(
     forms = candidates(prepared.plan, prepared.recipe)
     del prepared
     quick = replace(calibration, samples=few)
-    start = bench.start(replace(recipe, **QUICK), quick)
+    with _quiet():
+        start = bench.start(replace(recipe, **QUICK), quick)
     trials = []
     for index, form in enumerate(forms, 1):
-        trials.append(bench.trial(form, quick))
+        found = bench.measure([form], quick)
+        trials.append(Trial.failed(form, found) if isinstance(found, str) else Trial(form, *found))
         log.info(f"form {index} of {len(forms)}, {trials[-1].summary}")
     verdicts = choose(start.sqnr_db, trials, conditions.max_drop)
     if not any(verdict.kept for verdict in verdicts):
@@ -151,21 +154,19 @@ class _Bench:
         self._recipe, self._run = recipe, self._runner(compiled)
         return Measured(sqnr_of(compiled), compiled.model.size())
 
-    def trial(self, form: Form, calibration: Calibration) -> Trial:
-        """A form alone. What cannot be compiled or run so is no error: it is not taken."""
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", RepQuantWarning)  # they were said of the start
-                return Trial(form, *self.measure([form], calibration))
-        except InputError as error:
-            return Trial.failed(form, str(error))
-
-    def measure(self, forms: Sequence[Form], calibration: Calibration) -> tuple[Speed, float, int]:
-        """The start with some forms: how many times faster, SQNR in dB, bytes of the file."""
+    def measure(self, forms: Sequence[Form], calibration: Calibration) -> tuple[Speed, float, int] | str:
+        """The start with some forms: how many times faster, SQNR in dB, bytes of the file; or why it cannot be compiled
+        or run so, which is no error: it is not taken.
+        """
         assert self._recipe is not None and self._run is not None
-        compiled = self._compiled(apply(self._recipe, forms), calibration)
+        try:
+            with _quiet():
+                compiled = self._compiled(apply(self._recipe, forms), calibration)
+            run = self._runner(compiled)
+        except InputError as error:
+            return str(error)
         log.stage("time")
-        times = take_turns([self._run, self._runner(compiled)], self.conditions.seconds)
+        times = take_turns([self._run, run], self.conditions.seconds)
         log.finish()
         return Speed.of(*times), sqnr_of(compiled), compiled.model.size()
 
@@ -175,6 +176,14 @@ class _Bench:
 
     def _runner(self, compiled: CompiledModel) -> Runner:
         return runner(compiled.model, self.runtime, self.inputs, self.conditions.threads)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without warnings on the model and the recipe: those were said when the model was prepared."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RepQuantWarning)
+        yield
 
 
 def sqnr_of(compiled: CompiledModel) -> float:

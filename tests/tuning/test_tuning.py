@@ -111,12 +111,19 @@ def test_what_loses_too_much_together_goes_one_by_one() -> None:
     assert [attempt.accepted for attempt in attempts] == [False, False, True]
     assert [a.accepted for a in settle(30.0, choose(30.0, trials, 1.0), measure, 1.0, 2)] == [False, False]
 
+    def refusing(forms: Any) -> Any:
+        return "all of it would be float" if len(forms) > 2 else (CLEAR, 30.0, 1)
+
+    refused, accepted = settle(30.0, choose(30.0, trials, 1.0), refusing, 1.0, 2)
+    assert refused.why == "all of it would be float" and not refused.accepted and accepted.accepted
+
 
 def test_speed_is_of_pairs_of_turns() -> None:
     """What slows both down for a while leaves it; a single bad turn does, too."""
     start = [1.0, 3.0, 1.0, 2.0, 50.0]
     assert Speed.of(start, [x / 1.25 for x in start[:4]] + [1.0]).median == pytest.approx(1.25)
     assert Speed.of([1.0, 1.1, 0.9], [1.0, 1.0, 1.0]).gains is False
+    assert not Speed(1.009, 1.009, 1.009).gains and Speed(1.011, 1.011, 1.011).gains
 
 
 def test_turns_alternate_and_are_medians() -> None:
