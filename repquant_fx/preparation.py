@@ -34,7 +34,7 @@ from repquant_fx.frontends.part import part_of, proposal
 from repquant_fx.frontends.past import LEAST, NoCacheError, as_decoder, may_decode
 from repquant_fx.frontends.tokenizer import load_tokenizer
 from repquant_fx.options import Calibration, Run, Source
-from repquant_fx.passes.base import left_alone, module_path, run_pass, run_passes
+from repquant_fx.passes.base import left_alone, module_path, run_pass, run_passes, shared_copy
 from repquant_fx.passes.caches import caches
 from repquant_fx.passes.identity import NodeProbe
 from repquant_fx.passes.insert_affine import InsertAffine
@@ -173,6 +173,21 @@ def load(source: Source) -> LoadedModel:
     return loaded if source.module is None else part_of(loaded, source.module)
 
 
+def captured_once(source: Source) -> Source:
+    """A source for several compiles without a key/value cache: its model is loaded and captured here, once.
+
+    Raises:
+        InputError: the model cannot be loaded or captured.
+    """
+    log.stage("load")
+    loaded = load(source)
+    log.stage("capture")
+    with loaded.guard:
+        loaded = replace(loaded, captured=_captured(loaded))
+    log.finish()
+    return replace(source, model=loaded, module=None)
+
+
 def _capture(loaded: LoadedModel, decoding: bool | None) -> tuple[LoadedModel, Captured, tuple[str, ...]]:
     """The model as it was captured: one that decodes with a key/value cache where that is wanted, or possible and not
     unwanted (None); and a note where it is not possible.
@@ -198,6 +213,8 @@ def _decoder(loaded: LoadedModel) -> tuple[LoadedModel, Captured]:
 
 
 def _captured(loaded: LoadedModel) -> Captured:
+    if loaded.captured is not None:
+        return replace(loaded.captured, graph_module=shared_copy(loaded.captured.graph_module))
     model = loaded.module if loaded.module is not None else loaded.exported
     assert model is not None
     try:

@@ -24,6 +24,7 @@ from repquant_fx import limits
 from repquant_fx.errors import InputError, ModelFileError, first_line
 from repquant_fx.files import irregular
 from repquant_fx.frontends import architectures, huggingface, signature
+from repquant_fx.frontends.capture import Captured
 from repquant_fx.frontends.directory import ModelDirectory, find_files
 from repquant_fx.frontends.exported import load_exported
 from repquant_fx.frontends.part import Part
@@ -65,6 +66,7 @@ class LoadedModel:
             `allow_pickle`. Any other model runs under `security.guard`.
         part: where it comes from, if it is a part of another model.
         past: what it takes of earlier tokens, where it decodes with a key/value cache (see `past.as_decoder`).
+        captured: its graph, where that was taken before; whoever rewrites it takes a copy.
     """
 
     module: nn.Module | None
@@ -83,6 +85,7 @@ class LoadedModel:
     trusted: bool = True
     part: Part | None = None
     past: Past | None = None
+    captured: Captured | None = None
 
     @property
     def guard(self) -> AbstractContextManager[None]:

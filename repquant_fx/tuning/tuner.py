@@ -22,7 +22,7 @@ from repquant_fx.compiler import compile_model
 from repquant_fx.errors import InputError, RepQuantWarning
 from repquant_fx.frontends.memory import left_as_found
 from repquant_fx.options import Calibration, Run, Source, from_keywords
-from repquant_fx.preparation import Prepared, prepare
+from repquant_fx.preparation import Prepared, captured_once, prepare
 from repquant_fx.recipe import Recipe, RecipeLike
 from repquant_fx.runtimes import PACKAGES, version
 from repquant_fx.targets import DEFAULT, RUNTIMES, TIMED, find
@@ -110,6 +110,7 @@ def tune_recipe(
     if isinstance(calibration.data, Iterator):
         raise InputError("the calibration data can be read but once, and several recipes are compiled on it: give a "
                          "list, or a callable that gives it anew")
+    source = captured_once(source)
     few = min(QUICK_SAMPLES, calibration.samples or QUICK_SAMPLES)
     target = find(conditions.target)
     prepared = prepare(source, replace(calibration, samples=few), target.recipe(recipe))

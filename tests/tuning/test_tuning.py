@@ -14,15 +14,19 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from compiled import compiled
+from compiled import inputs as model_inputs
 from helpers import Block, Encoder, canonical, images, match, redraw, sequences, vit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from repquant_fx import LayerRule, Recipe, tune
+from repquant_fx.compiler import compile_model
 from repquant_fx.errors import InputError, RepQuantWarning
 from repquant_fx.exporters.apart import OnnxModel
-from repquant_fx.options import Calibration, Source
-from repquant_fx.preparation import prepare
+from repquant_fx.options import Calibration, Run, Source
+from repquant_fx.preparation import captured_once, prepare
+from repquant_fx.preparation import match as match_recipe
 from repquant_fx.tuning.candidates import Form, apply, candidates, families, merged
 from repquant_fx.tuning.choose import KEPT, Speed, Trial, choose, lost, settle, together
 from repquant_fx.tuning.timing import runner, take_turns
@@ -236,6 +240,7 @@ class Machine:
         self.recipes: list[Recipe] = []
         self.whole_drop, self.whole_gain = whole_drop, whole_gain
         module = importlib.import_module("repquant_fx.tuning.tuner")
+        monkeypatch.setattr(module, "captured_once", lambda source: source)
         monkeypatch.setattr(module, "prepare", lambda *given: prepared())
         monkeypatch.setattr(module, "compile_model", self.compile)
         monkeypatch.setattr(module, "runner", lambda model, runtime, inputs, threads: model.recipe)
@@ -303,6 +308,15 @@ def test_a_floor_of_nothing_keeps_the_start(monkeypatch: pytest.MonkeyPatch) -> 
 def test_conditions_that_make_no_sense(options: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         Conditions(**options)
+
+
+def test_one_capture_serves_many_compiles() -> None:
+    source = captured_once(Source(vit()))
+    match_recipe(source, Recipe(wbits=4, abits=4, softmax="uniform"))  # rewrites a copy
+    wanted = compiled("vit", 8)
+    again = compile_model(source, Calibration(model_inputs("vit"), batch_size=8), Recipe.from_dict(
+        wanted.report["recipe"]), Run(check=False, with_past=False))
+    assert again.to_bytes() == wanted.to_bytes()
 
 
 def test_what_is_run_is_calibration_data() -> None:
