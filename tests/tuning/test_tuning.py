@@ -27,6 +27,7 @@ from repquant_fx.exporters.apart import OnnxModel
 from repquant_fx.options import Calibration, Run, Source
 from repquant_fx.preparation import captured_once, prepare
 from repquant_fx.preparation import match as match_recipe
+from repquant_fx.runtime import session_options
 from repquant_fx.tuning.candidates import Form, apply, candidates, families, merged
 from repquant_fx.tuning.choose import KEPT, Speed, Trial, choose, lost, settle, together
 from repquant_fx.tuning.timing import runner, take_turns
@@ -158,6 +159,13 @@ def test_a_runner_runs_the_model_on_its_own_inputs(runtime: str, threads: int | 
     run = runner(OnnxModel.of(model), runtime, {"x": given, "other": given}, threads)
     found: Any = [run() for _ in range(2)][1]
     assert np.array_equal(found[0], 2 * given)
+
+
+def test_threads_of_a_session_sleep_where_they_are_told_to() -> None:
+    entry = "session.force_spinning_stop"
+    assert session_options(2, spin=False).get_session_config_entry(entry) == "1"
+    with pytest.raises(RuntimeError):  # there is none
+        session_options(2).get_session_config_entry(entry)
 
 
 # ---- forms -----------------------------------------------------------------------------------------------------------
