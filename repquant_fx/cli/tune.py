@@ -55,7 +55,8 @@ def run(options: argparse.Namespace) -> int:
 
     check_writable(options.out, options.force)
     from repquant_fx import log
-    from repquant_fx.tuning.tuner import Conditions, tune_recipe
+    from repquant_fx.tuning import Conditions
+    from repquant_fx.tuning.tuner import tune_recipe
 
     result = tune_recipe(source, calibration, recipe, Conditions(
         options.target, options.threads, options.batch, options.max_drop, options.seconds, options.trials))

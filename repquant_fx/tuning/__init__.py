@@ -8,6 +8,8 @@
 
 from repquant_fx.tuning.candidates import Form
 from repquant_fx.tuning.choose import Attempt, Speed, Trial, Verdict
-from repquant_fx.tuning.tuner import TuneResult, tune
+from repquant_fx.tuning.conditions import Conditions
+from repquant_fx.tuning.result import TuneResult
+from repquant_fx.tuning.tuner import tune
 
-__all__ = ["Attempt", "Form", "Speed", "Trial", "TuneResult", "Verdict", "tune"]
+__all__ = ["Attempt", "Conditions", "Form", "Speed", "Trial", "TuneResult", "Verdict", "tune"]

@@ -9,6 +9,7 @@ from typing import Any
 from repquant_fx.recipe import Recipe
 from repquant_fx.recipe_text import write
 from repquant_fx.tuning.choose import Attempt, Verdict, finite
+from repquant_fx.tuning.conditions import Conditions
 
 _HEADER = ("form", "times faster", "SQNR dB", "MB", "")
 
@@ -32,7 +33,7 @@ class TuneResult:
     Attributes:
         recipe: what `compile` takes: the fastest within the floor, or the start.
         start: the recipe that the tuning began with.
-        target: that the models were compiled for.
+        conditions: under which the models ran.
         quick: the start compiled as quickly as the forms were.
         verdicts: every form, measured alone.
         whole: the start with its own settings; None where no form was kept.
@@ -41,7 +42,7 @@ class TuneResult:
 
     recipe: Recipe
     start: Recipe
-    target: str
+    conditions: Conditions
     quick: Measured
     verdicts: Sequence[Verdict]
     whole: Measured | None = None
@@ -76,7 +77,7 @@ class TuneResult:
         """JSON data."""
         return {
             "recipe": self.recipe.to_dict(),
-            "target": self.target,
+            **vars(self.conditions),
             "verdict": self.verdict,
             "fallback": self.fallback,
             "quick": self.quick.to_dict(),
@@ -104,5 +105,5 @@ class TuneResult:
 
     def to_text(self, form: str = "yaml") -> str:
         """The recipe as a file, `yaml` or `toml`, with comments on where it comes from."""
-        lines = [f"Chosen by `repquant-fx tune` for the target {self.target}.", *str(self).splitlines()]
+        lines = [f"Chosen by `repquant-fx tune` for {self.conditions}.", *str(self).splitlines()]
         return "".join(f"# {line}".rstrip() + "\n" for line in lines) + write(self.recipe, form)

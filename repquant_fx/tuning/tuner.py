@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,48 +24,16 @@ from repquant_fx.frontends.memory import left_as_found
 from repquant_fx.options import Calibration, Run, Source, from_keywords
 from repquant_fx.preparation import Prepared, captured_once, prepare
 from repquant_fx.recipe import Recipe, RecipeLike
-from repquant_fx.runtimes import PACKAGES, version
-from repquant_fx.targets import DEFAULT, RUNTIMES, TIMED, find
+from repquant_fx.targets import DEFAULT, find
 from repquant_fx.tuning.candidates import Form, apply, candidates
 from repquant_fx.tuning.choose import Speed, Trial, choose, settle
+from repquant_fx.tuning.conditions import MAX_DROP, SECONDS, TRIALS, Conditions
 from repquant_fx.tuning.result import Measured, TuneResult
 from repquant_fx.tuning.timing import Runner, runner, take_turns
 
-MAX_DROP, SECONDS, TRIALS = 1.0, 2.0, 3
 QUICK: dict[str, Any] = {"gptq": False, "correction": False, "clipping": "none", "activations": "minmax",
                          "weights": "minmax", "softmax_scale": "percentile", "rotate": (), "reconstruct": 0}
 QUICK_SAMPLES = 32
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """How a recipe is to run, and what it may cost; the arguments of `tune` of these names.
-
-    Raises:
-        InputError: a number out of range, a target that cannot be timed here, or its runtime is not installed.
-    """
-
-    target: str = DEFAULT
-    threads: int | None = None
-    batch: int | None = None
-    max_drop: float = MAX_DROP
-    seconds: float = SECONDS
-    trials: int = TRIALS
-
-    def __post_init__(self) -> None:
-        runtime = find(self.target).runtime
-        if self.target not in TIMED:
-            raise InputError(f"files for the target {self.target} run elsewhere, so timing them here says nothing; one "
-                             f"of {', '.join(TIMED)}")
-        if version(runtime) is None:
-            raise InputError(f"{RUNTIMES[runtime]} is not installed: pip install {PACKAGES[runtime]}")
-        for name in ("threads", "batch", "trials"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise InputError(f"{name} is a whole number of at least 1; found {value!r}")
-        if not (0 <= self.max_drop < math.inf and 0 < self.seconds < math.inf):
-            raise InputError(f"max_drop is at least 0 dB and seconds are above 0; found {self.max_drop!r} and "
-                             f"{self.seconds!r}")
 
 
 @left_as_found
@@ -114,7 +82,9 @@ def tune_recipe(
     few = min(QUICK_SAMPLES, calibration.samples or QUICK_SAMPLES)
     target = find(conditions.target)
     prepared = prepare(source, replace(calibration, samples=few), target.recipe(recipe))
-    bench = _Bench(source, conditions, inputs_of(prepared, conditions.batch))
+    inputs = inputs_of(prepared, conditions.batch)
+    conditions = replace(conditions, batch=len(next(iter(inputs.values()))))
+    bench = _Bench(source, conditions, inputs)
     forms = candidates(prepared.plan, prepared.recipe)
     del prepared
     quick = replace(calibration, samples=few)
@@ -127,13 +97,13 @@ def tune_recipe(
         log.info(f"form {index} of {len(forms)}, {trials[-1].summary}")
     verdicts = choose(start.sqnr_db, trials, conditions.max_drop)
     if not any(verdict.kept for verdict in verdicts):
-        return TuneResult(recipe, recipe, conditions.target, start, verdicts)
+        return TuneResult(recipe, recipe, conditions, start, verdicts)
     log.info("the start and what was kept, with the recipe's own settings")
     whole = bench.start(recipe, calibration)
     attempts = settle(whole.sqnr_db, verdicts, lambda chosen: bench.measure(chosen, calibration), conditions.max_drop,
                       conditions.trials)
     best = apply(recipe, attempts[-1].forms) if attempts[-1].accepted else recipe
-    result = TuneResult(best, recipe, conditions.target, start, verdicts, whole, attempts)
+    result = TuneResult(best, recipe, conditions, start, verdicts, whole, attempts)
     if result.fallback:
         warnings.warn(f"tune {result.verdict}", RepQuantWarning, stacklevel=2)
     return result

@@ -30,6 +30,7 @@ def test_command_tune_then_compile(place: Path, tmp_path: Path, cli) -> None:
     found = json.loads(result.stdout)
     assert found["out"] == str(out) and found["recipe"] == Recipe.from_file(out).to_dict()
     assert [form["form"] for form in found["forms"]] == ["symmetric on"]
+    assert (found["target"], found["threads"], found["batch"]) == ("ort-cpu", 1, 3)
     assert found["forms"][0]["measured"]["median"] > 0 and found["quick"]["file_bytes"] > 0
     assert "times faster" in result.stderr and found["verdict"] in result.stderr
     assert f"# {found['verdict']}\n" in out.read_text()

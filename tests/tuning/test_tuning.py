@@ -30,8 +30,9 @@ from repquant_fx.preparation import match as match_recipe
 from repquant_fx.runtime import session_options
 from repquant_fx.tuning.candidates import Form, apply, candidates, families, merged
 from repquant_fx.tuning.choose import KEPT, Speed, Trial, choose, lost, settle, together
+from repquant_fx.tuning.conditions import Conditions
 from repquant_fx.tuning.timing import runner, take_turns
-from repquant_fx.tuning.tuner import Conditions, inputs_of
+from repquant_fx.tuning.tuner import inputs_of
 
 CLEAR = Speed(1.2, 1.19, 1.21)
 START = Recipe(layers=(LayerRule("blocks.*", wbits=8),))
@@ -283,7 +284,9 @@ def test_a_form_that_holds_up_is_the_result(monkeypatch: pytest.MonkeyPatch) -> 
     rows = found.table().splitlines()
     assert len(rows) == 2 + len(found.verdicts) and any("dropped: this runtime refuses it" in row for row in rows)
     assert found.verdict in found.to_text() and "29.5 dB instead of 30.0" in found.verdict
-    json.dumps(found.to_dict(), allow_nan=False)
+    assert found.to_text().startswith("# Chosen by `repquant-fx tune` for target ort-cpu, batch 1.\n")
+    data = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert data["batch"] == 1 and data["max_drop"] == 1.0 and data["attempts"][0]["accepted"]
 
 
 @pytest.mark.parametrize(("changes", "reason"), [({"whole_drop": 1.5}, "loses 1.50 dB"),
@@ -336,6 +339,12 @@ def test_what_is_run_is_calibration_data() -> None:
     assert len(inputs_of(fixed, None)[name]) == len(inputs_of(fixed, 8)[name]) == 8
     with pytest.raises(InputError, match="batches of 8 alone, not of 3"):
         inputs_of(fixed, 3)
+
+
+def test_a_runtime_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("repquant_fx.tuning.conditions.version", lambda runtime: None)
+    with pytest.raises(InputError, match="OpenVINO is not installed: pip install openvino"):
+        Conditions("openvino")
 
 
 def test_data_is_needed_and_more_than_once() -> None:
