@@ -85,7 +85,7 @@ class CompiledModel:
         """
         folder, within = Path(path), is_directory(path)
         target = folder / MODEL if within else Path(path)
-        content = self._content(target.name)
+        content = self.content(target.name)
         extras: dict[Path, Content] = {}
         if report is not None:
             extras[Path(report)] = self.report_json().encode()
@@ -95,17 +95,17 @@ class CompiledModel:
             check_writable(target, force)
             here = {target.with_name(name): data for name, data in content.items()}
             write_together({**here, **{check_writable(p, force): data for p, data in extras.items()}},
-                           _superseded(target, content))
+                           superseded(target, content))
             return target
         inside = {p.name: data for p, data in extras.items() if p.parent.resolve() == folder.resolve()}
         outside = {p: data for p, data in extras.items() if p.parent.resolve() != folder.resolve()}
         files: dict[str, Content] = {**self.companions, **inside, **content}
         folder = check_directory(folder.resolve(), files, force)
         write_directory(folder, files, {check_writable(p, force): data for p, data in outside.items()},
-                        _superseded(target, content))
+                        superseded(target, content))
         return folder / MODEL
 
-    def _content(self, name: str) -> dict[str, Content]:
+    def content(self, name: str) -> dict[str, Content]:
         """What a file of this name and the data file beside it hold, the file last; the report is told of both."""
         if not self.external_data and self.model.size() < BESIDE_FROM:
             return {name: self.to_bytes()}
@@ -140,7 +140,7 @@ class CompiledModel:
         return session(self.model, threads=threads, accuracy_level=accuracy_level)
 
 
-def _superseded(path: Path, kept: Container[str]) -> list[Path]:
+def superseded(path: Path, kept: Container[str]) -> list[Path]:
     """The data file of the model that is to be replaced, where that is named as its own and is not `kept`.
 
     What lies there under such a name without belonging to it stays: another process may be about to put its model into

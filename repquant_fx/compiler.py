@@ -138,9 +138,22 @@ def compile_model(
     """
     run = run or Run()
     log.start()
-    device = devices.usable(run.device)
-    target = find(run.target, run.opset)
-    prepared = prepare(source, calibration, target.recipe(Recipe.of(recipe)), run, out)
+    devices.usable(run.device)
+    recipe = find(run.target, run.opset).recipe(Recipe.of(recipe))
+    return compile_prepared(prepare(source, calibration, recipe, run, out), source, calibration, run)
+
+
+def compile_prepared(prepared: Prepared, source: Source, calibration: Calibration, run: Run) -> CompiledModel:
+    """`compile_model`, of a model that is loaded, captured and has its data.
+
+    Args:
+        prepared: with the recipe of the target; its graph is rewritten in place.
+        source, calibration, run: that it was prepared of.
+
+    Raises:
+        InputError, ParityError: as `compile` does.
+    """
+    device, target = devices.usable(run.device), find(run.target, run.opset)
     notes = [*prepared.notes, *_notes(source, prepared.graph_module), *filter(None, [prepared.data.notes])]
     calibrating, held_back = prepared.data.split_held_back(HELD_BACK)
     check_runs(prepared.graph_module, [*calibrating.batches, *held_back.batches])

@@ -17,6 +17,7 @@ from repquant_fx.security import channel
 
 Content = bytes | Iterable[bytes | bytearray | memoryview]  # of a file; parts are written one after the other
 MODEL = "model.onnx"  # within a directory; the name that optimum looks for
+ENCODER, DECODER = "encoder_model.onnx", "decoder_model.onnx"  # of an encoder-decoder; as optimum calls them
 _PROBE = 1 << 20  # bytes; a disk that has no room for so many is full
 _LONGEST_PREFIX = 200  # bytes, of the name of a temporary file
 

@@ -41,6 +41,7 @@ from repquant_fx.passes.insert_affine import InsertAffine
 from repquant_fx.passes.match_sites import MatchSites, Plan
 from repquant_fx.passes.normal_form import normalize
 from repquant_fx.passes.operators import PRODUCTS
+from repquant_fx.pipeline.padding import ENDS
 from repquant_fx.recipe import LayerRule, Recipe, RecipeLike
 
 HELD_BACK = 16  # samples kept out of calibration, to measure on
@@ -96,7 +97,8 @@ def match(source: Source, recipe: RecipeLike | None = None, with_past: bool | No
             run_passes(graph_module, [InsertAffine(recipe.few_bits)], NodeProbe(loaded.example_inputs))
         plan = run_pass(graph_module, MatchSites(recipe))
         plan = replace(plan, left_alone=(*plan.left_alone, *left_alone(graph_module)))
-    paths = [module_path(node) for node in graph_module.graph.nodes if node.target in PRODUCTS]
+    _tell_ends(graph_module, captured, loaded)
+    paths = [*(module_path(node) for node in graph_module.graph.nodes if node.target in PRODUCTS), *loaded.other_layers]
     for sentence in replace(recipe, layers=given).unmatched(paths):
         warnings.warn(f"the recipe's {sentence}", RepQuantWarning, stacklevel=2)
     return Matched(loaded, captured, graph_module, plan, recipe, notes)
@@ -104,7 +106,7 @@ def match(source: Source, recipe: RecipeLike | None = None, with_past: bool | No
 
 def prepare(
     source: Source, calibration: Calibration, recipe: RecipeLike | None = None, run: Run | None = None,
-    out: Path | None = None,
+    out: Path | None = None, data: Callable[[], CalibrationSet] | None = None,
 ) -> Prepared:
     """Match, and read the calibration data: what every analysis starts from.
 
@@ -112,6 +114,7 @@ def prepare(
         run: of a compile: says where synthesised data is kept and whether a cache is wanted, which no analysis needs;
             what the file would fail by is told at once.
         out: where the file will be written, where that is known.
+        data: what gives the data, where it is not what `calibration` names.
 
     Raises:
         InputError: the model or the data cannot be used, there is nothing to quantize, the graph has no ONNX form, or
@@ -126,7 +129,8 @@ def prepare(
     if run is not None:
         _look_ahead(matched, run, out)
     log.stage("calibration data")
-    return Prepared(**vars(matched), data=_calibration_data(matched, calibration, run or Run()))
+    given = data() if data is not None else _calibration_data(matched, calibration, run or Run())
+    return Prepared(**vars(matched), data=given)
 
 
 def _look_ahead(matched: Matched, run: Run, out: Path | None) -> None:
@@ -135,6 +139,14 @@ def _look_ahead(matched: Matched, run: Run, out: Path | None) -> None:
         try_translation(graph_module, matched.loaded.example_inputs, input_names=captured.input_names,
                         output_names=captured.output_names, dynamic_shapes=dynamic_shapes(graph_module))
     announce(predicted_bytes(graph_module, matched.plan, matched.recipe.group_size), run.external_data, out)
+
+
+def _tell_ends(graph_module: GraphModule, captured: Captured, loaded: LoadedModel) -> None:
+    """Say at the input of ids that a model wrote which of them end a text; see `pipeline.padding`."""
+    written = {signature.TARGET: loaded.writer.ends} if loaded.writer is not None else {"input_ids": loaded.ends}
+    for node, name in zip(graph_module.graph.find_nodes(op="placeholder"), captured.input_names):
+        if written.get(name):
+            node.meta[ENDS] = written[name]
 
 
 def check_runs(graph_module: GraphModule, batches: Iterable[Sequence[Tensor]]) -> None:
@@ -281,8 +293,8 @@ def _example_specs(loaded: LoadedModel) -> list[InputSpec]:
 
 def _own_data(matched: Matched, calibration: Calibration, run: Run) -> CalibrationSet:
     loaded, specs = matched.loaded, input_specs(matched.captured, matched.loaded.module)
-    past = loaded.past
-    specs = specs if past is None else specs[:2]  # the others follow from them
+    whole = loaded.past or loaded.writer
+    specs = specs if whole is None else specs[:whole.given]  # the others follow from them
     text = _tokenization(loaded, calibration.seq_len, calibration.tokenizer)
     samples = _samples(calibration, text)
     stored = loaded.example_inputs if loaded.inputs_are_data else None
@@ -294,12 +306,15 @@ def _own_data(matched: Matched, calibration: Calibration, run: Run) -> Calibrati
         digest = graph_digest(matched.graph_module, "synthesised", *settings).hexdigest()
         cache = open_cache(run.work_dir, digest, World.current() if run.distributed else World())
     model: Callable[..., Any] = matched.graph_module
-    if past is not None:
-        model = lambda *batch: matched.graph_module(*past.complete(batch))  # noqa: E731
+    if whole is not None:
+        model = lambda *batch: matched.graph_module(*whole.complete(batch))  # noqa: E731
     data = load_calibration(calibration.data, specs, preprocessing=loaded.preprocessing, samples=samples,
                             batch_size=calibration.batch_size, seed=calibration.seed, example_inputs=stored, text=text,
                             model=model if none else None, cache=cache)
-    return data if past is None else replace(data, batches=[past.complete(batch) for batch in data.batches])
+    if whole is None:
+        return data
+    with loaded.guard:
+        return replace(data, batches=[whole.complete(batch) for batch in data.batches])
 
 
 def _tokenization(loaded: LoadedModel, seq_len: int | None, tokenizer: Any) -> Tokenization | None:

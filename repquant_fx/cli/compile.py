@@ -7,11 +7,16 @@ import json
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from repquant_fx.cli.common import add_calibration, add_source, calibration_from, count, source_from
 from repquant_fx.cli.method import add_method, recipe_from
 from repquant_fx.errors import InputError
 from repquant_fx.targets import DEFAULT, HIGHEST_OPSET, LOWEST_OPSET, TARGETS, find
+
+if TYPE_CHECKING:
+    from repquant_fx.compiled import CompiledModel
+    from repquant_fx.encoder_decoder import CompiledHalves
 
 LONG = ("layers", "parity", "runtime", "recipe")  # parts of the report that are no news
 
@@ -82,29 +87,85 @@ def run(options: argparse.Namespace) -> int:
     recipe = find(options.target, options.opset).recipe(recipe_from(options))
     source, calibration = replace(source_from(options), module=options.module), calibration_from(options)
     check_outputs(options)
-    from repquant_fx import log, report
+    from repquant_fx import log
     from repquant_fx.compiler import compile_model
     from repquant_fx.distributed import joined
+    from repquant_fx.encoder_decoder import CompiledHalves, compile_halves, is_encoder_decoder
     from repquant_fx.options import Run
+
+    two = is_encoder_decoder(source)
+    if two:
+        check_halves(options)
 
     with joined() as world, log.using(log.QUIET) if world.rank else nullcontext():  # rank 0 speaks
         run = Run(check=options.check, work_dir=options.work_dir, distributed=world.size > 1, device=options.device,
                   statistics=options.html is not None, target=options.target, opset=options.opset,
                   with_past=options.with_past, external_data=options.external_data)
-        compiled = compile_model(source, calibration, recipe, run, out=None if world.rank else options.out)
+        compile_it = compile_halves if two else compile_model
+        compiled = compile_it(source, calibration, recipe, run, out=None if world.rank else options.out)
     if world.rank:
         return 0
+    return write_halves(compiled, options) if isinstance(compiled, CompiledHalves) else write(compiled, options)
+
+
+def write(compiled: CompiledModel, options: argparse.Namespace) -> int:
+    """Save a compiled model and summarise it; returns the exit code."""
+    from repquant_fx import log
+
     out = compiled.save(
         options.out, force=options.force, report=options.report, html=options.html, command=options.command_line
     )
-    for line in report.summary(compiled.report, verbose=options.verbose).splitlines():
-        log.info(line)
-    beside = f" and {out.with_name(compiled.report['data_file'])}" if "data_file" in compiled.report else ""
-    log.info(f"wrote {out}{beside} ({compiled.report['file_bytes'] / 1e6:.2f} MB)")
-    log.result({"out": str(out), **{key: value for key, value in compiled.report.items() if key not in LONG}})
+    summarise(compiled.report, out, options.verbose)
+    log.result({"out": str(out), **news(compiled.report)})
     if options.json:
         print(json.dumps({"out": str(out), **compiled.report}))
     return 0
+
+
+def write_halves(compiled: CompiledHalves, options: argparse.Namespace) -> int:
+    """Save an encoder and a decoder and summarise both; returns the exit code."""
+    from repquant_fx import log
+    from repquant_fx.files import DECODER, ENCODER
+
+    out = compiled.save(options.out, force=options.force, report=options.report)
+    for name, report in ((ENCODER, compiled.report["encoder"]), (DECODER, compiled.report["decoder"])):
+        summarise(report, out / name, options.verbose)
+    log.result({"out": str(out), **{name: news(report) for name, report in compiled.report.items()}})
+    if options.json:
+        print(json.dumps({"out": str(out), **compiled.report}))
+    return 0
+
+
+def summarise(report: dict[str, Any], out: Path, verbose: bool) -> None:
+    """Say what was written, and how good it is."""
+    from repquant_fx import log
+    from repquant_fx.report import summary
+
+    for line in summary(report, verbose=verbose).splitlines():
+        log.info(line)
+    beside = f" and {out.with_name(report['data_file'])}" if "data_file" in report else ""
+    log.info(f"wrote {out}{beside} ({report['file_bytes'] / 1e6:.2f} MB)")
+
+
+def news(report: dict[str, Any]) -> dict[str, Any]:
+    """A report without its long parts."""
+    return {key: value for key, value in report.items() if key not in LONG}
+
+
+def check_halves(options: argparse.Namespace) -> None:
+    """Refuse what two files cannot be given.
+
+    Raises:
+        OutputError, InputError: see `files`; or a page is wanted, which is of one file.
+    """
+    from repquant_fx.encoder_decoder import check_is_directory
+    from repquant_fx.files import DECODER, ENCODER, check_directory
+
+    check_is_directory(options.out)
+    if options.html is not None:
+        raise InputError("--html is a page of one file, and an encoder-decoder becomes two; give --report, and "
+                         "`repquant-fx inspect FILE --html` draws each file")
+    check_directory(options.out, [ENCODER, DECODER], options.force)
 
 
 def check_outputs(options: argparse.Namespace) -> None:

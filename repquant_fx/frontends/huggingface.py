@@ -25,8 +25,10 @@ from repquant_fx.frontends.directory_weights import open_weights
 from repquant_fx.frontends.mapped import map_directory
 from repquant_fx.frontends.offline import library, quiet_offline
 from repquant_fx.frontends.screening import screen
+from repquant_fx.frontends.signature import can_write
 from repquant_fx.frontends.tables import check_tables
 from repquant_fx.frontends.tasks import GENERAL, class_for, task_of
+from repquant_fx.security.guard import guarded_unless
 from repquant_fx.security.names import check_names
 
 PREFIX = "hf:"
@@ -89,14 +91,9 @@ def load_directory(
     files = find_files(folder)
     described = _description(files)
     weights = files.weights()
-    transformers = library()
     with quiet_offline(), ExitStack() as stack:
         config = _configuration(described, files)
-        names = config.architectures if isinstance(config.architectures, list) else []
-        named = next(
-            (name for name in map(str, names) if _is_model_class(getattr(transformers, name, None), config)), None
-        )
-        cls = getattr(transformers, named) if task is None and named else class_for(config, task or GENERAL)
+        cls = _class(config, task)
         check_tables(cls, described, f"{files.path / CONFIG}")
         skeleton = _skeleton(cls, config, files)
         if (
@@ -122,6 +119,32 @@ def load_directory(
             model, found = (bare, without) if not without["missing_keys"] else (model, found)
     _check_fit(model, found, files.path, task)
     return model, task or task_of(cls.__name__)
+
+
+def writes(source: str, task: str | None = None, allow_pickle: bool = False) -> bool:
+    """Whether a source is a directory of an encoder-decoder that generates; its weights are not opened.
+
+    Args:
+        source, task: see `find_directory` and `load_directory`.
+        allow_pickle: the user trusts the directory.
+
+    Raises:
+        ModelFileError, InputError: as `load_directory` does.
+    """
+    if not is_huggingface(source):
+        return False
+    files = find_files(find_directory(source))
+    with guarded_unless(allow_pickle, f"reading {files.path / CONFIG}"), quiet_offline():
+        config = _configuration(_description(files), files)
+        return can_write(cls := _class(config, task), config, task or task_of(cls.__name__))
+
+
+def _class(config: Any, task: str | None) -> Any:
+    """The class that is built: for a task, or the one that the configuration names."""
+    transformers = library()
+    names = config.architectures if isinstance(config.architectures, list) else []
+    named = next((name for name in map(str, names) if _is_model_class(getattr(transformers, name, None), config)), None)
+    return getattr(transformers, named) if task is None and named else class_for(config, task or GENERAL)
 
 
 def _description(files: ModelDirectory) -> dict[str, Any]:

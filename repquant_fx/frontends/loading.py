@@ -26,11 +26,12 @@ from repquant_fx.files import irregular
 from repquant_fx.frontends import architectures, huggingface, signature
 from repquant_fx.frontends.capture import Captured
 from repquant_fx.frontends.directory import ModelDirectory, find_files
+from repquant_fx.frontends.encoder_decoder import Writer, writer_of
 from repquant_fx.frontends.exported import load_exported
 from repquant_fx.frontends.part import Part
 from repquant_fx.frontends.past import Past
 from repquant_fx.frontends.pickled import load_pickled, refuse_bomb
-from repquant_fx.frontends.processor import load_preprocessing
+from repquant_fx.frontends.processor import features_shape, load_preprocessing
 from repquant_fx.frontends.tasks import check_task
 from repquant_fx.frontends.tokenizer import has_tokenizer, load_tokenizer
 from repquant_fx.options import Source
@@ -67,6 +68,10 @@ class LoadedModel:
         part: where it comes from, if it is a part of another model.
         past: what it takes of earlier tokens, where it decodes with a key/value cache (see `past.as_decoder`).
         captured: its graph, where that was taken before; whoever rewrites it takes a copy.
+        writer: how it writes its `decoder_input_ids`, where it is an encoder-decoder (see `encoder_decoder`).
+        ends: of a decoder alone: tokens of `input_ids` after which, and at which, nothing counts.
+        other_layers: of a half alone: paths of modules, those of the other half among them; a rule of the recipe that
+            fits one of them is no mistake.
     """
 
     module: nn.Module | None
@@ -86,6 +91,9 @@ class LoadedModel:
     part: Part | None = None
     past: Past | None = None
     captured: Captured | None = None
+    writer: Writer | None = None
+    ends: tuple[int, ...] = ()
+    other_layers: tuple[str, ...] = ()
 
     @property
     def guard(self) -> AbstractContextManager[None]:
@@ -260,7 +268,8 @@ def _zip_kind(data: bytes, where: str) -> str:
 
 
 def ready(module: nn.Module, source: str, input_shape: Sequence[int] | None = None, task: str | None = None,
-          preprocessing: dict[str, Any] | None = None, tokenizer: Any | None = None) -> LoadedModel:
+          preprocessing: dict[str, Any] | None = None, tokenizer: Any | None = None,
+          features: Sequence[int] | None = None) -> LoadedModel:
     """A module with the inputs that it implies.
 
     Raises:
@@ -278,7 +287,8 @@ def ready(module: nn.Module, source: str, input_shape: Sequence[int] | None = No
         )
     module = signature.stateless(module)
     found = signature.read_signature(module, input_shape=input_shape, task=task,
-                                     image_size=preprocessing["input_size"] if preprocessing else None)
+                                     image_size=preprocessing["input_size"] if preprocessing else None,
+                                     features=features)
     return LoadedModel(
         module,
         None,
@@ -292,6 +302,7 @@ def ready(module: nn.Module, source: str, input_shape: Sequence[int] | None = No
         tokenizer=tokenizer,
         task=found.task,
         float_modules=found.float_modules,
+        writer=writer_of(module, found.input_names),
     )
 
 
@@ -318,7 +329,7 @@ def _from_directory(folder: Path, source: Source) -> LoadedModel:
     preprocessing = load_preprocessing(files, architectures.config_image_shape(module))
     tokenizer = load_tokenizer(files) if has_tokenizer(files) else None
     loaded = _loaded(module, f"{type(module).__name__} of {source.model}", source, task=task,
-                     preprocessing=preprocessing, tokenizer=tokenizer)
+                     preprocessing=preprocessing, tokenizer=tokenizer, features=features_shape(files))
     return replace(loaded, directory=files)
 
 

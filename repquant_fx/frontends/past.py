@@ -45,6 +45,7 @@ class Past:
 
     shapes: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
     positions: bool
+    given = 2  # inputs that the others follow from
 
     def names(self) -> list[str]:
         """Of the caches in a file: `past_key_values.0.key`, `past_key_values.0.value`, ..."""
@@ -108,7 +109,7 @@ def as_decoder(loaded: LoadedModel) -> LoadedModel:
         tokens["position_ids"] = positions_of(inputs["attention_mask"])[:, old:].contiguous(), {0: BATCH, 1: SEQUENCE}
     caches = past.caches(len(ids), old, torch.Generator().manual_seed(_SEED))
     free, taken = ({0: BATCH, 2: PAST},) * len(caches), (*tokens, *(n.replace(".", "_") for n in past.names()))
-    model.forward = types.MethodType(_decoder(_cache_parameter(model), taken, len(tokens)), model)  # type: ignore[method-assign]
+    model.forward = types.MethodType(_decoder(cache_parameter(model), taken, len(tokens)), model)  # type: ignore[method-assign]
     return replace(loaded, module=model, past=past, input_names=taken,
                    example_inputs=(*(tensor for tensor, _ in tokens.values()), *caches),
                    dynamic_axes=(*(axes for _, axes in tokens.values()), *free))
@@ -139,7 +140,7 @@ def _decoder(called: str, names: Sequence[str], tokens: int) -> Callable[..., di
     return forward
 
 
-def _cache_parameter(model: nn.Module) -> str:
+def cache_parameter(model: nn.Module) -> str:
     """transformers calls it `cache`, and called it `past_key_values`."""
     taken = inspect.signature(model.forward).parameters
     name = next((name for name in ("cache", "past_key_values") if name in taken), None)

@@ -15,6 +15,33 @@ from repquant_fx.frontends.screening import screen
 
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _MOST_BYTES = 1 << 20
+_SOUNDS = "feature_extractor"  # within a processor_config.json
+
+
+def features_shape(folder: Path | ModelDirectory) -> tuple[int, int] | None:
+    """(features, frames) that the feature extractor of a directory makes of a sound; None where nothing says so.
+
+    Raises:
+        InputError: it names code or other files.
+    """
+    described = [part for found in _described(folder) for part in (found, found.get(_SOUNDS))]
+    for each in (part for part in described if isinstance(part, dict)):
+        features, frames = each.get("feature_size"), each.get("nb_max_frames")
+        if isinstance(features, int) and isinstance(frames, int) and features > 0 and frames > 0:
+            return features, frames
+    return None
+
+
+def _described(folder: Path | ModelDirectory) -> list[dict[str, Any]]:
+    path = folder.path if isinstance(folder, ModelDirectory) else folder
+    names = [name for name in _PROCESSORS if (path / name).is_file()]
+    files = find_files(folder) if names else None
+    found = [screen(files.json(name, _MOST_BYTES), str(path / name)) for name in names if files is not None]
+    return [each for each in found if isinstance(each, dict)]
+
+
+def _is_for_sounds(described: dict[str, Any]) -> bool:
+    return (_SOUNDS in described or "feature_size" in described) and not any("image_proc" in key for key in described)
 
 
 def load_preprocessing(folder: Path | ModelDirectory, expected: Sequence[int] | None) -> dict[str, Any] | None:
@@ -31,7 +58,7 @@ def load_preprocessing(folder: Path | ModelDirectory, expected: Sequence[int] | 
             model's size instead.
     """
     path = folder.path if isinstance(folder, ModelDirectory) else folder
-    if not any((path / name).is_file() for name in _PROCESSORS):
+    if not any((path / name).is_file() for name in _PROCESSORS) or all(map(_is_for_sounds, _described(folder))):
         return None
     files = find_files(folder)
     try:

@@ -21,12 +21,14 @@ from repquant_fx import limits
 from repquant_fx.calibration.drawn_text import Frame
 from repquant_fx.errors import InputError, first_line
 from repquant_fx.frontends.architectures import BATCH, config_image_shape
-from repquant_fx.frontends.tasks import TASKS, task_of
+from repquant_fx.frontends.tasks import GENERAL, TASKS, WRITING, task_of
 
 TEXT_LENGTH = 128  # tokens of an example and of a calibration sequence, where the model takes so many
+TARGET_LENGTH = 48  # of an example of what a decoder writes; of another length, so that neither is taken for the other
+TARGET, TARGET_SEQUENCE = "decoder_input_ids", "decoder_sequence"
 _SEED = 0
 _PRODUCTS_OF_THE_ROOT = "matmul*"  # a product outside all modules goes by the name of its node
-_INPUTS = ("input_ids", "attention_mask", "pixel_values", "input_points")
+_INPUTS = ("input_ids", "attention_mask", "pixel_values", "input_features", "input_points")
 
 
 @dataclass(frozen=True)
@@ -93,26 +95,51 @@ def positions(module: object) -> int | None:
     return size
 
 
+def can_write(model: Any, config: Any, task: str | None) -> bool:
+    """Whether a model, or a class of models, of transformers is an encoder-decoder that generates, and is used as one.
+
+    Args:
+        task: one of `tasks.TASKS`: some serve others, which leave the decoder alone.
+    """
+    able = getattr(model, "can_generate", None)
+    return bool(getattr(config, "is_encoder_decoder", False) and able is not None and able()
+                and task in (*WRITING, GENERAL, None))
+
+
+def decoder_config(config: Any) -> Any:
+    """The part of a configuration that describes the decoder."""
+    return config.get_text_config(decoder=True)
+
+
+def longest_target(config: Any) -> int | None:
+    """Tokens that the decoder was built for; None where it does not say."""
+    described = decoder_config(config)
+    sizes = [getattr(described, name, None) for name in ("max_target_positions", "max_position_embeddings")]
+    return next((size for size in sizes if isinstance(size, int) and size > 0), None)
+
+
 def read_signature(model: nn.Module, *, input_shape: Sequence[int] | None = None, task: str | None = None,
-                   image_size: Sequence[int] | None = None) -> Signature:
+                   image_size: Sequence[int] | None = None, features: Sequence[int] | None = None) -> Signature:
     """Inputs, free axes, outputs and float modules of a transformers model.
 
     Args:
         model: see `stateless`.
-        input_shape: WITHOUT the batch: (C, H, W) for the images, (length,) for the text. Overrides what the model says.
+        input_shape: WITHOUT the batch: (C, H, W) for the images, (length,) for the text, (features, frames) for sounds.
+            Overrides what the model says.
         task: decides which outputs are kept; by the model's class where None.
         image_size: (C, H, W) that the model's preprocessing gives.
+        features: (features, frames) that it gives of sounds.
 
     Raises:
         InputError: the model takes something that is neither text nor an image, or does not run on the inputs made up
             for it.
     """
     task = task or task_of(type(model).__name__)
-    names = _input_names(model)
+    names = _input_names(model, task)
     generator = torch.Generator().manual_seed(_SEED)
     independent = {"input_ids", "pixel_values"} <= set(names) and "input_points" not in names
     for texts in ((BATCH + 1, BATCH) if independent else (BATCH,)):
-        inputs = _examples(model, names, input_shape, image_size, texts, generator)
+        inputs = _examples(model, names, input_shape, image_size, features, texts, generator)
         try:
             fields, float_modules = _run(model, dict(zip(names, inputs)))
         except InputError:
@@ -127,7 +154,7 @@ def read_signature(model: nn.Module, *, input_shape: Sequence[int] | None = None
     return Signature(inputs, names, axes, wanted or fields, float_modules, task)
 
 
-def _input_names(model: nn.Module) -> tuple[str, ...]:
+def _input_names(model: nn.Module, task: str) -> tuple[str, ...]:
     parameters = inspect.signature(model.forward).parameters
     main = getattr(model, "main_input_name", None)
     names = tuple(
@@ -138,7 +165,7 @@ def _input_names(model: nn.Module) -> tuple[str, ...]:
             f"{type(model).__name__} takes {main}, for which no example can be made up; save it with torch.export.save "
             "(.pt2), or pass example_inputs to repquant_fx.compile"
         )
-    return names
+    return (*names, TARGET) if can_write(model, getattr(model, "config", None), task) else names
 
 
 def _examples(
@@ -146,6 +173,7 @@ def _examples(
     names: tuple[str, ...],
     input_shape: Sequence[int] | None,
     image_size: Sequence[int] | None,
+    features: Sequence[int] | None,
     texts: int,
     generator: torch.Generator,
 ) -> tuple[Tensor, ...]:
@@ -182,12 +210,22 @@ def _examples(
         made["pixel_values"] = torch.randn(BATCH, *shape, generator=generator)
         # in pixels: 1 object, 2 clicks
         made["input_points"] = torch.rand(BATCH, 1, 2, 2, generator=generator) * min(shape[1:])
+    if "input_features" in names:
+        sounds = given if given is not None and len(given) == 2 else features
+        if sounds is None:
+            raise InputError(f"{type(model).__name__} does not say what sounds it takes; pass --input-shape, features "
+                             "and frames without the batch dimension, such as 80,3000")
+        limits.check_size((BATCH, *sounds), "an example input_features")
+        made["input_features"] = torch.randn(BATCH, *sounds, generator=generator)
     if given is not None and len(given) not in [tensor.ndim - 1 for tensor in made.values()]:
         raise InputError(
             f"--input-shape {given}: {type(model).__name__} takes {', '.join(names)}; give (length,) for text, (C, H, "
-            "W) "
-            "for images, without the batch"
+            "W) for images, (features, frames) for sounds, without the batch"
         )
+    if TARGET in names:
+        config: Any = model.config
+        tokens = min(TARGET_LENGTH, longest_target(config) or TARGET_LENGTH)
+        made[TARGET] = torch.randint(0, decoder_config(config).vocab_size, (texts, tokens), generator=generator)
     return tuple(made[name] for name in names)
 
 
@@ -195,6 +233,8 @@ def free_axes(name: str, independent: bool = False) -> dict[int, str]:
     """The free axes of an input by its name. Texts and images are counted apart where the model compares each with
     each.
     """
+    if name == TARGET:
+        return {0: "batch", 1: TARGET_SEQUENCE}
     if name in ("input_ids", "attention_mask"):
         return {0: "text_batch" if independent else "batch", 1: "sequence"}
     return {0: "batch"}

@@ -21,10 +21,13 @@ class Task:
     outputs: tuple[str, ...] = ()
 
 
-# A class may serve two tasks: the first that lists it is its own, so the most general comes last.
+# A class may serve two tasks: the first that lists it is its own, so the most general comes last. A BART that writes
+# serves masked-lm, too.
 TASKS = {
     "image-classification": Task(("AutoModelForImageClassification",), ("logits",)),
     "text-classification": Task(("AutoModelForSequenceClassification",), ("logits",)),
+    "seq2seq-lm": Task(("AutoModelForSeq2SeqLM",), ("logits",)),
+    "speech-seq2seq": Task(("AutoModelForSpeechSeq2Seq",), ("logits",)),
     "masked-lm": Task(("AutoModelForMaskedLM",), ("logits",)),
     "causal-lm": Task(("AutoModelForCausalLM",), ("logits",)),
     "zero-shot-image-classification": Task(("AutoModelForZeroShotImageClassification",),
@@ -37,6 +40,7 @@ TASKS = {
     "feature-extraction": Task(("AutoModel",)),
 }
 GENERAL = "feature-extraction"
+WRITING = ("seq2seq-lm", "speech-seq2seq")  # of an encoder and a decoder
 
 
 def check_task(task: str | None) -> None:

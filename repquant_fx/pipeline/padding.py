@@ -22,7 +22,8 @@ from repquant_fx.passes.base import aten, is_tensor, shape_of
 from repquant_fx.passes.caches import caches
 from repquant_fx.passes.operators import AFFINE, CASTS, ELEMENT_WISE, MASKS, MATMULS, MOVES, NORMS, REDUCTIONS, SOFTMAX
 
-MASK = "attention_mask"  # the input's name in transformers: not 0 where a token is real
+MASKS_OF_TOKENS = ("attention_mask", "encoder_attention_mask")  # names in transformers: not 0 where a token is real
+ENDS = "ends"  # in the `meta` of an input of ids: tokens at which and after which none counts, but for the first
 # the result is of the operand's shape, and counts where it does
 ALIKE = CASTS | ELEMENT_WISE | MASKS | NORMS | SOFTMAX | {AFFINE}
 
@@ -43,17 +44,22 @@ class Padding:
 
 
 def find_padding(graph_module: GraphModule, batches: Sequence[tuple[Tensor, ...]]) -> Padding:
-    """What counts in each batch of a graph. Costs nothing where the graph has no mask, or it leaves nothing out.
+    """What counts in each batch of a graph, by its masks and the tokens that end a text. Costs nothing where the graph
+    has none, or they leave nothing out.
 
     Names hold for every copy of the graph, and for what passes leave of it.
 
     Args:
         batches: positional inputs of the graph, one tuple per batch.
     """
-    places = [index for index, node in enumerate(_inputs(graph_module)) if node.target == MASK]
-    if not places or all(bool((batch[places[0]] != 0).all()) for batch in batches):
+    inputs = _inputs(graph_module)
+    masks = [index for index, node in enumerate(inputs) if node.target in MASKS_OF_TOKENS]
+    ids = [index for index, node in enumerate(inputs) if node.meta.get(ENDS)]
+    real = [{index: batch[index] != 0 for index in masks} |
+            {index: _before_end(batch[index], inputs[index].meta[ENDS]) for index in ids} for batch in batches]
+    if all(bool(counts.all()) for each in real for counts in each.values()):
         return Padding()
-    found = [_Walk(graph_module, batch, places[0]).found() for batch in batches]
+    found = [_Walk(graph_module, batch, each).found() for batch, each in zip(batches, real)]
     # what is padding in every sample is read all the same, such as the first of tokens that are padded on the left
     empty = {name for name in found[0] if not any(bool(each[name].any()) if name in each else True for each in found)}
     return Padding([{name: counts for name, counts in each.items() if name not in empty} for each in found])
@@ -63,32 +69,44 @@ def _inputs(graph_module: GraphModule) -> list[Node]:
     return list(graph_module.graph.find_nodes(op="placeholder"))
 
 
+def _before_end(ids: Tensor, ends: Sequence[int]) -> Tensor:
+    ended = torch.isin(ids, torch.tensor(ends, dtype=ids.dtype, device=ids.device))
+    ended[:, :1] = False
+    return ended.cumsum(1) == 0
+
+
 class _Unknown(Exception):
     """A size is not known before the model runs."""
 
 
 class _Walk:
-    """One batch's mask on its way through the graph.
+    """The masks of one batch on their way through the graph.
 
     Attributes:
         counts: by node, boolean, of the value's rank, with 1 along the axes on which it does not change; tuples for
             what gives several tensors.
     """
 
-    def __init__(self, graph_module: GraphModule, batch: tuple[Tensor, ...], place: int) -> None:
+    def __init__(self, graph_module: GraphModule, batch: tuple[Tensor, ...], real: Mapping[int, Tensor]) -> None:
+        """Args:
+            real: boolean (samples, tokens), by the place of the input that tells: a mask, or ids with an end.
+        """
         self.graph_module, self.counts, self.sizes = graph_module, dict[Node, Any](), dict[Any, int]()
-        inputs, mask = _inputs(graph_module), batch[place] != 0
-        self.device = mask.device
-        tokens = list(map(str, shape_of(inputs[place])))  # to compare symbols would bind them
+        inputs = _inputs(graph_module)
+        self.device = batch[0].device
         empty = bool(caches(graph_module))  # then the mask is of the tokens given, whatever its symbol
         for node, tensor in zip(inputs, batch):
-            shape = shape_of(node)
-            self.sizes |= {s.node.expr: n for s, n in zip(shape, tensor.shape) if isinstance(s, torch.SymInt)}
-            # ids of the tokens, or their embeddings
-            alike = list(map(str, shape[:2])) == tokens or (empty and tensor.shape[:2] == mask.shape)
-            alike = alike and len(shape) in (2, 3)
-            if alike and node is not inputs[place] and not mask.all():
-                self.counts[node] = mask.reshape(*mask.shape, *(1,) * (len(shape) - 2))
+            self.sizes |= {s.node.expr: n for s, n in zip(shape_of(node), tensor.shape) if isinstance(s, torch.SymInt)}
+        for place, mask in real.items():
+            tokens = list(map(str, shape_of(inputs[place])))  # to compare symbols would bind them
+            is_mask = inputs[place].target in MASKS_OF_TOKENS
+            for node, tensor in zip(inputs, batch):
+                shape = shape_of(node)
+                # ids of the tokens, or their embeddings
+                alike = list(map(str, shape[:2])) == tokens or (empty and tensor.shape[:2] == mask.shape)
+                alike = alike and len(shape) in (2, 3) if is_mask else node is inputs[place]
+                if alike and not (is_mask and node is inputs[place]) and not mask.all():
+                    self.counts[node] = mask.reshape(*mask.shape, *(1,) * (len(shape) - 2))
 
     def found(self) -> dict[str, Tensor]:
         """By the node's name; equal ones are one tensor."""
