@@ -81,9 +81,8 @@ def generate(runner: Runner | Halves, prompt: list[int], tokens: int, *, tempera
     if not prompt:
         raise InputError("the prompt has no token")
     choose, found, seconds = _chooser(temperature, seed), list[int](), list[float]()
-    halves = isinstance(runner, Halves)
-    source = runner.decoder.source if halves else runner.source
-    steps = _written(runner, prompt, found) if halves else _steps(Decoder(runner), prompt, found)
+    steps = _written(runner, prompt, found) if isinstance(runner, Halves) else _steps(Decoder(runner), prompt, found)
+    source = (runner.decoder if isinstance(runner, Halves) else runner).source
     for logits, spent in _timed(steps):
         if not bool(torch.isfinite(logits).all()):
             raise InputError(f"the logits of {source} are NaN or infinite after {len(found)} tokens")

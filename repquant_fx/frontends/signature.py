@@ -108,7 +108,8 @@ def can_write(model: Any, config: Any, task: str | None) -> bool:
 
 def decoder_config(config: Any) -> Any:
     """The part of a configuration that describes the decoder."""
-    return config.get_text_config(decoder=True)
+    inner = getattr(config, "decoder", None)
+    return inner if hasattr(inner, "vocab_size") else config
 
 
 def longest_target(config: Any) -> int | None:

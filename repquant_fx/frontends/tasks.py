@@ -36,6 +36,7 @@ TASKS = {
                                 "AutoModelForInstanceSegmentation", "AutoModelForImageSegmentation"),
                                ("logits", "class_queries_logits", "masks_queries_logits", "pred_boxes", "pred_masks")),
     "object-detection": Task(("AutoModelForObjectDetection",), ("logits", "pred_boxes")),
+    "zero-shot-object-detection": Task(("AutoModelForZeroShotObjectDetection",), ("logits", "pred_boxes")),
     "mask-generation": Task(("AutoModelForMaskGeneration",), ("iou_scores", "pred_masks")),
     "feature-extraction": Task(("AutoModel",)),
 }
