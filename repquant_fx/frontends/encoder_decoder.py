@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from repquant_fx.errors import InputError, first_line
 from repquant_fx.frontends.past import cache_parameter
-from repquant_fx.frontends.signature import TARGET, decoder_config, longest_target
+from repquant_fx.frontends.signature import TARGET, longest_target, target_vocabulary
 from repquant_fx.frontends.tasks import GENERAL
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Writer:
         with _said("the decoder", batch):
             for _ in range(min(tokens, self.longest or tokens) - 1):
                 given = {TARGET: ids if cache is None else ids[:, -1:], name: cache}
-                result = self.module(**_told(hidden, self._mask(batch)), **given, use_cache=True)
+                result = self.module(**_told(hidden, self.mask(batch)), **given, use_cache=True)
                 cache, logits = result.get(name), result[WRITTEN][:, -1]
                 if not bool(torch.isfinite(logits).all()):
                     raise InputError("the logits of the decoder are NaN or infinite")
@@ -97,10 +97,10 @@ class Writer:
     def half(self, batch: Sequence[Tensor], tokens: int = TOKENS) -> tuple[Tensor, ...]:
         """All inputs of the decoder."""
         hidden = self.read(batch)
-        ids, mask = self._padded(self.write(batch, hidden, tokens), tokens), self._mask(batch)
+        ids, mask = self._padded(self.write(batch, hidden, tokens), tokens), self.mask(batch)
         return (ids, *([] if mask is None else [mask]), hidden)
 
-    def _mask(self, batch: Sequence[Tensor]) -> Tensor | None:
+    def mask(self, batch: Sequence[Tensor]) -> Tensor | None:
         """Which positions of what the encoder gives are real; None where all are, or it counts them otherwise."""
         given = dict(zip(self.names, batch))
         return given[_MASK] if self.names[:2] == ("input_ids", _MASK) else None
@@ -120,11 +120,10 @@ def writer_of(module: nn.Module, names: Sequence[str]) -> Writer | None:
     if TARGET not in names:
         return None
     config: Any = cast(Any, module).config
-    described = [getattr(module, "generation_config", None), config, decoder_config(config)]
+    described = [getattr(module, "generation_config", None), config, getattr(config, "decoder", None)]
     start = next((token for name in ("decoder_start_token_id", "bos_token_id") for each in described
                   if isinstance(token := getattr(each, name, None), int)), None)
-    vocabulary = decoder_config(config).vocab_size
-    if start is None or not 0 <= start < vocabulary:
+    if start is None or not 0 <= start < target_vocabulary(config):
         raise InputError(f"the configuration of {type(module).__name__} names no decoder_start_token_id, with which a "
                          "decoder begins")
     ends = next((end for each in described if (end := getattr(each, "eos_token_id", None)) is not None), ())
@@ -150,7 +149,7 @@ def halves(loaded: LoadedModel) -> tuple[LoadedModel, LoadedModel]:
         input_names=read, example_inputs=tuple(by_name.values()), dynamic_axes=tuple(free[name] for name in read),
         outputs=(READ,), task=GENERAL, writer=None, other_layers=paths)
     with loaded.guard:
-        hidden, mask = writer.read(tuple(by_name.values())), writer._mask(tuple(by_name.values()))
+        hidden, mask = writer.read(tuple(by_name.values())), writer.mask(tuple(by_name.values()))
     told: dict[str, tuple[Tensor, dict[int, str]]] = {"input_ids": (ids, free[TARGET])}
     if mask is not None:
         told[HIDDEN_MASK] = mask, free[_MASK]

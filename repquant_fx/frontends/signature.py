@@ -112,6 +112,18 @@ def decoder_config(config: Any) -> Any:
     return inner if hasattr(inner, "vocab_size") else config
 
 
+def target_vocabulary(config: Any) -> int:
+    """Number of token ids that the decoder knows.
+
+    Raises:
+        InputError: the configuration does not say.
+    """
+    size = getattr(decoder_config(config), "vocab_size", None)
+    if not isinstance(size, int) or size < 1:
+        raise InputError(f"a decoder writes tokens, but the configuration of {config.model_type!r} has no vocab_size")
+    return size
+
+
 def longest_target(config: Any) -> int | None:
     """Tokens that the decoder was built for; None where it does not say."""
     described = decoder_config(config)
@@ -225,8 +237,8 @@ def _examples(
         )
     if TARGET in names:
         config: Any = model.config
-        tokens = min(TARGET_LENGTH, longest_target(config) or TARGET_LENGTH)
-        made[TARGET] = torch.randint(0, decoder_config(config).vocab_size, (texts, tokens), generator=generator)
+        tokens, known = min(TARGET_LENGTH, longest_target(config) or TARGET_LENGTH), target_vocabulary(config)
+        made[TARGET] = torch.randint(0, known, (texts, tokens), generator=generator)
     return tuple(made[name] for name in names)
 
 

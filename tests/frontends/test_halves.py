@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from language import LINES, save, tokenizer
-from seq2seq import FEATURES, FRAMES, SHARED, make
+from language import LENGTH, LINES, VOCABULARY, save, tokenizer
+from seq2seq import FEATURES, FRAMES, make
 from seq2seq import save as save_pair
 
 from repquant_fx.errors import InputError
@@ -17,9 +17,9 @@ from repquant_fx.frontends.huggingface import writes
 from repquant_fx.frontends.loading import load_model
 from repquant_fx.frontends.memory import from_memory
 from repquant_fx.frontends.processor import features_shape
-from repquant_fx.options import Source
+from repquant_fx.options import Calibration, Source
 from repquant_fx.pipeline.padding import find_padding
-from repquant_fx.preparation import match
+from repquant_fx.preparation import match, prepare
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +135,10 @@ def test_a_rule_for_one_half_is_no_mistake_in_the_other(place: Path, recwarn: py
 
 
 def test_the_whole_is_a_model_of_its_own() -> None:
-    loaded = from_memory(make("bart"))
-    assert loaded.outputs == ("logits",) and loaded.input_names == ("input_ids", "attention_mask", "decoder_input_ids")
-    assert SHARED["vocab_size"] > int(loaded.example_inputs[2].max())
+    ids = torch.randint(3, VOCABULARY, (6, 10), generator=torch.Generator().manual_seed(1))
+    prepared = prepare(Source(make("bart")), Calibration(ids))
+    assert prepared.captured.input_names == ["input_ids", "attention_mask", "decoder_input_ids"]
+    assert prepared.captured.output_names == ["logits"]
+    (batch,) = prepared.data.batches
+    assert [tuple(tensor.shape) for tensor in batch] == [(6, 10), (6, 10), (6, LENGTH)]
+    assert prepared.graph_module(*batch).shape == (6, LENGTH, VOCABULARY)
