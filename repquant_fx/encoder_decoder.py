@@ -130,7 +130,7 @@ def _written(loaded: LoadedModel, data: CalibrationSet, calibration: Calibration
     """The decoder's side of calibration data."""
     writer = loaded.writer
     assert writer is not None
-    tokens = min(TOKENS, calibration.seq_len or TOKENS)
+    tokens = min(size for size in (TOKENS, calibration.seq_len, writer.longest) if size is not None)
     with loaded.guard:
         batches = [writer.half(batch, tokens) for batch in data.batches]
     origin = f"{data.origin}; what the float model writes of them, at most {tokens} tokens"

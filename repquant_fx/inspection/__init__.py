@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from repquant_fx.errors import InputError
-from repquant_fx.files import MODEL
+from repquant_fx.files import DECODER, ENCODER, MODEL
 from repquant_fx.inspection.file import inspect_file, is_file
 from repquant_fx.inspection.preview import inspect_model
 from repquant_fx.inspection.table import Inspection, Row
@@ -22,6 +22,9 @@ def inspect(source: str, recipe: Any = None, **options: Any) -> Inspection:
     """
     if (Path(source) / MODEL).is_file():
         source = str(Path(source) / MODEL)
+    if (Path(source) / ENCODER).is_file():
+        raise InputError(f"{source} holds an encoder and a decoder, which are inspected one by one: give "
+                         f"{Path(source) / ENCODER} or {DECODER}")
     if not is_file(source):
         return inspect_model(source, recipe, **options)
     from repquant_fx.recipe import Recipe

@@ -105,6 +105,13 @@ def test_both_together_are_near_the_float_model(folder: Path) -> None:
     assert sqnr(torch.from_numpy(logits), expected) > 15
 
 
+def test_inspect_takes_one_of_them(folder: Path, cli: Any) -> None:
+    found = cli("inspect", folder / "out")
+    assert found.code == 2 and "one by one" in found.err and found.err.count("\n") == 1
+    found = cli("inspect", folder / "out" / "decoder_model.onnx", "--json")
+    assert any(row["site"].startswith("decoder.block.0.layer.1.EncDecAttention") for row in found.json["rows"])
+
+
 def test_generate(folder: Path, cli: Any) -> None:
     found = cli("generate", folder / "out", PROMPT, "--tokens", TOKENS, "--threads", 1, "--json")
     assert found.code == 0, found.err
