@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from compiled import PLAIN
@@ -10,8 +9,9 @@ from helpers import redraw
 from language import TEXT, VISION, VOCABULARY
 from torch import nn
 
-from repquant_fx import Recipe, compile
 from repquant_fx.frontends.memory import from_memory
+from repquant_fx.options import Calibration, Run, Source
+from repquant_fx.preparation import prepare
 
 
 def owlvit() -> nn.Module:
@@ -37,13 +37,8 @@ def test_what_it_takes_and_gives() -> None:
 
 
 @pytest.mark.slow
-def test_the_whole_way() -> None:
-    model = owlvit()
-    compiled = compile(model, inputs(16, 1), Recipe(**PLAIN))  # the codes are checked on the way
-    given = inputs(3, 2)
-    with torch.no_grad():
-        expected = model(**given)
-    found = compiled.session(1).run(["logits", "pred_boxes"], {name: value.numpy() for name, value in given.items()})
-    for mine, name in zip(found, ("logits", "pred_boxes")):
-        other = expected[name].numpy()
-        assert mine.shape == other.shape and np.abs(mine - other).max() < 0.2 * np.abs(other).max()
+def test_it_is_matched_and_has_an_onnx_form() -> None:
+    prepared = prepare(Source(owlvit()), Calibration(inputs(16, 1)), PLAIN, Run())
+    assert prepared.captured.output_names == ["logits", "pred_boxes"] and len(prepared.plan.groups) == 17
+    assert "class_head" in [item.path for item in prepared.plan.left_alone]  # how alike texts and places are
+    assert [len(tensor) for tensor in prepared.graph_module(*inputs(3, 2).values())] == [3, 3]
