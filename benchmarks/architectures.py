@@ -2,12 +2,14 @@
 small size, with random weights, at W8A8.
 
     python benchmarks/architectures.py                      # hours; the same command goes on where it was interrupted
-    python benchmarks/architectures.py --limit 100          # so many of each library, spread evenly
+    python benchmarks/architectures.py --limit 100          # so many of each library, of as many files as possible
     python benchmarks/architectures.py --only timm:swin_tiny_patch4_window7_224 transformers:bert
     python benchmarks/architectures.py --page docs/architectures.md --limit 0   # the page from the rows that there are
 
-Each model is compiled in a process of its own with a time limit (`--seconds`). Rows are kept in
-`benchmarks/results/architectures.json`; `--keep` uses those of other commits (`results.py`).
+Each model is compiled in a process of its own with a time limit (`--seconds`). One that torch.export turns into the same
+operators as one that compiled, sizes aside, is not compiled again: its row names the other (`graphs.py`). Rows are kept
+in `benchmarks/results/architectures.json`; `--keep` uses those of other commits (`results.py`), and `--again OUTCOME`
+tries anew what had that outcome.
 """
 
 from __future__ import annotations
@@ -22,11 +24,16 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from graphs import Inputs, fingerprint
 from results import Key, Results, Row, Values, add_options
-from shrink import NotSmall, architectures_of_transformers, small_timm, small_transformers, transformers_of_timm
+from shrink import NotSmall
+from shrink_timm import small_timm, transformers_of_timm
+from shrink_transformers import architectures_of_transformers, small_transformers
+from torch import nn
 
 DONE = "code for code"
 NOT_CAPTURED = "not captured"
@@ -49,25 +56,26 @@ _LONGEST = 200  # letters of a reason
 _ASLEEP = 20  # times the limit: what waits so long waits for ever
 
 
-def outcome(library: str, name: str) -> Values:
-    """Compile one architecture in this process."""
+def outcome(library: str, name: str, compiled: Mapping[str, str] = MappingProxyType({})) -> Values:
+    """Compile one architecture in this process, unless its graph is one of those that compiled: names by fingerprint."""
+    warnings.simplefilter("ignore")
+    try:
+        model, inputs = small_timm(name) if library == "timm" else small_transformers(name)
+    except NotSmall as error:
+        return {"outcome": NOT_SMALL, "reason": shortened(str(error))}
+    graph = fingerprint(model, inputs)
+    if graph in compiled:
+        return {"outcome": DONE, "reason": "", "as": compiled[graph]}
+    return {**_compiled(model, inputs), "graph": graph}
+
+
+def _compiled(model: nn.Module, inputs: Inputs) -> Values:
     from repquant_fx import InputError, ParityError, Recipe, compile
     from repquant_fx.errors import ExportError
 
-    warnings.simplefilter("ignore")
     try:
-        if library == "timm":
-            model, inputs = small_timm(name), None
-        else:
-            model, inputs = small_transformers(name)
-    except NotSmall as error:
-        return {"outcome": NOT_SMALL, "reason": shortened(str(error))}
-    try:
-        if inputs is None:
-            from repquant_fx.frontends.architectures import example_inputs
-
-            (images,) = example_inputs(model)
-            compile(model, more(images), Recipe(**PLAIN), batch_size=2)
+        if isinstance(inputs, torch.Tensor):
+            compile(model, more(inputs), Recipe(**PLAIN), batch_size=2)
         else:
             compile(model, {key: more(value) for key, value in inputs.items()}, Recipe(**PLAIN), example_inputs=inputs,
                     batch_size=2)
@@ -94,14 +102,14 @@ def shortened(text: str) -> str:
     return line if len(line) <= _LONGEST else line[:_LONGEST - 3] + "..."
 
 
-def in_a_child(library: str, name: str, seconds: float) -> Values:
+def in_a_child(library: str, name: str, seconds: float, compiled: Mapping[str, str]) -> Values:
     """`outcome` in a forked process that is ended after so many CPU seconds, which do not depend on what else runs."""
     context, late = multiprocessing.get_context("fork"), {"outcome": "time limit", "reason": f"{seconds:g} s"}
     receiver, sender = context.Pipe(duplex=False)
 
     def work() -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds), math.ceil(seconds) + 5))
-        sender.send(outcome(library, name))
+        sender.send(outcome(library, name, compiled))
 
     child = context.Process(target=work)
     begin = time.perf_counter()
@@ -118,18 +126,26 @@ def in_a_child(library: str, name: str, seconds: float) -> Values:
     return {**values, "seconds": round(time.perf_counter() - begin, 1)}
 
 
-def chosen(names: Mapping[str, str], limit: int | None) -> list[str]:
-    """So many names, of as many files as possible: one of each first, spread evenly."""
+def rounds(names: Mapping[str, str], limit: int | None = None) -> list[list[str]]:
+    """One name of each file, then a second one of each, and so on; of a first round that is too long, ones spread
+    evenly.
+    """
     groups: dict[str, list[str]] = {}
     for name, group in names.items():
         groups.setdefault(group, []).append(name)
     depth = max(map(len, groups.values()), default=0)
-    ordered = [group[i] for i in range(depth) for group in groups.values() if i < len(group)]
-    if limit is None or limit >= len(ordered):
-        return ordered
-    if limit < len(groups):
-        return ordered[:len(groups)][::max(1, -(-len(groups) // max(1, limit)))][:limit]
-    return ordered[:limit]
+    found = [[group[i] for group in groups.values() if i < len(group)] for i in range(depth)]
+    if limit is not None and found and limit < len(found[0]):
+        return [found[0][::-(-len(found[0]) // max(1, limit))][:limit]]
+    left = itertools.accumulate((len(each) for each in found), initial=0)
+    return [each if limit is None else each[:max(0, limit - before)] for each, before in zip(found, left)]
+
+
+def ordered(known: Mapping[str, Mapping[str, str]], limit: int | None = None) -> list[tuple[str, str]]:
+    """Libraries and names, round by round, the libraries in turns."""
+    each = [[[(library, name) for name in names] for names in rounds(files, limit)] for library, files in known.items()]
+    return [place for turn in itertools.zip_longest(*each, fillvalue=[]) for row in itertools.zip_longest(*turn)
+            for place in row if place]
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
@@ -167,18 +183,30 @@ def _cell(text: str) -> str:
     return "`" + text.replace("`", "'").replace("|", "\\|") + "`" if text else ""
 
 
-def run(results: Results, names: Sequence[tuple[str, str]], seconds: float) -> None:
-    """Compile all of them, one after the other, and say what became of each."""
+def run(results: Results, names: Sequence[tuple[str, str]], seconds: float, again: Sequence[str] = ()) -> None:
+    """Compile all of them, one after the other, and say what became of each.
+
+    Args:
+        again: outcomes of stored rows that are tried anew.
+    """
     for index, (library, name) in enumerate(names, 1):
-        values, new = results.measure((library, name), 0, lambda: in_a_child(library, name, seconds))  # noqa: B023
+        stored = results.found.get(((library, name), 0))
+        if stored is not None and stored.values["outcome"] in again:
+            results.found.pop(((library, name), 0))
+        compiled = {row.values["graph"]: key[1] for (key, _), row in results.found.items()
+                    if row.values["outcome"] == DONE and row.values.get("graph")}
+        values, new = results.measure((library, name), 0,
+                                      lambda: in_a_child(library, name, seconds, compiled))  # noqa: B023
         if new:
-            print(f"{index}/{len(names)} {library}:{name}: {values['outcome']}  {values['reason']}", flush=True)
+            print(f"{index}/{len(names)} {library}:{name}: {values['outcome']}  "
+                  f"{values.get('as') or values['reason']}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=int, help="so many of each library")
     parser.add_argument("--only", nargs="+", metavar="LIBRARY:NAME", help="these alone")
+    parser.add_argument("--again", nargs="+", default=[], metavar="OUTCOME", help="try stored rows of these outcomes anew")
     parser.add_argument("--seconds", type=float, default=120, help="of the CPU for each (default 120)")
     parser.add_argument("--page", type=Path, help="write the page of the documents, too")
     add_options(parser, "architectures.json", seeds=False)
@@ -186,16 +214,14 @@ def main() -> None:
     torch.set_num_threads(1)
     import repquant_fx.compiler  # noqa: F401 - once, before processes are forked
 
-    known: dict[str, Any] = {"timm": transformers_of_timm(),
-                             "transformers": {name: name for name in architectures_of_transformers()}}
+    known = {"timm": transformers_of_timm(), "transformers": architectures_of_transformers()}
     counts = {library: len(names) for library, names in known.items()}
     results = Results(options.results, {"known": counts}, options.keep)
     if options.only:
         run(results, [(library, name) for library, _, name in (each.partition(":") for each in options.only)],
-            options.seconds)
+            options.seconds, options.again)
     else:
-        each = [[(library, name) for name in chosen(names, options.limit)] for library, names in known.items()]
-        run(results, [place for row in itertools.zip_longest(*each) for place in row if place], options.seconds)
+        run(results, ordered(known, options.limit), options.seconds, options.again)
     text = page(results.found)
     print(text)
     if options.page is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import architectures
 import pytest
 import results
-import shrink
+import shrink_transformers
 from results import Row
 
 DOCUMENT = Path(__file__).parents[2] / "docs/architectures.md"
@@ -20,33 +20,35 @@ ROWS = {(("timm", name), 0): Row({"outcome": outcome, "reason": reason, "seconds
 
 def test_one_of_each_file_comes_first() -> None:
     names = {"a1": "a", "a2": "a", "a3": "a", "b1": "b", "c1": "c", "c2": "c"}
-    assert architectures.chosen(names, None) == ["a1", "b1", "c1", "a2", "c2", "a3"]
-    assert architectures.chosen(names, 4) == ["a1", "b1", "c1", "a2"]
-    assert architectures.chosen(names, 2) == ["a1", "c1"] and architectures.chosen(names, 0) == []
+    assert architectures.rounds(names) == [["a1", "b1", "c1"], ["a2", "c2"], ["a3"]]
+    assert architectures.rounds(names, 4) == [["a1", "b1", "c1"], ["a2"], []]
+    assert architectures.rounds(names, 2) == [["a1", "c1"]] and architectures.rounds(names, 0) == [[]]
+    assert architectures.ordered({"x": names, "y": {"d1": "d"}}, 4) == [
+        ("x", "a1"), ("y", "d1"), ("x", "b1"), ("x", "c1"), ("x", "a2")]
 
 
 def test_configurations_are_made_small() -> None:
     large = {"hidden_size": 768, "num_hidden_layers": 12, "vocab_size": 30522, "head_dim": 64, "dropout": 0.1,
              "hidden_sizes": [64, 128], "depths": [3, 4], "tie": True, "pad_token_id": 50256, "eps": 1,
              "text_config": {"d_model": 512}, "layer_types": ["full", "sliding"]}
-    small = shrink.smaller(large, ("layer_types",))
+    small = shrink_transformers.smaller(large, ("layer_types",))
     assert small == {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 96, "head_dim": 16, "dropout": 0.1,
                      "hidden_sizes": [32, 32], "depths": [2, 1], "tie": True, "pad_token_id": 3, "eps": 1,
                      "text_config": {"d_model": 32}}
 
 
 def test_processes_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    def burn(library: str, name: str) -> None:
+    def burn(library: str, name: str, compiled: object) -> None:
         while True:
             pass
 
-    monkeypatch.setattr(architectures, "outcome", lambda library, name: {"outcome": library + name})
-    assert architectures.in_a_child("a", "b", 60)["outcome"] == "ab"
+    monkeypatch.setattr(architectures, "outcome", lambda library, name, compiled: {"outcome": library + name})
+    assert architectures.in_a_child("a", "b", 60, {})["outcome"] == "ab"
     monkeypatch.setattr(architectures, "outcome", burn)
-    assert architectures.in_a_child("a", "b", 0.1) == {"outcome": "time limit", "reason": "0.1 s"} | {
+    assert architectures.in_a_child("a", "b", 0.1, {}) == {"outcome": "time limit", "reason": "0.1 s"} | {
         "seconds": pytest.approx(1, abs=1000)}
-    monkeypatch.setattr(architectures, "outcome", lambda library, name: os._exit(7))
-    assert architectures.in_a_child("a", "b", 60)["reason"] == "it ended with the code 7"
+    monkeypatch.setattr(architectures, "outcome", lambda library, name, compiled: os._exit(7))
+    assert architectures.in_a_child("a", "b", 60, {})["reason"] == "it ended with the code 7"
 
 
 def test_the_page_counts() -> None:
@@ -63,7 +65,7 @@ def test_the_page_of_the_documents_is_that_of_the_rows() -> None:
 def test_an_interrupted_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
 
-    def tried(library: str, name: str, seconds: float) -> results.Values:
+    def tried(library: str, name: str, seconds: float, compiled: object) -> results.Values:
         done.append(name)
         if name == "stop":
             raise KeyboardInterrupt
