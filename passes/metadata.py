@@ -7,6 +7,7 @@ operator, its arguments or one of its inputs is another than at the last time.
 from __future__ import annotations
 
 import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from repquant_fx.errors import PassError
-from repquant_fx.torch_private import fake_mode, propagating
+from repquant_fx.torch_private import by_python_rules, fake_mode, propagating
 
+_PADS = (torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default)
 COMPUTED = "repquant_fx.computed"  # key of a node's meta: what its value was computed from, and the value
 
 
@@ -49,7 +51,9 @@ class _Propagation(FakeTensorProp):
         before = node.meta.get(COMPUTED)
         if before is not None and before.holds(node, sources):
             return before.result
-        result = super().run_node(node)
+        # torch's own rule for padding makes a constant of every size
+        with by_python_rules() if node.target in _PADS else nullcontext():
+            result = super().run_node(node)
         node.meta[COMPUTED] = _Computed(node, sources, result)
         return result
 

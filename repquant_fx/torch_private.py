@@ -11,9 +11,9 @@ import io
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -256,6 +256,16 @@ def propagating(mode: FakeTensorMode) -> Iterator[None]:
             stack.enter_context(mode.shape_env.suppress_guards())
         mode.allow_non_fake_inputs = True
         yield
+
+
+def by_python_rules() -> AbstractContextManager[None]:
+    """Within the block operators are decomposed by their definitions in Python, which keep symbolic sizes.
+
+    Tried with torch 2.15.0. Where it is gone: see what `torch.fx.experimental.proxy_tensor.make_fx` enters.
+    """
+    from torch._dispatch.python import enable_python_dispatcher
+
+    return cast("AbstractContextManager[None]", enable_python_dispatcher())
 
 
 def shape_environment() -> Any:

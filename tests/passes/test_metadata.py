@@ -57,6 +57,15 @@ def test_another_operator_and_a_new_constant(graph: GraphModule) -> None:
     assert list(exp.meta["val"].shape) == [7, 4, 8] == list(constant.meta["val"].shape)
 
 
+def test_padding_keeps_the_batch_free(graph: GraphModule) -> None:
+    """torch's own rule for padding a value that was made in this environment gives every size as a number."""
+    exp = only(graph, aten.exp.default)
+    exp.target, exp.args = aten.pad.default, (exp.args[0], [1, 0, 1, 0], "constant", 0.0)
+    refresh_metadata(graph)
+    batch, *sizes = exp.meta["val"].shape
+    assert isinstance(batch, torch.SymInt) and sizes == [5, 9]
+
+
 def test_a_value_that_somebody_set(graph: GraphModule) -> None:
     exp = only(graph, aten.exp.default)
     right, exp.meta["val"] = exp.meta["val"], exp.meta["val"].new_zeros(1)
