@@ -6,10 +6,10 @@ small size, with random weights, at W8A8.
     python benchmarks/architectures.py --only timm:swin_tiny_patch4_window7_224 transformers:bert
     python benchmarks/architectures.py --page docs/architectures.md --limit 0   # the page from the rows that there are
 
-Each model is compiled in a process of its own with a time limit (`--seconds`). One that torch.export turns into the same
-operators as one that compiled, sizes aside, is not compiled again: its row names the other (`graphs.py`). Rows are kept
-in `benchmarks/results/architectures.json`; `--keep` uses those of other commits (`results.py`), and `--again OUTCOME`
-tries anew what had that outcome.
+Each model is compiled in a process of its own with a time limit (`--seconds`). One that torch.export turns into the
+same operators as one that compiled, sizes aside, is not compiled again: its row names the other (`graphs.py`). Rows are
+kept in `benchmarks/results/architectures.json`; `--keep` uses those of other commits (`results.py`), and `--again
+OUTCOME` tries anew what had that outcome.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from graphs import Inputs, fingerprint
@@ -57,7 +56,7 @@ _ASLEEP = 20  # times the limit: what waits so long waits for ever
 
 
 def outcome(library: str, name: str, compiled: Mapping[str, str] = MappingProxyType({})) -> Values:
-    """Compile one architecture in this process, unless its graph is one of those that compiled: names by fingerprint."""
+    """Compile one architecture in this process, unless its graph is one that compiled: names by fingerprint."""
     warnings.simplefilter("ignore")
     try:
         model, inputs = small_timm(name) if library == "timm" else small_transformers(name)
@@ -206,7 +205,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=int, help="so many of each library")
     parser.add_argument("--only", nargs="+", metavar="LIBRARY:NAME", help="these alone")
-    parser.add_argument("--again", nargs="+", default=[], metavar="OUTCOME", help="try stored rows of these outcomes anew")
+    parser.add_argument("--again", nargs="+", default=[], metavar="OUTCOME",
+                        help="try stored rows of these outcomes anew")
     parser.add_argument("--seconds", type=float, default=120, help="of the CPU for each (default 120)")
     parser.add_argument("--page", type=Path, help="write the page of the documents, too")
     add_options(parser, "architectures.json", seeds=False)

@@ -37,7 +37,7 @@ def _said(argument: Any, places: Mapping[torch.fx.Node, int]) -> str:
         return "[" + " ".join(_said(each, places) for each in argument) + "]"
     if isinstance(argument, Mapping):
         return " ".join(f"{name}={_said(each, places)}" for name, each in argument.items())
-    if isinstance(argument, float) or isinstance(argument, int) and abs(argument) > _AXES:
+    if isinstance(argument, float) or (isinstance(argument, int) and abs(argument) > _AXES):
         return "number"
     return str(argument)
 

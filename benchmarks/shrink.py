@@ -1,13 +1,12 @@
-"""Architectures at a small size: what both libraries share. `shrink_timm` and `shrink_transformers` make the constructor's
-numbers of layers, widths, heads and pixels small, by what they are called; what cannot be built and run so is tried
-with fewer of them changed.
+"""Architectures at a small size: what both libraries share. `shrink_timm` and `shrink_transformers` make numbers of
+layers, widths, heads and pixels small, by what they are called; what cannot be built and run so is tried with fewer of
+them changed.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn

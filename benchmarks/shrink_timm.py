@@ -21,7 +21,7 @@ def transformers_of_timm() -> dict[str, str]:
     found = {}
     for name in timm.list_models():
         module = sys.modules[timm.model_entrypoint(name).__module__]
-        classes = (key for key, value in vars(module).items() if inspect.isclass(value) and issubclass(value, nn.Module))
+        classes = [key for key, each in vars(module).items() if isinstance(each, type) and issubclass(each, nn.Module)]
         if any(re.search("Attention(?!Pool)|(?<!Split)Attn|Transformer|MHSA", key) for key in classes):
             found[name] = module.__name__.rpartition(".")[2]
     return found

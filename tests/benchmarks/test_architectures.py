@@ -9,7 +9,7 @@ from pathlib import Path
 import architectures
 import pytest
 import results
-import shrink_transformers
+import small_configurations
 from results import Row
 
 DOCUMENT = Path(__file__).parents[2] / "docs/architectures.md"
@@ -31,7 +31,7 @@ def test_configurations_are_made_small() -> None:
     large = {"hidden_size": 768, "num_hidden_layers": 12, "vocab_size": 30522, "head_dim": 64, "dropout": 0.1,
              "hidden_sizes": [64, 128], "depths": [3, 4], "tie": True, "pad_token_id": 50256, "eps": 1,
              "text_config": {"d_model": 512}, "layer_types": ["full", "sliding"]}
-    small = shrink_transformers.smaller(large, ("layer_types",))
+    small = small_configurations.smaller(large, dropped=("layer_types",))
     assert small == {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 96, "head_dim": 16, "dropout": 0.1,
                      "hidden_sizes": [32, 32], "depths": [2, 1], "tie": True, "pad_token_id": 3, "eps": 1,
                      "text_config": {"d_model": 32}}
