@@ -162,6 +162,10 @@ def page(rows: Mapping[tuple[Key, int], Row]) -> str:
     lines.append("| tried | " + " | ".join(str(len(counts[library])) for library in libraries) + " |")
     for name, about in OUTCOMES.items():
         lines.append(f"| {name}: {about} | " + " | ".join(str(counts[lib].count(name)) for lib in libraries) + " |")
+        if name == DONE:
+            same = [sum("as" in v for (each, _), v in found.items() if each == lib) for lib in libraries]
+            lines.append("| of these, not compiled because torch.export gives the operators of one that was, sizes "
+                         "aside | " + " | ".join(map(str, same)) + " |")
     shares = []
     for library in libraries:
         captured = [each for each in counts[library] if each not in (NOT_CAPTURED, NOT_SMALL)]
@@ -172,8 +176,9 @@ def page(rows: Mapping[tuple[Key, int], Row]) -> str:
               for (library, name), v in sorted(found.items()) if v["outcome"] != DONE]
     lines += ["", "## What compiled"]
     for library in libraries:
-        names = sorted(name for (each, name), v in found.items() if each == library and v["outcome"] == DONE)
-        lines += ["", f"**{library}**: " + ", ".join(f"`{name}`" for name in names) + "."]
+        done = {name: v.get("as") for (each, name), v in found.items() if each == library and v["outcome"] == DONE}
+        lines += ["", f"**{library}**: " + ", ".join(f"`{name}`" + (f" (as `{other}`)" if other else "")
+                                                     for name, other in sorted(done.items())) + "."]
     return "\n".join(lines) + "\n"
 
 

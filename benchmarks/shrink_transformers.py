@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from made_up import inputs_of
-from shrink import NotSmall, built, check_runs, said
+from shrink import WIDTH, NotSmall, built, check_runs, said
 from small_configurations import smaller
 from torch import Tensor, nn
 
@@ -32,7 +32,7 @@ def small_transformers(kind: str) -> tuple[nn.Module, dict[str, Tensor]]:
 
     mapping, whys = transformers.AutoModel._model_mapping, []
     config_class: Any = transformers.CONFIG_MAPPING[kind]
-    for width, filled, dropped in itertools.product((32, 192), (False, True), ((), ("layer_types",), _STAGES)):
+    for width, filled, dropped in itertools.product(_WIDTHS, (False, True), ((), ("layer_types",), _STAGES)):
         try:
             config = config_class.from_dict(smaller(config_class().to_dict(), width, filled, dropped))
             if hasattr(config, "use_cache"):
@@ -49,6 +49,7 @@ def small_transformers(kind: str) -> tuple[nn.Module, dict[str, Tensor]]:
     raise NotSmall(whys[0])
 
 
+_WIDTHS = (WIDTH, 6 * WIDTH, 10**6)  # some need heads of 64, or more parts; and some, the widths that they have
 _STAGES = ("layer_types", "out_features", "_out_features", "out_indices", "_out_indices", "stage_names")
 
 
@@ -58,14 +59,14 @@ def _first_that_runs(model: nn.Module, config: Any) -> dict[str, Tensor]:
     Raises:
         NotSmall: it runs on none.
     """
-    takes, whys = inspect.signature(model.forward).parameters, []
+    takes, whys = inspect.signature(model.forward).parameters, {}
     for inputs in inputs_of(config, takes):
         try:
             check_runs(model, inputs)
             return inputs
         except Exception as error:
-            whys.append(said(error))
+            whys.setdefault(len(inputs), said(error))  # what most inputs fail by is the likeliest reason
     needed = [name for name, each in takes.items() if each.default is inspect.Parameter.empty
               and each.kind is each.POSITIONAL_OR_KEYWORD]
     needed = needed or list(takes)[:1]
-    raise NotSmall(whys[0] if whys else f"its input is {', '.join(needed)}, which is not made up here")
+    raise NotSmall(whys[max(whys)] if whys else f"its input is {', '.join(needed)}, which is not made up here")

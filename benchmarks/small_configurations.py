@@ -19,7 +19,7 @@ def _numbers(width: int) -> tuple[tuple[str, int], ...]:
     """Names of a number, and the largest that it may be."""
     return (
         (_LAYERS.pattern, LAYERS),
-        (r"vocab_size$|^vocabulary_size$", VOCABULARY),
+        (r"vocab_size|^vocabulary_size$|_vocab$", VOCABULARY),
         (r"max_(position_embeddings|source_positions|target_positions|seq_len\w*)$|^n_positions$|^n_ctx$", POSITIONS),
         (r"^(prediction|context)_length$|^context_size$|^chunk_size$", 16),
         (r"(heads|n_head|head_count)$", HEADS),

@@ -276,7 +276,8 @@ def _timm_shape(module: nn.Module) -> tuple[int, int, int]:
     if isinstance(size, (tuple, list)) and len(size) == 2:
         height, width = size
     first = next((child for child in module.modules() if isinstance(child, nn.Conv2d)), None)
-    if first is not None and first.groups == 1:
+    reads_image = config.get("first_conv") != []  # so a model says whose convolutions all work on something made of it
+    if first is not None and first.groups == 1 and reads_image:
         channels = first.in_channels
     return int(channels), int(height), int(width)
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from unittest.mock import ANY
 
 import architectures
+import graphs
 import pytest
 import results
 import small_configurations
+import torch
 from results import Row
+from torch import nn
 
 DOCUMENT = Path(__file__).parents[2] / "docs/architectures.md"
 ROWS = {(("timm", name), 0): Row({"outcome": outcome, "reason": reason, "seconds": 1.0}, {"known": {"timm": 9}}, {})
@@ -37,6 +41,37 @@ def test_configurations_are_made_small() -> None:
                      "text_config": {"d_model": 32}}
 
 
+def test_configurations_agree_with_themselves() -> None:
+    """Lists of layers, what turns of a head, and the heads of a state space follow the smaller numbers."""
+    large = {"num_hidden_layers": 6, "layer_types": ["full", "full", "full", "sliding", "full", "sliding"],
+             "per_layer_config": {"3": {"window": 4}}, "sparse": [0, 1, 2, 3, 4, 5], "hidden_size": 1024,
+             "num_attention_heads": 8, "rope_parameters": {"mrope_section": [24, 20, 20]}, "mamba_expand": 2,
+             "mamba_n_heads": 64, "mamba_d_head": 32, "vocab_size": None}
+    small = small_configurations.smaller(large)
+    assert small["layer_types"] == ["full", "sliding"] and small["sparse"] == [0, 3]
+    assert small["per_layer_config"] == {"1": {"window": 4}}
+    assert small["rope_parameters"]["mrope_section"] == [4, 2, 2]  # half of a head of 32 / 2
+    assert small["mamba_n_heads"] * small["mamba_d_head"] == 2 * small["hidden_size"]
+    assert small["vocab_size"] is None and small_configurations.smaller(large, filled=True)["vocab_size"] == 96
+
+
+def test_graphs_that_are_one_to_a_compiler() -> None:
+    def of(width: int, activation: type[nn.Module] = nn.GELU) -> str:
+        return graphs.fingerprint(nn.Sequential(nn.Linear(8, width), activation(), nn.Softmax(-1)), torch.randn(2, 8))
+
+    assert of(16) == of(24) != of(16, nn.SiLU)
+    assert graphs.fingerprint(nn.Softmax(1), torch.randn(2, 3)) != graphs.fingerprint(nn.Softmax(0), torch.randn(2, 3))
+
+
+def test_a_graph_that_compiled_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(architectures, "small_timm", lambda name: (nn.Linear(8, 8), torch.randn(2, 8)))
+    monkeypatch.setattr(architectures, "_compiled", lambda model, inputs: {"outcome": "code for code", "reason": ""})
+    first = architectures.outcome("timm", "a")
+    assert first["graph"] and "as" not in first
+    second = architectures.outcome("timm", "b", {first["graph"]: "a"})
+    assert second == {"outcome": "code for code", "reason": "", "as": "a"}
+
+
 def test_processes_end(monkeypatch: pytest.MonkeyPatch) -> None:
     def burn(library: str, name: str, compiled: object) -> None:
         while True:
@@ -53,6 +88,9 @@ def test_processes_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_page_counts() -> None:
     text = architectures.page(ROWS)
+    same = {**ROWS, (("timm", "e"), 0): Row({"outcome": "code for code", "reason": "", "as": "a"}, {}, {})}
+    assert "sizes aside | 0 |" in text and "sizes aside | 1 |" in architectures.page(same)
+    assert "**timm**: `a`, `b`, `e` (as `a`)." in architectures.page(same)
     assert "| tried | 4 |" in text and "| known | 9 |" in text and "captures** | 66.7 % |" in text
     assert "| timm `c` | refused | `a \\| b 'c'` |" in text and "**timm**: `a`, `b`." in text
 
@@ -77,6 +115,8 @@ def test_an_interrupted_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
         architectures.run(results.Results(path, about=about), [("timm", "one"), ("timm", "stop")], 1)
     architectures.run(results.Results(path, about=about), [("timm", "one"), ("timm", "two")], 1)
     assert done == ["one", "stop", "two"] and len(results.load(path)) == 2
+    architectures.run(results.Results(path, about=about), [("timm", "one")], 1, ["code for code"])
+    assert done[3:] == ["one"]
 
 
 @pytest.mark.slow
@@ -84,4 +124,5 @@ def test_an_interrupted_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_small_models_compile(name: str) -> None:
     assert sys.platform != "win32"
     library, _, kind = name.partition(":")
-    assert architectures.outcome(library, kind) == {"outcome": architectures.DONE, "reason": ""}
+    assert architectures.outcome(library, kind) == {
+        "outcome": architectures.DONE, "reason": "", "graph": ANY}

@@ -54,6 +54,8 @@ def test_architecture_that_cannot_be_built(text: str, message: str) -> None:
 
 @pytest.mark.parametrize(("text", "shape"), [
     ("timm:vit_tiny_patch16_224,depth=1,embed_dim=24,img_size=32,in_chans=1", (2, 1, 32, 32)),
+    # its convolutions read frequencies, not pixels
+    ("timm:csatv2,depths=(1,1,1,1),transformer_depths=(0,0,0,1)", (2, 3, 512, 512)),
     ("timm:swin_tiny_patch4_window7_224,depths=(1,1),num_heads=(1,1),embed_dim=24,img_size=(32,64),window_size=4",
      (2, 3, 32, 64)),
     ("timm:resnet10t", (2, 3, 176, 176)),
