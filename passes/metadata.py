@@ -18,7 +18,9 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from repquant_fx.errors import PassError
 from repquant_fx.torch_private import by_python_rules, fake_mode, propagating
 
-_PADS = (torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default)
+# torch's own rules for these make numbers of symbolic sizes, or fail on them
+_NOT_BY_SYMBOLS = (torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default,
+                   torch.ops.aten.addcmul.default, torch.ops.aten.addcdiv.default)
 COMPUTED = "repquant_fx.computed"  # key of a node's meta: what its value was computed from, and the value
 
 
@@ -51,8 +53,7 @@ class _Propagation(FakeTensorProp):
         before = node.meta.get(COMPUTED)
         if before is not None and before.holds(node, sources):
             return before.result
-        # torch's own rule for padding makes a constant of every size
-        with by_python_rules() if node.target in _PADS else nullcontext():
+        with by_python_rules() if node.target in _NOT_BY_SYMBOLS else nullcontext():
             result = super().run_node(node)
         node.meta[COMPUTED] = _Computed(node, sources, result)
         return result

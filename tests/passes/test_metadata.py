@@ -66,6 +66,19 @@ def test_padding_keeps_the_batch_free(graph: GraphModule) -> None:
     assert isinstance(batch, torch.SymInt) and sizes == [5, 9]
 
 
+@pytest.mark.parametrize("operator", [aten.addcmul.default, aten.addcdiv.default])
+def test_a_product_is_added_to_constants(operator: Any) -> None:
+    made = canonical(Function(lambda x: x.exp() + 1), sequences(4))
+    exp = only(made, aten.exp.default)
+    made.register_buffer("added", torch.zeros(1, 1, 8))
+    with made.graph.inserting_before(exp):
+        constant = made.graph.get_attr("added")
+    exp.target, exp.args = operator, (constant, constant, exp.args[0])
+    refresh_metadata(made)
+    batch, *sizes = exp.meta["val"].shape
+    assert isinstance(batch, torch.SymInt) and sizes == [6, 8]
+
+
 def test_a_value_that_somebody_set(graph: GraphModule) -> None:
     exp = only(graph, aten.exp.default)
     right, exp.meta["val"] = exp.meta["val"], exp.meta["val"].new_zeros(1)
