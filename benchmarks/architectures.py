@@ -18,6 +18,7 @@ import argparse
 import itertools
 import math
 import multiprocessing
+import re
 import resource
 import signal
 import time
@@ -97,7 +98,7 @@ def more(example: torch.Tensor) -> torch.Tensor:
 
 
 def shortened(text: str) -> str:
-    line = " ".join(text.split())
+    line = re.sub(r"/\S*/site-packages/", "", " ".join(text.split()))  # where a library lies is no reason
     return line if len(line) <= _LONGEST else line[:_LONGEST - 3] + "..."
 
 

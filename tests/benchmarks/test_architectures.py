@@ -86,6 +86,11 @@ def test_processes_end(monkeypatch: pytest.MonkeyPatch) -> None:
     assert architectures.in_a_child("a", "b", 60, {})["reason"] == "it ended with the code 7"
 
 
+def test_reasons_are_short_and_name_no_folder_of_this_machine() -> None:
+    assert architectures.shortened("no  mask, at\n/a/b/site-packages/c/d.py:3") == "no mask, at c/d.py:3"
+    assert len(architectures.shortened("x" * 999)) == 200
+
+
 def test_the_page_counts() -> None:
     text = architectures.page(ROWS)
     same = {**ROWS, (("timm", "e"), 0): Row({"outcome": "code for code", "reason": "", "as": "a"}, {}, {})}
