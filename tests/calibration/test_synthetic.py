@@ -167,6 +167,7 @@ def test_the_work_is_bounded() -> None:
         assert count == FEWEST or count * length**2 / 2 * flops <= BUDGET
 
 
+@pytest.mark.slow
 def test_a_causal_language_model_draws_its_text() -> None:
     model = make("llama")
     first = prepared(model, samples=6, seq_len=9)

@@ -90,6 +90,7 @@ def test_a_text_of_one_repeated_token(place: Path, tmp_path: Path, capsys: pytes
     assert code == 0, capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ids_at_padded_positions_do_not_change_the_file(place: Path, tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     mask = (np.arange(8) < generator.integers(2, 8, (16, 1))).astype(np.int64)

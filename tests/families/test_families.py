@@ -48,7 +48,6 @@ COMPILED = (
     "clip",
     "siglip",
     "bert",
-    "gpt2",
     "swin_features",
 )
 CASES = [pytest.param(name, id=name, marks=() if name in COMPILED else pytest.mark.slow) for name in FAMILIES]

@@ -137,6 +137,7 @@ def test_texts_and_images_of_two_towers_are_counted_apart() -> None:
     assert loaded.outputs == ("logits_per_image", "logits_per_text", "image_embeds", "text_embeds")
 
 
+@pytest.mark.slow
 def test_only_the_image_encoder_of_a_promptable_model_is_quantized() -> None:
     model = make("sam")
     globs = from_memory(model).float_modules
@@ -421,7 +422,8 @@ def drawn(loaded: LoadedModel, *, texts: int, length: int, images: int) -> dict[
     return {name: made[name] for name in loaded.input_names}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=() if name in ("llama", "bert") else pytest.mark.slow) for name in MODELS])
 def test_models_in_memory_become_files_that_take_any_size(name: str) -> None:
     model = make(name)
     loaded = from_memory(model)

@@ -60,6 +60,7 @@ def test_converted_in_a_file_without_a_name(dtype: torch.dtype, tmp_path: Path) 
     assert not list((tmp_path / "scratch").iterdir())
 
 
+@pytest.mark.slow
 def test_the_same_file(tmp_path: Path) -> None:
     save("llama", tmp_path / "model", with_tokenizer=True)
     (tmp_path / "text.txt").write_text("\n".join(LINES))

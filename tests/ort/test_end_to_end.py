@@ -66,6 +66,7 @@ def test_an_exported_program_compiles_alike() -> None:
         torch.testing.assert_close(result.graph_module(x), reference.graph_module(x), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_every_reduced_method_exports_and_agrees() -> None:
     for change in (
         {"norm": "channelwise"},

@@ -170,6 +170,7 @@ def test_stored_size_is_what_the_file_holds(analysed: Sensitivity, data: Tensor,
     assert 6 not in {b for u, b in found.bits.items() if u.kind == "weights"}  # as dear as 8
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiled_once")
 def test_target_sqnr_is_measured(data: Tensor) -> None:
     found = search(
