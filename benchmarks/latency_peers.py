@@ -68,8 +68,8 @@ def optimize(source: Path, target: Path, text: bool) -> None:
     found.save_model_to_file(str(target))
 
 
-def quantize_nncf(source: Path, target: Path, calibration: dict[str, Tensor]) -> None:
-    """Writes OpenVINO's own format, `target` and its weights beside it.
+def quantize_nncf(source: Path, target: Path, calibration: dict[str, Tensor], smooth: bool = True) -> None:
+    """Writes OpenVINO's own format, `target` and its weights beside it; without SmoothQuant on request.
 
     Raises:
         ImportError: NNCF is not installed.
@@ -80,5 +80,9 @@ def quantize_nncf(source: Path, target: Path, calibration: dict[str, Tensor]) ->
     count = len(next(iter(calibration.values())))
     samples = [{k: v[i:i + 1].numpy() for k, v in calibration.items()} for i in range(count)]
     model = openvino.Core().read_model(source)
-    model = nncf.quantize(model, nncf.Dataset(samples), model_type=nncf.ModelType.TRANSFORMER, subset_size=count)
+    advanced = nncf.AdvancedQuantizationParameters()
+    if not smooth:
+        advanced.smooth_quant_alphas = nncf.AdvancedSmoothQuantParameters(matmul=-1)
+    model = nncf.quantize(model, nncf.Dataset(samples), model_type=nncf.ModelType.TRANSFORMER, subset_size=count,
+                          advanced_parameters=advanced)
     openvino.save_model(model, target, compress_to_fp16=False)
