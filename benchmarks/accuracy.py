@@ -20,7 +20,7 @@ import importlib.util
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -295,9 +295,15 @@ def run_all(bench: Bench, results: Results, only: str | None, sections: str | No
 def tables(rows: dict[Key, dict[int, Values]]) -> str:
     """Markdown: one table per section, one pair of columns per model; mean and spread over the seeds."""
     names = list(dict.fromkeys(name for name, _, _ in rows))
-    sections = dict.fromkeys(section for _, section, _ in rows)
-    parts = {s: {(name, label): row for (name, section, label), row in rows.items() if section == s} for s in sections}
-    return "\n".join(f"\n**{section}**\n\n{accuracy_table(part, names)}" for section, part in parts.items())
+    return "\n".join(f"\n**{section}**\n\n{table}" for section, table in sections(rows, names).items())
+
+
+def sections(rows: dict[Key, dict[int, Values]], models: Sequence[str] = ()) -> dict[str, str]:
+    """Markdown by section: one pair of columns for each model; for those that a section has where none are given."""
+    parts: dict[str, dict[Key, dict[int, Values]]] = {}
+    for (model, section, label), found in rows.items():
+        parts.setdefault(section, {})[model, label] = found
+    return {section: accuracy_table(part, models) for section, part in parts.items()}
 
 
 if __name__ == "__main__":

@@ -135,6 +135,14 @@ def tables(rows: dict[Key, dict[int, Values]]) -> dict[str, str]:
     return found
 
 
+def add_models(parser: argparse.ArgumentParser, width: int) -> None:
+    """Switches: stories260K and its text, or the shape of a LLaMA with random weights."""
+    parser.add_argument("--stories", type=Path)
+    parser.add_argument("--stories-text", type=Path)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--width", type=int, default=width)
+
+
 def measure(args: argparse.Namespace) -> Values:
     """Milliseconds a token after each context, and nats a token where there is text."""
     scores: dict[str, float] = {}
@@ -152,10 +160,7 @@ def measure(args: argparse.Namespace) -> Values:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stories", type=Path)
-    parser.add_argument("--stories-text", type=Path)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--width", type=int, default=512)
+    add_models(parser, width=512)
     parser.add_argument("--contexts", type=int, nargs="+", default=[31, 127, 511])
     add_options(parser, "decoding.json", seeds=False)
     args = parser.parse_args()

@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import accuracy
 import attention
 import compile_time
 import decoding
@@ -40,14 +41,6 @@ ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/**/*.md")
 MARK = re.compile(r"<!-- measured (\w+)(?:: ([^>]*?))? -->(.*?)<!-- end -->", re.DOTALL)
 Rows = dict[Key, dict[int, Values]]
-
-
-def sections(rows: Rows, table: Callable[[Rows], str]) -> dict[str, str]:
-    """A table for each section; keys are (model, section, label)."""
-    parts: dict[str, Rows] = {}
-    for (model, section, label), found in rows.items():
-        parts.setdefault(section, {})[model, label] = found
-    return {section: table(part) for section, part in parts.items()}
 
 
 def whole(table: Callable[[Rows], str]) -> Callable[[Rows], dict[str, str]]:
@@ -67,8 +60,8 @@ def beside_float(rows: Rows, bits: str) -> str:
 
 
 TABLES: Mapping[str, Callable[[Rows], dict[str, str]]] = {
-    "accuracy": lambda rows: sections(rows, results.accuracy_table),
-    "dinov2": lambda rows: {**sections(rows, results.accuracy_table), "methods, W8A8": beside_float(rows, "W8A8")},
+    "accuracy": accuracy.sections,
+    "dinov2": lambda rows: {**accuracy.sections(rows), "methods, W8A8": beside_float(rows, "W8A8")},
     "data_free": whole(results.accuracy_table),
     "language": whole(language_accuracy.tables),
     "mixed_precision": whole(mixed_precision.table),
@@ -101,21 +94,14 @@ def _filled(mark: re.Match[str], folder: Path) -> str:
     stored = results.load(folder / f"{name}.json")
     if not stored:
         raise Gone(f"{name}.json holds no rows")
-    new = _table(name, place, stored) if content.startswith("\n") else _figure(name, place, by_key(stored))
+    new = _table(name, place, stored) if content.startswith("\n") else _figure(name, place, results.by_key(stored))
     return mark[0][:mark.start(3) - mark.start()] + new + "<!-- end -->"
-
-
-def by_key(stored: Mapping[tuple[Key, int], Row]) -> Rows:
-    rows: Rows = {}
-    for (key, seed), row in stored.items():
-        rows.setdefault(key, {})[seed] = row.values
-    return rows
 
 
 def _table(name: str, section: str, stored: Mapping[tuple[Key, int], Row]) -> str:
     if name not in TABLES:
         raise Gone(f"{name} has no table; there are {', '.join(TABLES)}")
-    found = TABLES[name](by_key(stored))
+    found = TABLES[name](results.by_key(stored))
     if section not in found:
         raise Gone(f"{name} has no section {section!r}; there are {', '.join(map(repr, found))}")
     return f"\n\n{found[section]}\n\n{provenance(stored)}\n\n"

@@ -159,6 +159,14 @@ def save(path: Path, rows: Mapping[tuple[Key, int], Row]) -> None:
         raise
 
 
+def by_key(stored: Mapping[tuple[Key, int], Row]) -> dict[Key, dict[int, Values]]:
+    """Values by key and seed."""
+    rows: dict[Key, dict[int, Values]] = {}
+    for (key, seed), row in stored.items():
+        rows.setdefault(key, {})[seed] = row.values
+    return rows
+
+
 @dataclass
 class Results:
     """The rows of one benchmark, in a file.
@@ -194,10 +202,7 @@ class Results:
 
     def rows(self) -> dict[Key, dict[int, Values]]:
         """Values by key and seed, in the order in which they were first measured."""
-        by_key: dict[Key, dict[int, Values]] = {}
-        for (key, seed), row in self.found.items():
-            by_key.setdefault(key, {})[seed] = row.values
-        return by_key
+        return by_key(self.found)
 
     def _stored(self) -> dict[tuple[Key, int], Row]:
         rows = load(self.path) if self.path is not None else {}

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from decoding import FAST, random_llama, step
+from decoding import FAST, add_models, random_llama, step
 from language_accuracy import Stories
 from onnx import numpy_helper
 from results import Key, Results, Values, add_options
@@ -161,11 +161,8 @@ def tables(rows: dict[Key, dict[int, Values]]) -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stories", type=Path)
-    parser.add_argument("--stories-text", type=Path)
+    add_models(parser, width=2048)
     parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--context", type=int, default=31)
     parser.add_argument("--turns", type=int, default=15)
     add_options(parser, "weight_only.json", seeds=False)

@@ -97,10 +97,10 @@ def deviation(old: Tensor, new: Tensor) -> float:
         apart, largest = (old - new).abs_().max().item(), old.abs().max().item()
         if math.isfinite(apart) and math.isfinite(largest):
             return apart / max(largest, 1e-12) if apart else 0.0
-    return _deviation_of_finite(old.double(), new.double())
+    return _deviation_in_float64(old.double(), new.double())
 
 
-def _deviation_of_finite(old: Tensor, new: Tensor) -> float:
+def _deviation_in_float64(old: Tensor, new: Tensor) -> float:
     """`deviation` where some values are infinite or NaN, or no floats."""
     alike = (old == new) | (old.isnan() & new.isnan())
     apart = torch.where(alike, torch.zeros_like(old), (old - new).abs().nan_to_num(torch.inf))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -139,16 +140,44 @@ def read_bits(option: str, text: str) -> list[int]:
     return sorted({int(part) for part in parts})
 
 
-def recipe_form(out: Path) -> str:
-    """In which form a recipe is written to a file: `yaml` or `toml`.
+def add_recipe_output(command: argparse.ArgumentParser) -> None:
+    """Options of a command that finds a recipe."""
+    command.add_argument(
+        "--out", required=True, type=Path, help="the recipe to write, .yaml or .toml; give it to compile --recipe"
+    )
+    command.add_argument("--force", action="store_true", help="replace an existing file")
+
+
+def recipe_form(options: argparse.Namespace) -> str:
+    """In which form the recipe is written to `--out`: `yaml` or `toml`.
 
     Raises:
         InputError: neither, by its name.
+        OutputError: it cannot be written, or is there and `--force` is not given.
     """
-    form = {".yaml": "yaml", ".yml": "yaml", ".toml": "toml"}.get(out.suffix.lower())
+    form = {".yaml": "yaml", ".yml": "yaml", ".toml": "toml"}.get(options.out.suffix.lower())
     if form is None:
-        raise InputError(f"--out writes a recipe, .yaml, .yml or .toml; found {out}")
+        raise InputError(f"--out writes a recipe, .yaml, .yml or .toml; found {options.out}")
+    from repquant_fx.files import check_writable
+
+    check_writable(options.out, options.force)
     return form
+
+
+def tell_recipe(options: argparse.Namespace, found: dict[str, Any], long: Container[str]) -> int:
+    """Say that the recipe was written and, on stdout with `--json`, what was found; returns the exit code.
+
+    Args:
+        long: keys that are no news.
+    """
+    from repquant_fx import log
+
+    log.info(f"wrote {options.out}")
+    outcome = {"out": str(options.out), **found}
+    log.result({key: value for key, value in outcome.items() if key not in long})
+    if options.json:
+        print(json.dumps(outcome))
+    return 0
 
 
 def seed(text: str) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from repquant_fx.cli.common import (
     MOST_TRIES,
     add_calibration,
+    add_recipe_output,
     add_source,
     calibration_from,
     count,
@@ -19,6 +19,7 @@ from repquant_fx.cli.common import (
     read_bits,
     recipe_form,
     source_from,
+    tell_recipe,
 )
 from repquant_fx.cli.method import add_method, recipe_from
 from repquant_fx.errors import InputError
@@ -29,10 +30,7 @@ def add(command: argparse.ArgumentParser) -> None:
     """The options of `search`."""
     command.set_defaults(run=run)
     add_source(command)
-    command.add_argument(
-        "--out", required=True, type=Path, help="the recipe to write, .yaml or .toml; give it to compile --recipe"
-    )
-    command.add_argument("--force", action="store_true", help="replace an existing file")
+    add_recipe_output(command)
     add_calibration(command)
     target = command.add_argument_group("target (one of the first three)")
     target.add_argument(
@@ -80,11 +78,9 @@ def run(options: argparse.Namespace) -> int:
         raise InputError("--max-drop needs --data to measure on, and --data is for --max-drop alone")
     if not options.trial and options.target_size is None:
         raise InputError("--no-trial is for --target-size alone: the other targets are met by trials")
-    form = recipe_form(options.out)
-    from repquant_fx.files import check_writable, write_atomically
-
-    check_writable(options.out, options.force)
+    form = recipe_form(options)
     from repquant_fx import log
+    from repquant_fx.files import write_atomically
     from repquant_fx.sensitivity.frontier import Choices
     from repquant_fx.sensitivity.search import Target, search_recipe
 
@@ -101,12 +97,7 @@ def run(options: argparse.Namespace) -> int:
             f"tried {trial.bits_per_weight:.2f} bits: {trial.quality:.4g}, "
             f"{'enough' if trial.accepted else 'too little'}"
         )
-    log.info(f"wrote {options.out}")
-    outcome = {"out": str(options.out), **result.to_dict()}
-    log.result({key: value for key, value in outcome.items() if key not in ("recipe", "units")})
-    if options.json:
-        print(json.dumps(outcome))
-    return 0
+    return tell_recipe(options, result.to_dict(), ("recipe", "units"))
 
 
 def _measured(options: argparse.Namespace) -> tuple[Callable[[Any], float], float]:

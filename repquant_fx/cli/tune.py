@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 
 from repquant_fx.cli.common import (
     MOST_SAMPLES,
     MOST_THREADS,
     MOST_TRIES,
     add_calibration,
+    add_recipe_output,
     add_source,
     calibration_from,
     count,
@@ -18,6 +17,7 @@ from repquant_fx.cli.common import (
     recipe_form,
     seconds,
     source_from,
+    tell_recipe,
 )
 from repquant_fx.cli.method import add_method, recipe_from
 from repquant_fx.targets import DEFAULT, TIMED
@@ -27,10 +27,7 @@ def add(command: argparse.ArgumentParser) -> None:
     """The options of `tune`."""
     command.set_defaults(run=run)
     add_source(command)
-    command.add_argument(
-        "--out", required=True, type=Path, help="the recipe to write, .yaml or .toml; give it to compile --recipe"
-    )
-    command.add_argument("--force", action="store_true", help="replace an existing file")
+    add_recipe_output(command)
     add_calibration(command)
     runs = command.add_argument_group("what is timed")
     runs.add_argument("--target", choices=TIMED, default=DEFAULT, metavar="NAME",
@@ -50,11 +47,9 @@ def add(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Time, choose, write, summarise; returns the exit code."""
     recipe, source, calibration = recipe_from(options), source_from(options), calibration_from(options)
-    form = recipe_form(options.out)
-    from repquant_fx.files import check_writable, write_atomically
-
-    check_writable(options.out, options.force)
+    form = recipe_form(options)
     from repquant_fx import log
+    from repquant_fx.files import write_atomically
     from repquant_fx.tuning import Conditions
     from repquant_fx.tuning.tuner import tune_recipe
 
@@ -63,9 +58,4 @@ def run(options: argparse.Namespace) -> int:
     write_atomically(options.out, result.to_text(form).encode())
     for line in (result.table() if result.fallback else str(result)).splitlines():  # a warning said it
         log.info(line)
-    log.info(f"wrote {options.out}")
-    outcome = {"out": str(options.out), **result.to_dict()}
-    log.result({key: value for key, value in outcome.items() if key not in ("recipe", "forms")})
-    if options.json:
-        print(json.dumps(outcome))
-    return 0
+    return tell_recipe(options, result.to_dict(), ("recipe", "forms"))
